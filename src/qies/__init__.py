@@ -1,1 +1,26 @@
-"""QIES."""
+"""QIES: language models with a complex-valued entangled state, and the laboratory that measures how they scale."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "QiesConfig": "qies.model",
+    "QiesForCausalLM": "qies.model",
+    "QiesCache": "qies.model",
+    "entangle": "qies.ops.entangle",
+    "RunConfig": "qies.config",
+    "StudyConfig": "qies.config",
+    "UserError": "qies.errors",
+}
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that `import qies` stays light."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'qies' has no attribute '{name}'")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -1,0 +1,264 @@
+"""Configuration as data: frozen dataclasses, strict YAML in and out, a content hash. Imports no torch.
+
+A key or a value that is not known is an error that names the nearest right one; nothing is ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from qies.errors import UserError, nearest
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What text a model sees. `source`: "builtin" or a path to a text file, a folder or a glob."""
+
+    source: str = "builtin"
+    vocab_size: int = 4096
+    val_fraction: float = 0.03
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(256 < self.vocab_size <= 2**31, "data.vocab_size", self.vocab_size, "an integer above 256")
+        _require(0 < self.val_fraction < 0.5, "data.val_fraction", self.val_fraction, "a number in (0, 0.5)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How one run is trained. The learning rates multiply those that `presets.hyperparameters` gives for a size."""
+
+    seq_len: int = 512
+    batch_size: int = 8  # sequences a step
+    lr_scale: float = 1.0
+    weight_decay: float = 0.01
+    warmup: float = 0.02  # fraction of the steps
+    decay: float = 0.4  # fraction of the steps, at the end, down to zero
+    clip_norm: float = 1.0
+    max_skipped: int = 10  # non-finite steps left out before the run counts as diverged
+    eval_tokens: int = 262_144  # of the held-out text, at the end; 0 means all of it
+    precision: str = "auto"  # auto: bf16 autocast where the processor has bf16 matrix units, else fp32
+    save_every: int = 200  # steps between resumable checkpoints
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size", "max_skipped", "save_every"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer of at least 1")
+        _require(self.lr_scale > 0, "train.lr_scale", self.lr_scale, "a positive number")
+        _require(self.clip_norm > 0, "train.clip_norm", self.clip_norm, "a positive number")
+        _require(self.eval_tokens >= 0, "train.eval_tokens", self.eval_tokens, "0 (all) or a positive integer")
+        for name in ("warmup", "decay"):
+            _require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "a fraction in [0, 1]")
+        _require(self.warmup + self.decay <= 1, "train.warmup + train.decay", self.warmup + self.decay, "at most 1")
+        _choice("train.precision", self.precision, ("auto", "bf16", "fp32"))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: everything that decides its result. `model` overrides fields of the arm's `QiesConfig`."""
+
+    arm: str = "qies"
+    size: str = "100k"
+    tokens: int = 1_000_000
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from qies import presets
+
+        _choice("arm", self.arm, presets.ARMS)
+        presets.parse_size(self.size)
+        least = self.train.seq_len * self.train.batch_size
+        _require(self.tokens >= least, "tokens", self.tokens, f"at least one batch ({least})")
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // (self.train.seq_len * self.train.batch_size)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A grid of runs (arms x sizes x seeds) on one corpus, and what is reported about it."""
+
+    name: str = "study"
+    arms: tuple[str, ...] = ("transformer", "qies", "no_phase")
+    sizes: tuple[str, ...] = ("50k", "100k", "200k", "400k")
+    seeds: tuple[int, ...] = (0,)
+    tokens_per_parameter: float = 6.0
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    model: dict[str, Any] = field(default_factory=dict)
+    workers: int = 0  # runs side by side; 0: one a core, each with one thread
+    prompts: tuple[str, ...] = (
+        "The people of the United States",
+        "And the king said unto him,",
+        "Returns the value of",
+    )
+
+    def __post_init__(self) -> None:
+        from qies import presets
+
+        for arm in self.arms:
+            _choice("arms", arm, presets.ARMS)
+        for size in self.sizes:
+            presets.parse_size(size)
+        for name in ("arms", "sizes", "seeds"):
+            values = getattr(self, name)
+            _require(len(values) > 0, name, values, "a list of at least one")
+            _require(len(set(values)) == len(values), name, list(values), "a list without repeats")
+        _require(self.tokens_per_parameter > 0, "tokens_per_parameter", self.tokens_per_parameter, "a positive number")
+        _require(self.workers >= 0, "workers", self.workers, "0 (one a core) or a positive integer")
+        _require(
+            bool(self.name) and self.name.replace("-", "").replace("_", "").isalnum(),
+            "name", self.name, "letters, digits, - and _ only",
+        )
+
+    def runs(self) -> list[RunConfig]:
+        """Every run of the grid, smallest size first and arms side by side, so that a partial study compares."""
+        from qies import presets
+
+        step = self.train.seq_len * self.train.batch_size
+        out = []
+        for size in sorted(self.sizes, key=presets.parse_size):
+            tokens = max(1, round(presets.parse_size(size) * self.tokens_per_parameter / step)) * step
+            for seed in self.seeds:
+                for arm in self.arms:
+                    out.append(RunConfig(arm, size, tokens, seed, self.data, self.train, dict(self.model)))
+        return out
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain JSON/YAML data."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def content_hash(config: Any) -> str:
+    """Sixteen hex digits that identify a configuration's content (order of keys does not matter)."""
+    text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
+    """Build the dataclass `cls` from plain data, strictly.
+
+    Raises UserError for an unknown key (with the nearest known one) or a value of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or 'the configuration'} must be a mapping, not {type(values).__name__}.")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    prefix = f"{where}." if where else ""
+    for key in values:
+        if key not in known:
+            hint = nearest(str(key), known) or f" Known: {', '.join(known)}."
+            raise UserError(f"Unknown key '{prefix}{key}'.{hint}")
+    return cls(**{k: _convert(hints[k], v, f"{prefix}{k}") for k, v in values.items()})
+
+
+def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
+    """Read a YAML file into `cls`, then apply `key.sub=value` overrides."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No configuration file at {path}. Give the path of a YAML file.")
+    if path.stat().st_size > 1_000_000:
+        raise UserError(f"{path} is larger than 1 MB, which no configuration is.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+        reason = " ".join(str(e).split())
+        raise UserError(f"{path} is not valid YAML: {reason}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, not a {type(values).__name__}.")
+    return from_dict(cls, merge(values, overrides))
+
+
+def merge(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply dotted overrides such as `train.seq_len=256` to plain data; values are read as YAML."""
+    out = json.loads(json.dumps(values))
+    for item in overrides:
+        key, eq, text = item.partition("=")
+        if not eq or not key:
+            raise UserError(f"Override '{item}' is not of the form key.sub=value.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"Override '{item}' has a value that is not valid YAML.") from None
+        node = out
+        *parents, last = key.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"Override '{item}' goes below '{part}', which holds a plain value.")
+        node[last] = value
+    return out
+
+
+def save(config: Any, path: Path) -> None:
+    """Write a configuration as YAML."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines `key: old -> new` for every leaf in which two plain configurations differ."""
+    out: list[str] = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key, "absent"), new.get(key, "absent")
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key}: {a} -> {b}")
+    return out
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return from_dict(kind, value, where)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise UserError(f"{where} must be a list, not {value!r}.")
+        return tuple(_convert(typing.get_args(kind)[0], v, where) for v in value)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(kind)
+        if value is None and type(None) in options:
+            return None
+        return _convert(next(o for o in options if o is not type(None)), value, where)
+    if origin is dict or kind is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} must be a mapping, not {value!r}.")
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where} must be of type {kind.__name__}, not {value!r}.")
+    if kind is float and value != value:
+        raise UserError(f"{where} must be a number, not NaN.")
+    return value
+
+
+def _require(ok: bool, name: str, value: Any, wanted: str) -> None:
+    if not ok:
+        raise UserError(f"{name} is {value!r}; it must be {wanted}.")
+
+
+def _choice(name: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        hint = nearest(value, options) or f" Known: {', '.join(options)}."
+        raise UserError(f"Unknown value '{value}' for {name}.{hint}")

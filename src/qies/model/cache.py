@@ -1,0 +1,112 @@
+"""The cache of a hybrid stack: a constant-size state for entanglement layers, keys and values for attention."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from torch import Tensor
+
+
+class StateLayer(LinearAttentionLayer):
+    """One entanglement layer's memory: state [B,H,2m,V] fp32 and the convolution's last inputs [B,k-1,D]."""
+
+    is_compileable = False
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        _each_state(self, lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        _each_state(self, lambda t: t[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise ValueError("An entangled state cannot forget its last tokens, so this cache cannot be cropped.")
+
+
+class AttentionStateLayer(LinearAttentionAndFullAttentionLayer):
+    """An attention layer's keys and values, and the last inputs of its short convolution if it has one."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        _each_state(self, lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        _each_state(self, lambda t: t[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if any(self.is_conv_states_initialized.values()) and tokens_to_remove != 0:
+            raise ValueError("A layer with a short convolution cannot be cropped.")
+        super(LinearAttentionLayer, self).crop(tokens_to_remove)
+
+
+class QiesCache(DynamicCache):
+    """A `DynamicCache` whose layers follow `config.layer_types`, and that knows its size.
+
+    `get_seq_length()` also works for stacks without attention, where nothing else counts the tokens.
+    """
+
+    def __init__(self, config) -> None:
+        super().__init__(config=config)
+        kinds = {"linear_attention": StateLayer, "full_attention": AttentionStateLayer}
+        self.layers = [kinds[kind]() for kind in config.layer_types]
+        self.seen_tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.seen_tokens + query_length, 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen_tokens = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.seen_tokens -= abs(tokens_to_remove)
+
+    def state_bytes(self, *, entangled_only: bool = False) -> int:
+        """Bytes held now. The entangled part does not grow with the context; keys and values do."""
+        total = 0
+        for layer in self.layers:
+            tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            if not entangled_only and isinstance(layer, AttentionStateLayer):
+                tensors += [layer.keys, layer.values]
+            if entangled_only and isinstance(layer, AttentionStateLayer):
+                continue
+            total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return total
+
+
+def read_state(layer) -> Tensor | None:
+    """The recurrent state a layer holds, or None before the first token."""
+    return layer.recurrent_states[0] if layer is not None and layer.has_previous_state[0] else None
+
+
+def read_conv(layer) -> Tensor | None:
+    """The convolution inputs [B,k-1,D] a layer holds, or None before the first token."""
+    return layer.conv_states[0] if layer is not None and layer.is_conv_states_initialized[0] else None
+
+
+def write_state(layer, state: Tensor) -> None:
+    """Keep `state`; a layer without convolution is marked as filled too."""
+    layer.recurrent_states[0] = state.detach()
+    layer.is_recurrent_states_initialized[0] = True
+    layer.has_previous_state[0] = True
+    layer.device, layer.dtype = state.device, state.dtype
+
+
+def write_conv(layer, inputs: Tensor) -> None:
+    """Keep the last inputs of the short convolution."""
+    layer.conv_states[0] = inputs.detach()
+    layer.is_conv_states_initialized[0] = True
+    layer.device = inputs.device
+
+
+def _each_state(layer, change) -> None:
+    for states in (layer.conv_states, layer.recurrent_states):
+        for index, tensor in states.items():
+            if isinstance(tensor, torch.Tensor):
+                states[index] = change(tensor)

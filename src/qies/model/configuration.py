@@ -1,0 +1,104 @@
+"""`QiesConfig`: the shape of one model. Every arm is this configuration with other values."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from qies.errors import nearest
+
+CHOICES = {
+    "position": ("rope", "none"),
+    "mode": ("real", "complex"),
+    "phase": ("selective", "fixed", "none"),
+    "eigenvalues": ("unit", "signed", "disc"),
+    "decay": ("head", "channel"),
+    "gate": ("head", "channel", "none"),
+}
+
+
+class QiesConfig(PreTrainedConfig):
+    """Configuration of a QIES model.
+
+    Shape (legend B T D H m K V L):
+        vocab_size, hidden_size (D), num_hidden_layers (L), num_attention_heads (H), head_dim (K and V of every
+        head; even), intermediate_size (width of the ReLU^2 MLP), layer_types (`linear_attention` for an
+        entanglement layer E, `full_attention` for A; default E-E-E-A repeated, last layer A).
+    Attention layers:
+        position: "rope" or "none"; rope_theta; attention_conv_size: taps of the short convolution, 0 for none.
+    Entanglement layers:
+        mode: "real" or "complex" projector and values;
+        phase: "selective" (theta_t = phase_max * tanh(low-rank map of x_t), zero at the start), "fixed" (a learned
+        constant per channel) or "none"; phase_rank; phase_max in radians a token; phase_fraction: the share of a
+        head's complex channels that rotates;
+        eigenvalues: where lambda = 1 - beta lives: "unit" [0,1], "signed" [-1,1], "disc" (complex mode only);
+        decay: one alpha a "head" or a complex "channel"; conv_size: taps of the short convolution, 0 for none.
+    All layers:
+        gate: sigmoid output gate per "head", per "channel" or "none"; logit_softcap (0: none);
+        tie_word_embeddings (False).
+
+    Raises ValueError for a value outside the choices above or an inconsistent shape.
+    """
+
+    model_type = "qies"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 4096
+    hidden_size: int = 64
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 2
+    head_dim: int = 32
+    intermediate_size: int = 256
+    layer_types: list[str] | None = None
+    position: str = "none"
+    rope_theta: float = 10_000.0
+    max_position_embeddings: int = 32_768
+    attention_conv_size: int = 0
+    mode: str = "real"
+    phase: str = "selective"
+    phase_rank: int = 8
+    phase_max: float = 3.141592653589793
+    phase_fraction: float = 1.0
+    eigenvalues: str = "signed"
+    decay: str = "head"
+    conv_size: int = 4
+    gate: str = "head"
+    logit_softcap: float = 15.0
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs):
+        if self.layer_types is None:
+            self.layer_types = [
+                "full_attention" if (i + 1) % 4 == 0 or i == self.num_hidden_layers - 1 else "linear_attention"
+                for i in range(self.num_hidden_layers)
+            ]
+        for name, options in CHOICES.items():
+            value = getattr(self, name)
+            if value not in options:
+                hint = nearest(value, options) or f" Known: {', '.join(options)}."
+                raise ValueError(f"Unknown value '{value}' for model.{name}.{hint}")
+        if self.eigenvalues == "disc" and self.mode != "complex":
+            raise ValueError('model.eigenvalues="disc" needs model.mode="complex".')
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim is {self.head_dim}; it must be even (Re and Im halves).")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"model.layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}."
+            )
+        if not 0 <= self.phase_fraction <= 1:
+            raise ValueError(f"model.phase_fraction is {self.phase_fraction}; it must lie in [0, 1].")
+        super().__post_init__(**kwargs)
+
+    @property
+    def channels(self) -> int:
+        """m, the complex key channels of a head."""
+        return self.head_dim // 2
+
+    @property
+    def rotating(self) -> int:
+        """How many of the m complex channels of a head rotate."""
+        return round(self.phase_fraction * self.channels)

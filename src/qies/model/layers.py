@@ -1,0 +1,80 @@
+"""What every mixer shares: the short convolution, the output gate, and the MLP beside them. Legend: B T D H V."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qies.model.cache import read_conv, write_conv
+from qies.ops.activation import mlp, relu_squared
+from qies.ops.conv import causal_conv
+from qies.ops.norm import rms_norm
+
+
+class ShortConv(nn.Module):
+    """x + depthwise causal convolution of x over real (unpadded) tokens; the identity at the start.
+
+    Short convolutions before a mixer: Poli et al., arXiv:2302.10866; as a residual: Allen-Zhu, Physics of
+    Language Models 4.1.
+    """
+
+    def __init__(self, width: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, taps))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache=None) -> Tensor:
+        """x [B,T,D] -> [B,T,D]; mask [B,T] bool, False at pads; cache: the layer's memory or None."""
+        past = read_conv(cache)
+        if mask is None:
+            y, inputs = causal_conv(x, self.weight, past)
+        else:
+            # Pads may stand anywhere: bring the real tokens together, convolve, and put them back.
+            order = torch.argsort((~mask).long(), dim=1, stable=True)[..., None].expand_as(x)
+            real = (x * mask[..., None]).gather(1, order)
+            packed, _ = causal_conv(real, self.weight, past)
+            y = torch.zeros_like(packed).scatter(1, order, packed) * mask[..., None]
+            inputs = self._last_inputs(real, mask.sum(1), past)
+        if cache is not None:
+            write_conv(cache, inputs)
+        return x + y
+
+    def _last_inputs(self, real: Tensor, count: Tensor, past: Tensor | None) -> Tensor:
+        """The last k-1 real inputs of each row, [B,k-1,D]."""
+        keep = self.weight.shape[1] - 1
+        if past is None:
+            past = real.new_zeros(real.shape[0], keep, real.shape[2])
+        line = torch.cat([past.to(real.dtype), real], 1)
+        index = count[:, None] + torch.arange(keep, device=real.device)
+        return line.gather(1, index[..., None].expand(-1, -1, real.shape[2]))
+
+
+class OutputGate(nn.Module):
+    """gate(x) * RMSNorm_head(o), the last step of every mixer before its output projection."""
+
+    def __init__(self, width: int, heads: int, head_width: int, kind: str) -> None:
+        super().__init__()
+        self.kind, self.heads = kind, heads
+        out = {"none": 0, "head": heads, "channel": heads * head_width}[kind]
+        self.proj = nn.Linear(width, out, bias=False) if out else None
+
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        """x [B,T,D], o [B,T,H,V] -> [B,T,H*V] in the dtype of o."""
+        o = rms_norm(o)
+        if self.proj is not None:
+            gate = torch.sigmoid(self.proj(x)).to(o.dtype)
+            o = o * (gate[..., None] if self.kind == "head" else gate.view_as(o))
+        return o.flatten(2)
+
+
+class MLP(nn.Module):
+    """Two-layer network with the squared rectifier (So et al., arXiv:2109.08668), [B,T,D] -> [B,T,D]."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(self.up_proj) is nn.Linear and type(self.down_proj) is nn.Linear:
+            return mlp(x, self.up_proj.weight, self.down_proj.weight)
+        return self.down_proj(relu_squared(self.up_proj(x)))  # wrapped by an adapter such as LoRA

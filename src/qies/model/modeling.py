@@ -1,0 +1,236 @@
+"""The model: one backbone with a mixer slot, in the classes of transformers 5. Legend: B T D V L."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from qies.model.attention import Attention, rotary_angles
+from qies.model.cache import QiesCache
+from qies.model.configuration import QiesConfig
+from qies.model.entanglement import Entanglement
+from qies.model.layers import MLP, ShortConv
+from qies.objective import language_modelling
+from qies.ops.norm import rms_norm
+
+MIXERS = {"full_attention": Attention, "linear_attention": Entanglement}
+
+
+class QiesBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + MLP(norm(x)). The mixer is the only thing in which the arms differ."""
+
+    def __init__(self, config: QiesConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.mixer = MIXERS[config.layer_types[layer_idx]](config, layer_idx)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+        mixed, weights = self.mixer(rms_norm(x, self.eps), **kwargs)
+        x = x + mixed
+        return x + self.mlp(rms_norm(x, self.eps)), weights
+
+
+class QiesPreTrainedModel(PreTrainedModel):
+    config_class = QiesConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("QiesBlock",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _is_stateful = True  # an entangled state cannot be rolled back, so no assisted decoding
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        width = self.config.hidden_size
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1.0)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, ShortConv):
+            init.zeros_(module.weight)
+        elif isinstance(module, Attention):
+            init.ones_(module.q_scale)
+            init.zeros_(module.o_proj.weight)
+        elif isinstance(module, Entanglement):
+            module.reset_controls()
+            init.zeros_(module.o_proj.weight)
+        elif isinstance(module, MLP):
+            init.zeros_(module.down_proj.weight)
+        elif isinstance(module, QiesForCausalLM) and not self.config.tie_word_embeddings:
+            init.normal_(module.lm_head.weight, std=0.1 * width**-0.5)
+
+
+class QiesModel(QiesPreTrainedModel):
+    """Embedding, L blocks, final norm: token ids [B,T] -> hidden states [B,T,D]."""
+
+    def __init__(self, config: QiesConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(QiesBlock(config, i) for i in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        length = embeds.shape[1]
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = QiesCache(self.config)
+        if past_key_values is not None and not isinstance(past_key_values, QiesCache):
+            raise ValueError("past_key_values must be a qies.model.QiesCache: build it with QiesCache(model.config).")
+
+        mask = _pad_mask(attention_mask, length)
+        causal_mask = angles = None
+        if "full_attention" in self.config.layer_types:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            if position_ids is None:
+                position_ids = _positions(attention_mask, seen, length, embeds.device)
+            causal_mask = create_causal_mask(self.config, embeds, attention_mask, past_key_values, position_ids)
+            if self.config.position == "rope":
+                angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+
+        x = rms_norm(embeds, self.config.rms_norm_eps)
+        hidden_states, attentions = [x], []
+        for layer in self.layers:
+            x, weights = layer(
+                x, angles=angles, causal_mask=causal_mask, mask=mask, past_key_values=past_key_values
+            )
+            hidden_states.append(x)
+            attentions.append(weights)
+        x = rms_norm(x, self.config.rms_norm_eps)
+        if past_key_values is not None:
+            past_key_values.seen_tokens += length
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
+    """A QIES language model. With `labels` the loss is the whole objective, in nats a token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (the name is transformers')
+
+    def __init__(self, config: QiesConfig) -> None:
+        super().__init__(config)
+        self.model = QiesModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits [B,T,V], soft-capped, and the loss.
+
+        labels [B,T] are the inputs themselves, shifted here; `shift_labels` [B,T] are given already shifted.
+        -100 is ignored. The loss is their mean, or their sum over `num_items_in_batch` where the trainer
+        accumulates gradients. While training with labels the logits are not kept (`logits` is None): the loss
+        comes straight from the hidden states.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = out.last_hidden_state
+        loss = logits = None
+        if labels is not None and shift_labels is None:
+            shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if shift_labels is not None:
+            loss = language_modelling(
+                hidden, self.lm_head.weight, shift_labels, self.config.logit_softcap, num_items_in_batch
+            )
+        if loss is None or not self.training:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep]).float()
+            cap = self.config.logit_softcap
+            logits = cap * torch.tanh(logits / cap) if cap else logits
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
+    @contextmanager
+    def read_state(self, on: bool = True) -> Iterator[None]:
+        """Within this context every entanglement layer's read-out is on or off; the states evolve either way."""
+        layers = [m for m in self.modules() if isinstance(m, Entanglement)]
+        before = [layer.reads for layer in layers]
+        for layer in layers:
+            layer.reads = on
+        try:
+            yield
+        finally:
+            for layer, was in zip(layers, before, strict=True):
+                layer.reads = was
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        given = model_kwargs.get("past_key_values") is not None
+        if not given and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise ValueError(
+                    f"cache_implementation='{generation_config.cache_implementation}' does not fit an entangled state; "
+                    "leave it out."
+                )
+            model_kwargs["past_key_values"] = QiesCache(self.config)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _pad_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The present tokens' [B,T] bool mask, or None when nothing is padded."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    mask = attention_mask[:, -length:].bool()
+    return None if bool(mask.all()) else mask
+
+
+def _positions(attention_mask: Tensor | None, seen: int, length: int, device) -> Tensor:
+    """Position of each present token among the real ones, [B,T]."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return torch.arange(seen, seen + length, device=device)[None]
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]

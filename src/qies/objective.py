@@ -1,0 +1,28 @@
+"""What a model is trained for, and the unit it is judged in."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from qies.ops.loss import linear_cross_entropy
+
+
+def language_modelling(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, count: Tensor | int | None = None
+) -> Tensor:
+    """Mean cross-entropy in nats a token: hidden [..,D], head weight [V,D], targets [..] (-100: ignored).
+
+    With `count` the sum is divided by it instead, so that accumulated micro-batches add up to one mean.
+    """
+    flat, goal = hidden.flatten(0, -2), targets.flatten()
+    mean = linear_cross_entropy(flat, weight, goal, softcap=softcap or None)
+    if count is None:
+        return mean
+    return mean * (goal != -100).sum() / count
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Summed cross-entropy in nats of a text of `n_bytes` UTF-8 bytes -> bits a byte, free of the tokenizer."""
+    return nats / (math.log(2) * n_bytes)
