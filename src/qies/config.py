@@ -242,6 +242,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as text
+        except ValueError:
+            pass
     if kind is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if kind is int and isinstance(value, float) and value.is_integer():

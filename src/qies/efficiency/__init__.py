@@ -1,0 +1,1 @@
+"""What a model costs: FLOPs now, memory and latency beside them."""

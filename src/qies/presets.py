@@ -1,0 +1,184 @@
+"""Sizes and arms as functions of N, the non-embedding parameters. Imports no torch.
+
+One number decides a model: `settings(arm, size)` gives depth, width and heads, and solves for the MLP width that
+brings every arm of a size to the same N. One rule covers 50k to 10b.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qies.errors import UserError, nearest
+
+SIZES = ("50k", "100k", "200k", "400k", "800k", "1.6m", "3m", "6m", "25m", "100m", "350m", "1b", "3b", "10b")
+TOLERANCE = 0.01  # every arm of a size has N to within this share
+
+_HYBRID = {"position": "none", "conv_size": 4}
+ARMS: dict[str, dict[str, Any]] = {
+    "transformer": {"position": "rope", "attention_everywhere": True},
+    "qies": {**_HYBRID, "phase": "selective"},
+    "no_phase": {**_HYBRID, "phase": "none"},
+    "fixed_phase": {**_HYBRID, "phase": "fixed"},
+    "complex": {**_HYBRID, "phase": "selective", "mode": "complex", "eigenvalues": "disc"},
+}
+
+# The fields of QiesConfig that a study may override, with their defaults (tested against the class itself).
+MODEL_FIELDS: dict[str, Any] = {
+    "num_hidden_layers": None,
+    "hidden_size": None,
+    "num_attention_heads": None,
+    "head_dim": None,
+    "intermediate_size": None,
+    "position": "none",
+    "rope_theta": 10_000.0,
+    "max_position_embeddings": 32_768,
+    "attention_conv_size": 0,
+    "mode": "real",
+    "phase": "selective",
+    "phase_rank": 8,
+    "phase_max": math.pi,
+    "phase_fraction": 1.0,
+    "eigenvalues": "signed",
+    "decay": "head",
+    "conv_size": 4,
+    "gate": "head",
+    "logit_softcap": 15.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+
+
+def parse_size(size: str) -> int:
+    """'50k' -> 50_000, '1.5m' -> 1_500_000, '10b' -> 10_000_000_000. Raises UserError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb])", str(size).lower())
+    number = round(float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[2]]) if match else 0
+    if not 20_000 <= number <= 20_000_000_000:
+        hint = nearest(size, SIZES) or " Write a number with k, m or b, from 20k to 20b, such as 400k."
+        raise UserError(f"Unknown value '{size}' for size.{hint}")
+    return number
+
+
+def shape(parameters: int) -> dict[str, int]:
+    """Depth, width and heads for N non-embedding parameters: a multiple of four layers (E-E-E-A), D^2 = N/(12 L).
+
+    Depth grows as N^0.2 and is 8 at 6 M, so that width carries most of the growth (Kaplan et al., arXiv:2001.08361,
+    find loss flat in the aspect ratio over a wide range).
+    """
+    layers = 4 * max(1, round(2 * (parameters / 6e6) ** 0.2))
+    width = math.sqrt(parameters / (12 * layers))
+    head = 16 if width < 56 else 32 if width < 288 else 64 if width < 1100 else 128
+    heads = max(2, round(width / head))
+    return {
+        "num_hidden_layers": layers, "hidden_size": heads * head, "num_attention_heads": heads, "head_dim": head,
+    }
+
+
+def settings(arm: str, size: str, vocab_size: int, **overrides: Any) -> dict[str, Any]:
+    """The keyword arguments of `QiesConfig` for an arm and size.
+
+    `overrides` replace single fields; the MLP width then still brings the model to the size's N, unless it is
+    given itself. Raises UserError for unknown names, or when no MLP width gives N to within 1 %.
+    """
+    if arm not in ARMS:
+        raise UserError(f"Unknown value '{arm}' for arm.{nearest(arm, ARMS) or f' Known: {chr(44).join(ARMS)}.'}")
+    for key, value in overrides.items():
+        if key not in MODEL_FIELDS:
+            raise UserError(f"Unknown key 'model.{key}'.{nearest(key, MODEL_FIELDS)}")
+        default = MODEL_FIELDS[key]
+        kind = int if default is None else type(default)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            overrides[key] = float(value)
+        elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise UserError(f"model.{key} must be of type {kind.__name__}, not {value!r}.")
+    target = parse_size(size)
+    everywhere = ARMS[arm].get("attention_everywhere", False)
+    values = {**MODEL_FIELDS, **shape(target)}
+    values.update({k: v for k, v in ARMS[arm].items() if k != "attention_everywhere"})
+    values.update(overrides)
+    layers = values["num_hidden_layers"]
+    values["layer_types"] = [
+        "full_attention" if everywhere or (i + 1) % 4 == 0 or i == layers - 1 else "linear_attention"
+        for i in range(layers)
+    ]
+    values["vocab_size"] = vocab_size
+    values["phase_rank"] = overrides.get("phase_rank", max(8, values["hidden_size"] // 16))
+    if values["intermediate_size"] is None:
+        values["intermediate_size"] = _mlp_width(values, target, size, arm)
+    return values
+
+
+def _mlp_width(values: dict[str, Any], target: int, size: str, arm: str) -> int:
+    """The MLP width that brings the model to `target`, as round a number as the tolerance allows."""
+    fixed = count_parameters({**values, "intermediate_size": 0})["non_embedding"]
+    each = 2 * values["hidden_size"] * values["num_hidden_layers"]
+    exact = (target - fixed) / each
+    for step in (128, 64, 32, 16, 8, 4, 2, 1):
+        width = round(exact / step) * step
+        if width >= 1 and abs(fixed + each * width - target) <= TOLERANCE / 2 * target:
+            return width
+    raise UserError(
+        f"Arm {arm} cannot have {size} parameters with these overrides: its mixers alone hold {fixed:,}; "
+        "lower model.hidden_size or model.num_hidden_layers."
+    )
+
+
+def count_parameters(values: Mapping[str, Any]) -> dict[str, int]:
+    """Parameters by group of the model that `values` describe, in closed form.
+
+    Groups: embedding, head, attention, entanglement, convolution, mlp; with the sums non_embedding (all but
+    embedding and head) and total.
+    """
+    d, heads, k = values["hidden_size"], values["num_attention_heads"], values["head_dim"]
+    inner = heads * k
+    gate = {"none": 0, "head": heads, "channel": inner}[values["gate"]]
+    attention = 4 * d * inner + k + d * gate
+
+    wide = inner * (2 if values["mode"] == "complex" else 1)
+    gate = {"none": 0, "head": heads, "channel": wide}[values["gate"]]
+    beta = heads * (2 if values["eigenvalues"] == "disc" else 1)
+    decay = heads * (k // 2 if values["decay"] == "channel" else 1)
+    turning = heads * round(values["phase_fraction"] * (k // 2))
+    entanglement = 2 * d * inner + 2 * d * wide + d * (beta + decay + gate) + beta + 2 * decay
+    if values["phase"] != "none":
+        entanglement += turning
+    if values["phase"] == "selective":
+        entanglement += values["phase_rank"] * (d + turning)
+
+    kinds = values["layer_types"]
+    n_attention, n_entangled = kinds.count("full_attention"), kinds.count("linear_attention")
+    out = {
+        "embedding": values["vocab_size"] * d,
+        "head": 0 if values["tie_word_embeddings"] else values["vocab_size"] * d,
+        "attention": n_attention * attention,
+        "entanglement": n_entangled * entanglement,
+        "convolution": d * (n_attention * values["attention_conv_size"] + n_entangled * values["conv_size"]),
+        "mlp": len(kinds) * 2 * d * values["intermediate_size"],
+    }
+    out["non_embedding"] = sum(out[g] for g in ("attention", "entanglement", "convolution", "mlp"))
+    out["total"] = out["non_embedding"] + out["embedding"] + out["head"]
+    return out
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Learning rates by parameter group, before schedule and `train.lr_scale`."""
+
+    matrix_lr: float  # Muon, hidden matrices
+    embedding_lr: float  # AdamW
+    head_lr: float  # AdamW
+    vector_lr: float  # AdamW: biases, convolutions, scales and the small control maps
+
+
+def hyperparameters(parameters: int, tokens: int) -> Hyperparameters:
+    """The rule for every arm alike. Muon's step has a fixed spectral size, so its rate does not depend on the width
+
+    (Jordan et al., Muon, 2024); AdamW rates for embedding and head fall with the width as D^-1/2 from their value at
+    D = 64. `tokens` is taken for rules that need the budget; this one does not.
+    """
+    width = shape(parameters)["hidden_size"]
+    scale = (width / 64) ** -0.5
+    return Hyperparameters(matrix_lr=0.02, embedding_lr=0.1 * scale, head_lr=0.01 * scale, vector_lr=0.01)

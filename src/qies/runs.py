@@ -1,0 +1,138 @@
+"""Run records: one readable JSON a run, and a line a step beside it. Facts are read from here and nowhere else."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from qies import __version__
+from qies.config import RunConfig, content_hash, to_dict
+from qies.errors import UserError
+
+SCHEMA = 1
+STATUSES = ("planned", "running", "done", "failed", "diverged")
+
+
+def plan(config: RunConfig, vocab_size: int) -> dict[str, Any]:
+    """The record of a run that has not started: everything that is known before anything is spent."""
+    from qies import presets
+    from qies.efficiency import flops
+
+    values = presets.settings(config.arm, config.size, vocab_size, **config.model)
+    per_token = flops.training_flops_per_token(values, config.train.seq_len)
+    tokens = config.steps * config.train.seq_len * config.train.batch_size
+    return {
+        "schema": SCHEMA,
+        "arm": config.arm,
+        "size": config.size,
+        "seed": config.seed,
+        "status": "planned",
+        "config": to_dict(config),
+        "config_hash": content_hash(config),
+        "model": values,
+        "params": presets.count_parameters(values),
+        "tokens": tokens,
+        "steps": config.steps,
+        "flops_per_token": per_token,
+        "flops": per_token * tokens,
+        "flops_convention": flops.CONVENTION,
+        "code_version": code_version(),
+        "environment": environment(),
+        "metrics": {},
+        "wall_seconds": None,
+        "tokens_per_second": None,
+        "peak_memory_bytes": None,
+    }
+
+
+def write(folder: Path, record: dict[str, Any]) -> None:
+    """Replace `folder/run.json` in one step, so that a reader never sees half of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", record)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a temporary name beside `path` and rename it into place."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The record in `folder`, or None when there is none. Raises UserError when it cannot be read."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON; delete that run's folder and run it again.") from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise UserError(f"{path} is not a run record of schema {SCHEMA}; delete that run's folder and run it again.")
+    return record
+
+
+def query(folder: Path, **equal: Any) -> list[dict[str, Any]]:
+    """Every record below `folder` (a study or its `runs`) whose fields equal the given values, in name order."""
+    records = [read(path.parent) for path in sorted(folder.glob("**/run.json"))]
+    return [r for r in records if r is not None and all(r.get(k) == v for k, v in equal.items())]
+
+
+def append(folder: Path, row: dict[str, Any]) -> None:
+    """Add one line to the run's metrics.jsonl."""
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def truncate_steps(folder: Path, step: int) -> None:
+    """Keep the rows before `step`: what a resumed run will do again is not counted twice."""
+    rows = [row for row in steps(folder) if row["step"] < step]
+    partial = folder / ".metrics.jsonl"
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, folder / "metrics.jsonl")
+
+
+@cache
+def code_version() -> str:
+    """The package's version, with the commit when it runs from a git checkout."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        tracked = ["git", "-C", str(here), "ls-files", "--error-unmatch", __file__]
+        subprocess.run(tracked, capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+{commit}"
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Versions and the machine, as far as they can change a result."""
+    packages = ("torch", "transformers", "tokenizers", "numpy")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        **{p: importlib.metadata.version(p) for p in packages},
+    }

@@ -1,0 +1,1 @@
+"""Training: one loop, its optimizers, its schedule and its checkpoints."""

@@ -1,0 +1,79 @@
+"""Optimizers: Muon for the hidden matrices, AdamW for everything else. The same rule for every arm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from qies.presets import Hyperparameters
+
+CONTROLS = ("control_proj", "phase_down", "phase_up", "gate.proj")  # small maps that steer, rather than mix
+
+
+class Optimizers:
+    """The pair of optimizers of one model, stepped and saved as one."""
+
+    def __init__(self, model: nn.Module, rates: Hyperparameters, weight_decay: float, scale: float = 1.0) -> None:
+        groups = parameter_groups(model)
+        self.names = {p: n for group in groups.values() for n, p in group}
+        matrices, rest = [p for _, p in groups["matrix"]], []
+        for kind in ("embedding", "head", "vector"):
+            if groups[kind]:
+                rate = scale * getattr(rates, f"{kind}_lr")
+                rest.append({"params": [p for _, p in groups[kind]], "lr": rate})
+        muon = torch.optim.Muon(matrices, lr=scale * rates.matrix_lr, weight_decay=weight_decay, momentum=0.95)
+        adam = torch.optim.AdamW(rest, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+        self.all = (muon, adam)
+        self.base = [[g["lr"] for g in o.param_groups] for o in self.all]
+
+    def step(self, factor: float) -> None:
+        """Apply the gradients with every learning rate times `factor`, then clear them."""
+        for optimizer, base in zip(self.all, self.base, strict=True):
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * factor
+            optimizer.step()
+        self.clear()
+
+    def clear(self) -> None:
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every state tensor under `optimizer.<parameter>.<key>`."""
+        return {
+            f"optimizer.{self.names[p]}.{key}": torch.as_tensor(value)
+            for optimizer in self.all
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`, from tensors of a checkpoint (other keys are left alone)."""
+        by_name = {n: p for p, n in self.names.items()}
+        owner = {p: o for o in self.all for g in o.param_groups for p in g["params"]}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                name, _, entry = key.removeprefix("optimizer.").rpartition(".")
+                owner[by_name[name]].state[by_name[name]][entry] = value
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Named parameters as `matrix` (Muon), `embedding`, `head` and `vector` (AdamW); each in exactly one."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embedding": [], "head": [], "vector": []}
+    for name, p in _unique(model.named_parameters()):
+        if "embed_" in name:
+            kind = "embedding"
+        elif name.startswith("lm_head"):
+            kind = "head"
+        elif p.ndim == 2 and ".conv." not in name and not any(c in name for c in CONTROLS):
+            kind = "matrix"
+        else:
+            kind = "vector"
+        groups[kind].append((name, p))
+    return groups
+
+
+def _unique(named: Iterable[tuple[str, nn.Parameter]]) -> Iterable[tuple[str, nn.Parameter]]:
+    return ((n, p) for n, p in named if p.requires_grad)
