@@ -1,15 +1,29 @@
-"""Next-token cross-entropy straight from the hidden states: the `[N, V]` logits are never kept.
+"""Next-token cross-entropy straight from the hidden states: the `[N, V]` logits are never held at once.
 
 Legend: N tokens, D model width, V vocabulary.
+
+The fast path goes through the tokens in chunks and makes the gradients on the way forward, so that each
+logit is computed once and dies in cache. Its logits stand as `[V, chunk]`, the layout with the fastest matrix
+products. Soft-capped logits are bounded, so the softmax needs no maximum. Its denominator is known only when the
+whole vocabulary has passed; it scales the `[chunk, D]` operands of the gradients' products, not the logits.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qies.errors import UserError
+from qies.ops.autograd import first_order
+
+TILE = 1 << 17  # logits at work at once: two fp32 copies and a bf16 one fit a 2 MB cache
+CHUNK = 512  # most tokens whose logits are held at once
+HELD = 1 << 23  # most logits held at once, unless that left fewer than CHUNK_MIN tokens
+CHUNK_MIN = 256
+LARGEST_CAP = 60.0  # beyond, exp(softcap) times a large vocabulary may overflow fp32
 
 
 def linear_cross_entropy(
@@ -23,11 +37,35 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy in nats of `targets` under logits = softcap * tanh(hidden weight^T / softcap).
 
-    hidden `[N, D]`, weight `[V, D]`, targets int64 `[N]` in [0, V) or `ignore_index`. `softcap=None` leaves the logits
-    as they are. "mean" averages over the targets that are not ignored (0 when all are); "none" gives `[N]`, 0 where
-    ignored. fp32 (float64 for float64 input). Soft-capping of logits: Gemma 2, arXiv:2408.00118.
+    hidden `[N, D]`, weight `[V, D]`, targets int64 `[N]` in [0, V) or `ignore_index`. `softcap=None` leaves
+    the logits as they are. "mean" averages over the targets that are not ignored (0 when all are); "none" gives
+    `[N]`, 0 where ignored. The product runs in autocast's dtype, all else and the result in fp32 (float64 for
+    float64). Where the fast path runs (on CPU, for "mean") it has no second derivative. Raises UserError for
+    shapes that do not fit.
+    Soft-capping of logits: Gemma 2, arXiv:2408.00118.
     """
-    return _definition(hidden, weight, targets, softcap, ignore_index, reduction)
+    if hidden.dim() != 2 or weight.shape[1:] != hidden.shape[1:] or targets.shape != hidden.shape[:1]:
+        raise UserError(
+            "linear_cross_entropy takes hidden [N, D], weight [V, D] and targets [N]; got "
+            f"{list(hidden.shape)}, {list(weight.shape)} and {list(targets.shape)}."
+        )
+    if reduction not in ("mean", "none"):
+        raise UserError(f"reduction must be 'mean' or 'none', not {reduction!r}.")
+    if softcap is not None and not softcap > 0:
+        raise UserError(f"softcap must be positive, or None for no cap; got {softcap}.")
+    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    dtype = _product_dtype(hidden, weight)
+    if (
+        dtype is None
+        or hidden.numel() == 0
+        or (wants_grad and reduction == "none")
+        or (softcap is not None and softcap > LARGEST_CAP)
+    ):
+        return _definition(hidden, weight, targets, softcap, ignore_index, reduction)
+    if wants_grad:
+        return _LinearCrossEntropy.apply(hidden, weight, targets, softcap, ignore_index, dtype)
+    losses, _, _ = _chunked(hidden, weight, targets, softcap, ignore_index, dtype, False, False)
+    return losses if reduction == "none" else losses.sum() / _count(targets, ignore_index)
 
 
 def _definition(
@@ -38,6 +76,126 @@ def _definition(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
-    if reduction == "none":
-        return losses
-    return losses.sum() / (targets != ignore_index).sum().clamp(min=1)
+    return losses if reduction == "none" else losses.sum() / _count(targets, ignore_index)
+
+
+def _count(targets: Tensor, ignore_index: int) -> Tensor:
+    return (targets != ignore_index).sum().clamp(min=1)
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The dtype of hidden @ weight^T where the fast path can run, else None."""
+    if hidden.device.type != "cpu" or weight.device.type != "cpu":
+        return None
+    dtypes = {hidden.dtype, weight.dtype}
+    if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:
+        dtypes = {torch.get_autocast_dtype("cpu")}
+    dtype = dtypes.pop()
+    return dtype if not dtypes and dtype in (torch.bfloat16, torch.float32, torch.float64) else None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        softcap: float | None,
+        ignore_index: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        losses, *grads = _chunked(
+            hidden, weight, targets, softcap, ignore_index, dtype, hidden.requires_grad, weight.requires_grad
+        )
+        ctx.save_for_backward(*grads)
+        return losses.sum() / _count(targets, ignore_index)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad.item()
+        grads = (g if g is None or scale == 1.0 else g * scale for g in ctx.saved_tensors)
+        return (*grads, None, None, None, None)
+
+
+def _chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses `[N]` and, where wanted, the gradients of their mean with respect to hidden and weight."""
+    tokens, width = hidden.shape
+    vocab = weight.shape[0]
+    kept = targets != ignore_index
+    targets = targets.where(kept, 0)
+    if targets.min() < 0 or targets.max() >= vocab:
+        raise UserError(f"a target lies outside [0, {vocab}) and is not {ignore_index}; check the token ids.")
+
+    wide = torch.promote_types(dtype, torch.float32)
+    cap = 1.0 if softcap is None else softcap
+    x = hidden.detach().to(dtype)
+    w = (weight.detach() / cap).to(dtype)
+    w_t = w.T.contiguous()
+    rate = kept.to(wide) / kept.sum().clamp(min=1)
+    losses = x.new_empty(tokens, dtype=wide)
+    d_hidden = x.new_empty(tokens, width, dtype=wide) if hidden_grad else None
+    d_weight = x.new_zeros(vocab, width, dtype=wide) if weight_grad else None
+
+    chunk = min(CHUNK, max(CHUNK_MIN, HELD // vocab))
+    chunk = -(-tokens // -(-tokens // chunk))  # as many chunks, of equal size
+    held = x.new_empty(vocab * chunk)
+    work = x.new_empty(2, max(TILE, chunk), dtype=wide)
+    column = torch.arange(chunk, device=x.device)
+    for start in range(0, tokens, chunk):
+        span = slice(start, start + chunk)
+        count = len(x[span])
+        logits = held[: vocab * count].view(vocab, count)
+        torch.mm(w, x[span].T, out=logits)
+        at_target = targets[span] * count + column[:count]
+        target = logits.take(at_target).to(wide)
+        peak = torch.zeros_like(target) if softcap else logits.amax(0).to(wide)
+        slope = torch.ones_like(target)
+        if softcap:
+            slope -= target.tanh_().square()
+        target.mul_(cap).sub_(peak)
+        total = torch.zeros_like(target)
+        for tile in logits.split(max(1, TILE // count)):
+            total += _exponentials(tile, softcap, peak, work, hidden_grad or weight_grad)
+        losses[span] = total.log() - target
+
+        # logits holds exp(logit - peak) d logit / d product: a gradient but for targets and rate / total
+        if hidden_grad or weight_grad:
+            logits.put_(at_target, ((target.exp() - total) * slope).to(dtype))
+        scale = (rate[span] / total).unsqueeze(1)
+        if d_hidden is not None:
+            torch.mul(torch.mm(w_t, logits).T, scale * cap, out=d_hidden[span])
+        if d_weight is not None:
+            scaled = (x[span] * scale).to(dtype)
+            rows = max(1, 2 * TILE // width)
+            for part, tile in zip(d_weight.split(rows), logits.split(rows), strict=True):
+                part += torch.mm(tile, scaled).to(wide)
+    return losses.where(kept, 0), d_hidden, d_weight
+
+
+def _exponentials(tile: Tensor, softcap: float | None, peak: Tensor, work: Tensor, keep: bool) -> Tensor:
+    """Sums over the vocabulary of exp(logit - peak). `[v, n]` products -> `[n]`.
+
+    With `keep` the tile is overwritten by exp(logit - peak) d logit / d product.
+    """
+    exps, tanhs = work[:, : tile.numel()].view(2, *tile.shape)
+    if softcap:
+        torch.mul(tanhs.copy_(tile).tanh_(), softcap, out=exps)
+    else:
+        exps.copy_(tile).sub_(peak)
+    total = exps.exp_().sum(0)
+    if keep:
+        if softcap:  # exps * (1 - tanhs^2) in one pass
+            torch.ops.aten.tanh_backward.grad_input(exps, tanhs, grad_input=exps)
+        tile.copy_(exps)
+    return total
