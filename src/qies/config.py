@@ -72,8 +72,8 @@ class RunConfig:
     size: str = "100k"
     tokens: int = 1_000_000
     seed: int = 0
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     model: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,8 +98,8 @@ class StudyConfig:
     sizes: tuple[str, ...] = ("50k", "100k", "200k", "400k")
     seeds: tuple[int, ...] = (0,)
     tokens_per_parameter: float = 6.0
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     model: dict[str, Any] = field(default_factory=dict)
     workers: int = 0  # runs side by side; 0: one a core, each with one thread
     prompts: tuple[str, ...] = (
@@ -209,6 +209,20 @@ def merge(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 def save(config: Any, path: Path) -> None:
     """Write a configuration as YAML."""
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def replace_data(config: RunConfig, source: str) -> RunConfig:
+    """`config` on another corpus: a source's name or path, or a folder of shards, whose own settings then hold."""
+    manifest = Path(source) / "manifest.json"
+    if manifest.is_file():
+        try:
+            built = json.loads(manifest.read_text(encoding="utf-8"))["config"]
+            data = dataclasses.replace(from_dict(DataConfig, built, f"{manifest} config"), source=source)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{manifest} is not a manifest of token shards; build it with qies data build.") from None
+    else:
+        data = dataclasses.replace(config.data, source=source)
+    return dataclasses.replace(config, data=data)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

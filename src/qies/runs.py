@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,6 +82,26 @@ def read(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+@contextmanager
+def lock(folder: Path, patience: float = 30.0) -> Iterator[None]:
+    """Hold the run's folder for this process; the kernel lets go when it dies.
+
+    Raises UserError when another process still holds it after `patience` seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as handle:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"{folder} is in use by another process; wait for it or stop it.") from None
+                time.sleep(0.2)
+        yield
+
+
 def query(folder: Path, **equal: Any) -> list[dict[str, Any]]:
     """Every record below `folder` (a study or its `runs`) whose fields equal the given values, in name order."""
     records = [read(path.parent) for path in sorted(folder.glob("**/run.json"))]
@@ -93,13 +117,17 @@ def append(folder: Path, row: dict[str, Any]) -> None:
 def steps(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
     path = folder / "metrics.jsonl"
+    return parse_rows(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def parse_rows(text: str) -> list[dict[str, Any]]:
+    """JSON lines up to the first that is not whole."""
     rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+    for line in text.splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
     return rows
 
 

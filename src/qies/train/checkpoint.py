@@ -52,6 +52,11 @@ def newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     return None
 
 
+def remove(folder: Path) -> None:
+    """Delete every checkpoint below `folder`: the finished run keeps its model instead."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def broken(path: Path) -> str | None:
     """What is wrong with the checkpoint at `path`, or None."""
     try:

@@ -1,0 +1,3 @@
+from qies.cli import main
+
+main()

@@ -1,0 +1,389 @@
+"""The command line: `qies VERB`. Each verb is one call into the package; bad input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import io
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional
+
+from qies.errors import UserError, nearest
+
+Overrides = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
+
+
+def study(
+    what: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[STUDY.yaml] [KEY=VALUE ...]")] = (),
+    /,
+    preset: str | None = None,
+    out: Path | None = None,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """The main job: plan every run, train, evaluate, fit, analyse, write report.html.
+
+    Finished runs are not done again; a killed study goes on where it stopped.
+
+    For example:
+
+        qies study --preset quick
+        qies study --preset quick --dry-run
+        qies study my.yaml --out results/mine seeds=[0,1,2] train.seq_len=256
+
+    Args:
+        what: A study file, and dotted overrides of its keys.
+        preset: A study that comes with the package: quick.
+        out: Where results go; by default results/NAME.
+        dry_run: Print every run with parameters, FLOPs, tokens and estimated time, and stop.
+        json: Print the run records (or with --dry-run the planned ones) as JSON.
+    """
+    from qies import config, ladder, runs
+    from qies import study as studies
+
+    files = [w for w in what if "=" not in w]
+    overrides = [w for w in what if "=" in w]
+    if len(files) + (preset is not None) != 1:
+        raise UserError("Give one study: a STUDY.yaml or --preset quick.")
+    if preset is not None:
+        chosen = studies.preset(preset, tuple(overrides))
+    else:
+        chosen = config.load(config.StudyConfig, files[0], overrides)
+    folder = out or Path("results") / chosen.name
+    console = Console(stderr=json)
+    if dry_run:
+        records = [runs.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
+        _show(json, records, lambda: console.print(studies.plan_table(chosen)))
+        workers = chosen.workers or ladder.cores()
+        total = studies.estimate(chosen)
+        console.print(f"about {studies.clock(sum(total) / workers)} on {workers} cores; nothing was run.")
+        return
+    studies.claim(chosen, folder)
+    if not json:
+        console.print(studies.plan_table(chosen))
+    records = studies.run_study(chosen, folder, console)
+    from qies.report.page import build_report
+
+    page = build_report(folder)
+    _show(json, records, lambda: console.print(studies.result_table(chosen, records)))
+    console.print(f"report: {page}")
+    failed = [r for r in records if r["status"] == "failed"]
+    if failed:
+        where = ", ".join(str(folder / "runs" / r["config_hash"] / "error.log") for r in failed)
+        raise RuntimeError(f"{len(failed)} runs failed; see {where}")
+
+
+def plan(
+    overrides: Overrides = (),
+    /,
+    arm: str = "qies",
+    size: str = "100k",
+    tokens: int | None = None,
+    vocab_size: int = 4096,
+    seq_len: int = 512,
+    json: bool = False,
+) -> None:
+    """What an arm and size would cost: parameters by group, FLOPs, memory, state bytes. Nothing is built.
+
+    For example:
+
+        qies plan --arm qies --size 400k
+        qies plan --arm transformer --size 10b --tokens 200000000000 --seq-len 4096
+        qies plan --size 400k head_dim=64
+
+    Args:
+        overrides: Model fields to replace.
+        arm: qies, transformer, no_phase, fixed_phase or complex.
+        size: Non-embedding parameters, from 20k to 20b.
+        tokens: Training tokens; by default 20 a parameter.
+        vocab_size: Tokens in the vocabulary.
+        seq_len: Length of the training windows.
+        json: Print JSON.
+    """
+    from qies import config, presets
+    from qies.efficiency.plan import plan_model, plan_text
+
+    values = presets.settings(arm, size, vocab_size, **config.merge({}, overrides))
+    result = plan_model(values, arm, size, tokens, seq_len)
+    _show(json, result, lambda: Console().print(plan_text(result)))
+
+
+def data(
+    action: Positional[Literal["build"]],
+    source: Positional[str],
+    /,
+    out: Path,
+    vocab_size: int = 4096,
+    val_fraction: float = 0.03,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Corpus to token shards: documents split by document, de-duplicated, tokenised, hashed.
+
+    For example:
+
+        qies data build builtin --out data/builtin
+        qies data build my_texts/ --out data/mine --vocab-size 8192
+
+    Args:
+        action: build.
+        source: "builtin", or a text file, a folder or a glob.
+        out: The folder of shards to write.
+        vocab_size: Size of the byte-level BPE vocabulary to train.
+        val_fraction: Share of the documents held out.
+        seed: Which documents are held out.
+        json: Print the manifest.
+    """
+    from qies.config import DataConfig
+    from qies.data.shards import build_shards
+
+    manifest = build_shards(DataConfig(source, vocab_size, val_fraction, seed), out)
+    _show(json, manifest.to_dict(), lambda: Console().print(manifest.summary()))
+
+
+def train(
+    overrides: Overrides = (),
+    /,
+    out: Path | None = None,
+    config: Path | None = None,
+    arm: str | None = None,
+    size: str | None = None,
+    data: str | None = None,
+    tokens: int | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    resume: bool = True,
+    json: bool = False,
+) -> None:
+    """Train one run. The same command again resumes it, or finds it done.
+
+    For example:
+
+        qies train --arm qies --size 100k --tokens 1000000 --out runs/first
+        qies train --arm transformer --size 100k --data my_texts/ --out runs/mine train.batch_size=4
+        qies train --config run.yaml --out runs/second model.conv_size=0
+
+    Args:
+        overrides: Dotted keys of the run's configuration.
+        out: The run's folder (required).
+        config: A YAML file of a run; the other options replace its values.
+        arm: qies, transformer, no_phase, fixed_phase or complex.
+        size: Non-embedding parameters, such as 100k.
+        data: "builtin", a text file, folder or glob, or a folder that `qies data build` wrote.
+        tokens: Training tokens.
+        seed: Of the initial weights and the data order.
+        threads: Processor threads; by default one.
+        resume: Whether to go on in a folder that holds this run; --no-resume refuses.
+        json: Print the run record.
+    """
+    import torch
+
+    from qies import config as configs
+    from qies import runs
+    from qies.data.shards import build_shards, open_shards
+    from qies.train.loop import train as run
+
+    if out is None:
+        raise UserError("Give --out DIR, the folder of this run.")
+    named = {"arm": arm, "size": size, "tokens": tokens, "seed": seed}
+    flags = [f"{k}={v}" for k, v in named.items() if v is not None]
+    if config is not None:
+        chosen = configs.load(configs.RunConfig, config, [*flags, *overrides])
+    else:
+        chosen = configs.from_dict(configs.RunConfig, configs.merge({}, [*flags, *overrides]))
+    if data is not None:
+        chosen = configs.replace_data(chosen, data)
+    if not resume and runs.read(out) is not None:
+        raise UserError(f"{out} holds a run already; leave --no-resume out or give another --out.")
+    built = Path(chosen.data.source)
+    runs.plan(chosen, chosen.data.vocab_size)
+    if not (built / "manifest.json").is_file():
+        built = out / "data"
+        build_shards(chosen.data, built)
+    shards = open_shards(built)
+    shards.require(chosen.train.seq_len)
+    torch.set_num_threads(threads or 1)
+    with _bar(chosen.steps, quiet=json) as progress:
+        record = run(chosen, shards, out, progress=progress)
+    _show(json, record, lambda: _print_record(record, out))
+
+
+def generate(
+    checkpoint: Positional[Path],
+    /,
+    prompt: str,
+    decoding: str = "greedy",
+    max_new_tokens: int = 64,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Continue a prompt with a trained model.
+
+    For example:
+
+        qies generate runs/first --prompt "The people of the United States"
+        qies generate runs/first --prompt "And it came to pass" --decoding sample --seed 3
+
+    Args:
+        checkpoint: A run's folder, or a folder with config.json and safetensors.
+        prompt: The text to continue.
+        decoding: greedy or sample.
+        max_new_tokens: Length of the continuation.
+        temperature: Of the sampling.
+        top_k: How many tokens sampling chooses among.
+        seed: Of the sampling.
+        json: Print prompt and continuation as JSON.
+    """
+    from qies.decoding import continue_text, load_model
+
+    model, tokenizer = load_model(checkpoint)
+    [text] = continue_text(
+        model, tokenizer, [prompt], max_new_tokens=max_new_tokens, decoding=decoding, temperature=temperature,
+        top_k=top_k, seed=seed,
+    )  # fmt: skip
+    _show(json, {"prompt": prompt, "continuation": text}, lambda: print(prompt + text))
+
+
+def report(folder: Positional[Path], /, svg: Path | None = None) -> None:
+    """Write report.html of a study folder from its records alone.
+
+    For example:
+
+        qies report results/quick
+        qies report results/quick --svg docs/quick.svg
+
+    Args:
+        folder: The study's folder.
+        svg: Also write the loss-against-parameters figure here.
+    """
+    from qies.report.page import build_report, write_summary_svg
+
+    print(build_report(folder))
+    if svg is not None:
+        write_summary_svg(folder, svg)
+        print(svg)
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "study": study,
+    "plan": plan,
+    "data": data,
+    "train": train,
+    "generate": generate,
+    "report": report,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 0, 2 on bad input, 1 on an internal failure, 128 + n after signal n."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    sys.exit(_run(args))
+
+
+def _run(args: list[str]) -> int:
+    if args and not args[0].startswith("-") and args[0] not in VERBS:
+        hint = nearest(args[0], VERBS) or f" Known: {', '.join(VERBS)}."
+        return _complain(f"Unknown verb '{args[0]}'.{hint}")
+    try:
+        call = _parse(args)
+        call()
+    except UserError as e:
+        return _complain(str(e))
+    except KeyboardInterrupt:
+        return _complain("stopped; run the same command again to go on.", 130)
+    except SystemExit as e:
+        return int(e.code or 0)
+    except Exception as e:
+        if type(e).__name__ == "Interrupted":
+            return _complain(str(e), e.code)  # type: ignore[attr-defined]
+        traceback.print_exc()
+        return _complain(f"internal failure: {e}", 1)
+    return 0
+
+
+def _parse(args: list[str]) -> Callable[[], None]:
+    """The verb's call with its arguments; what the parser complains about becomes one line."""
+    called: list[Callable[[], None]] = []
+    deferred = {name: _defer(verb, called) for name, verb in VERBS.items()}
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            tyro.extras.subcommand_cli_from_dict(
+                deferred, args=args or ["--help"], prog="qies", description=__doc__
+            )
+    except SystemExit as e:
+        if e.code in (0, None):
+            raise
+        raise UserError(_one_line(errors.getvalue(), args)) from None
+    return called[0]
+
+
+def _defer(verb: Callable[..., None], called: list[Callable[[], None]]) -> Callable[..., None]:
+    """The verb with its signature, but remembering its arguments instead of running."""
+    @functools.wraps(verb)
+    def remember(*args: Any, **kwargs: Any) -> None:
+        called.append(lambda: verb(*args, **kwargs))
+
+    return remember
+
+
+def _one_line(text: str, args: list[str]) -> str:
+    """The parser's framed message as one sentence."""
+    words = re.sub(r"[│╭╮╰╯─┄]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", text))
+    words = " ".join(words.split())
+    words = re.sub(r"^(Unrecognized options) (?=Unrecognized)|^(Parsing error|Required options) ", "", words)
+    words = re.split(r"\s*(?:For full helptext|Perhaps you meant|Got errors:)", words)[0]
+    verb = f"qies {args[0]}" if args and args[0] in VERBS else "qies"
+    hint = ""
+    if (unknown := re.search(r"--[\w-]+", words)) and args and args[0] in VERBS:
+        hint = nearest(unknown[0], [f"--{p.replace('_', '-')}" for p in inspect.signature(VERBS[args[0]]).parameters])
+    return f"{words}.{hint} See {verb} --help."
+
+
+def _complain(message: str, code: int = 2) -> int:
+    print(f"qies: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _show(as_json: bool, value: Any, otherwise: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(value, indent=1))
+    else:
+        otherwise()
+
+
+def _print_record(record: dict[str, Any], folder: Path) -> None:
+    m = record["metrics"]
+    held = f"held-out loss {m['val_loss']:.4f} nats a token, {m['val_bpb']:.4f} bits a byte" if m else record.get("error")
+    print(f"{record['arm']} {record['size']}: {record['status']}; {held}; {record['tokens_per_second']} tokens/s; {folder}")
+
+
+@contextlib.contextmanager
+def _bar(steps: int, quiet: bool):
+    from rich.progress import Progress
+
+    with Progress(disable=quiet, console=Console(stderr=True)) as bar:
+        task = bar.add_task("training", total=steps)
+
+        def update(row: dict[str, Any]) -> None:
+            loss = row["skipped"] if row["loss"] is None else f"loss {row['loss']:.3f}"
+            rate = row["tokens"] / row["seconds"]
+            bar.update(task, completed=row["step"] + 1, description=f"{loss}, {rate:,.0f} tok/s")
+
+        yield update
+
+
+if __name__ == "__main__":
+    main()

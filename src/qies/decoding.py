@@ -1,0 +1,67 @@
+"""Text from a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qies.errors import UserError, nearest
+from qies.model import QiesForCausalLM
+
+DECODINGS = ("greedy", "sample")
+
+
+def load_model(path: Path) -> tuple[QiesForCausalLM, PreTrainedTokenizerBase]:
+    """The model and tokenizer saved in `path`: a `model` folder, or a run's folder that holds one.
+
+    Raises UserError when there is none or its files cannot be read. Safetensors only.
+    """
+    folder = path / "model" if (path / "model" / "config.json").is_file() else path
+    if not (folder / "config.json").is_file():
+        raise UserError(f"No model in {path}: give the folder of a finished run or one with a config.json.")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no .safetensors file; other weight formats are not read.")
+    try:
+        model = QiesForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as e:  # whatever a damaged file makes transformers raise
+        raise UserError(f"{folder} cannot be loaded: {' '.join(str(e).split())[:200]}") from None
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def continue_text(
+    model: QiesForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    decoding: str = "greedy",
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> list[str]:
+    """Continuations of `prompts` (without the prompts), one each. `sample` depends on `seed` alone."""
+    if decoding not in DECODINGS:
+        hint = nearest(decoding, DECODINGS) or f" Known: {', '.join(DECODINGS)}."
+        raise UserError(f"Unknown value '{decoding}' for decoding.{hint}")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    how = {"do_sample": True, "temperature": temperature, "top_k": top_k} if decoding == "sample" else {"do_sample": False}
+    out = []
+    for prompt in prompts:
+        # As in training, where every document begins with the end-of-text token.
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+        torch.manual_seed(seed)
+        tokens = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            **how,
+        )
+        out.append(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))
+    return out

@@ -1,0 +1,254 @@
+"""The main job: plan a grid of runs, train it, analyse it, and write the page."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from qies import config as configs
+from qies import ladder, runs
+from qies.config import RunConfig, StudyConfig
+from qies.errors import UserError, nearest
+from qies.presets import parse_size
+
+PRESETS = Path(__file__).parent / "studies"
+
+
+def preset(name: str, overrides: tuple[str, ...] = ()) -> StudyConfig:
+    """A study that comes with the package."""
+    known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"Unknown value '{name}' for preset.{nearest(name, known) or f' Known: {chr(44).join(known)}.'}")
+    return configs.load(StudyConfig, PRESETS / f"{name}.yaml", overrides)
+
+
+def claim(study: StudyConfig, folder: Path) -> None:
+    """Make `folder` this study's, or raise UserError when it holds something else; nothing is overwritten."""
+    path = folder / "study.yaml"
+    if path.is_file():
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise UserError(f"{path} cannot be read; give another --out or delete that folder.") from None
+        changes = configs.differences(before if isinstance(before, dict) else {}, configs.to_dict(study))
+        if changes:
+            raise UserError(f"{folder} holds a different study ({'; '.join(changes)}); give another --out or delete it.")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no study; give another --out.")
+
+
+def plan_table(study: StudyConfig) -> Table:
+    """Every run with its parameters, tokens, FLOPs and estimated time, from configuration alone."""
+    table = Table(title=f"study {study.name}: {len(study.runs())} runs", box=box.SIMPLE_HEAD)
+    for column in ("run", "arm", "size", "seed", "N", "tokens", "FLOPs", "est. time"):
+        table.add_column(column, justify="left" if column in ("run", "arm") else "right", no_wrap=True)
+    for config, seconds in zip(study.runs(), estimate(study), strict=True):
+        record = runs.plan(config, study.data.vocab_size)
+        n, tokens = record["params"]["non_embedding"], record["tokens"]
+        table.add_row(
+            record["config_hash"][:8], config.arm, config.size, str(config.seed), f"{n:,}", f"{tokens:,}",
+            f"{record['flops']:.2e}", clock(seconds),
+        )  # fmt: skip
+    table.caption = "N: parameters without embedding and head"
+    return table
+
+
+def estimate(study: StudyConfig) -> list[float]:
+    """Rough seconds for each run on one thread of a processor like the reference machine (docs/study.md).
+
+    A line through measured throughputs: a cost a token that grows with the FLOPs, and one that is fixed.
+    """
+    out = []
+    for config in study.runs():
+        record = runs.plan(config, study.data.vocab_size)
+        out.append(record["tokens"] * (SECONDS_PER_TOKEN + record["flops_per_token"] * SECONDS_PER_FLOP))
+    return out
+
+
+SECONDS_PER_TOKEN = 1.2e-5
+SECONDS_PER_FLOP = 9e-12
+
+
+def clock(seconds: float) -> str:
+    """75 -> '1:15'."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[str, Any]]:
+    """Everything the study asks for, into `folder`. What is done already is not done again. Returns the records."""
+    from qies.data.shards import build_shards, open_shards
+
+    claim(study, folder)
+    planned = study.runs()
+    for config in planned:  # every bad setting shows before anything is spent
+        runs.plan(config, study.data.vocab_size)
+    root, data = folder / "runs", folder / "data"
+    with console.status(f"corpus {study.data.source}"):
+        build_shards(study.data, data)
+    shards = open_shards(data)
+    shards.require(study.train.seq_len)
+    if not (folder / "study.yaml").exists():
+        configs.save(study, folder / "study.yaml")
+    todo = [c for c in planned if not ladder.finished(ladder.run_folder(root, c))]
+    console.print(f"{len(planned) - len(todo)} of {len(planned)} runs are done already." if len(todo) < len(planned) else "")
+    if todo:
+        workers = study.workers or ladder.cores()
+        with _Watch(study, todo, workers, console) as watch:
+            ladder.execute(planned, root, data, workers=workers, event=watch.event)
+    records = [r for c in planned if (r := runs.read(ladder.run_folder(root, c))) is not None]
+    analyse(study, folder, records, console)
+    return records
+
+
+def analyse(study: StudyConfig, folder: Path, records: list[dict[str, Any]], console: Console) -> None:
+    """Fits, entanglement and samples, each into its own JSON file."""
+    done = [r for r in records if r["status"] == "done"]
+    runs.write_json(folder / "fits.json", fit_arms(study, done))
+    stamp = sorted(r["config_hash"] for r in done)
+    for name, make in (("entanglement", entanglement_of), ("samples", samples_of)):
+        path = folder / f"{name}.json"
+        before = yaml.safe_load(path.read_text()) if path.is_file() else {}
+        if before.get("runs") != stamp:
+            with console.status(name):
+                runs.write_json(path, make(study, folder, done) | {"runs": stamp})
+
+
+def fit_arms(study: StudyConfig, done: list[dict[str, Any]]) -> dict[str, Any]:
+    """A power law of held-out loss in N and in FLOPs through each arm's points; None where there are too few."""
+    from qies.efficiency.flops import CONVENTION
+    from qies.scaling.laws import fit_power
+
+    arms: dict[str, Any] = {}
+    for arm in study.arms:
+        own = [r for r in done if r["arm"] == arm]
+        axes = {"params": [r["params"]["non_embedding"] for r in own], "flops": [r["flops"] for r in own]}
+        losses = [r["metrics"]["val_loss"] for r in own]
+        arms[arm] = {k: fit_power(x, losses).to_dict() if len(set(x)) >= 3 else None for k, x in axes.items()}
+    return {"schema": 1, "flops_convention": CONVENTION, "arms": arms}
+
+
+def largest(study: StudyConfig, done: list[dict[str, Any]], arm: str) -> dict[str, Any] | None:
+    """The arm's finished run of the largest size and first seed."""
+    own = [r for r in done if r["arm"] == arm]
+    return max(own, key=lambda r: (parse_size(r["size"]), -study.seeds.index(r["seed"])), default=None)
+
+
+def entanglement_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]) -> dict[str, Any]:
+    """Entropies of the states of each entangled arm's largest model on held-out text."""
+    import numpy as np
+    import torch
+
+    from qies.data.batches import val_batches
+    from qies.data.shards import open_shards
+    from qies.decoding import load_model
+    from qies.entanglement.capture import capture_states, entropies
+
+    shards = open_shards(folder / "data")
+    length = study.train.seq_len
+    ids = np.concatenate([b[:, :-1] for b, _ in zip(val_batches(shards, length, 8), range(2), strict=False)])
+    positions = [p for p in (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096) if p <= length]
+    arms: dict[str, Any] = {}
+    for arm in study.arms:
+        record = largest(study, done, arm)
+        if record is None or "linear_attention" not in record["model"]["layer_types"]:
+            continue
+        model, _ = load_model(folder / "runs" / record["config_hash"])
+        states = capture_states(model, torch.from_numpy(ids), positions)
+        arms[arm] = {record["size"]: entropies(states, positions)}
+    text = {"source": f"{study.data.source}, validation", "tokens": int(ids.size)}
+    return {"schema": 1, "text": text, "arms": arms}
+
+
+def samples_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sampled continuations of the study's prompts by each arm's largest model."""
+    from qies.decoding import continue_text, load_model
+
+    arms: dict[str, Any] = {}
+    for arm in study.arms:
+        record = largest(study, done, arm)
+        if record is not None:
+            model, tokenizer = load_model(folder / "runs" / record["config_hash"])
+            texts = continue_text(model, tokenizer, study.prompts, max_new_tokens=48, decoding="sample")
+            arms[arm] = {"size": record["size"], "continuations": texts}
+    return {"schema": 1, "prompts": list(study.prompts), "arms": arms}
+
+
+def result_table(study: StudyConfig, records: list[dict[str, Any]]) -> Table:
+    """Held-out bits a byte by arm and size, with throughput and peak memory: the terminal's summary."""
+    table = Table(title=f"study {study.name}: held-out bits a byte (loss in nats a token)")
+    table.add_column("arm")
+    for column in (*study.sizes, "tokens/s", "peak MiB"):
+        table.add_column(column, justify="right")
+    for arm in study.arms:
+        own = [r for r in records if r["arm"] == arm]
+        cells = []
+        for size in study.sizes:
+            here = [r for r in own if r["size"] == size]
+            done = [r["metrics"] for r in here if r["status"] == "done"]
+            if done:
+                mean = {k: sum(m[k] for m in done) / len(done) for k in ("val_bpb", "val_loss")}
+                cells.append(f"{mean['val_bpb']:.4f} ({mean['val_loss']:.3f})")
+            else:
+                cells.append(", ".join(sorted({r["status"] for r in here})) or "-")
+        rates = [r["tokens_per_second"] for r in own if r["tokens_per_second"]]
+        memory = [r["peak_memory_bytes"] for r in own if r["peak_memory_bytes"]]
+        rate = f"{sum(rates) / len(rates):,.0f}" if rates else "-"
+        table.add_row(arm, *cells, rate, f"{max(memory) / 2**20:,.0f}" if memory else "-")
+    return table
+
+
+class _Watch:
+    """A progress bar over the whole study, in estimated seconds of work, with a line for each run in progress."""
+
+    def __init__(self, study: StudyConfig, todo: list[RunConfig], workers: int, console: Console) -> None:
+        costs = dict(zip(map(configs.content_hash, study.runs()), estimate(study), strict=True))
+        self.cost = {configs.content_hash(c): costs[configs.content_hash(c)] for c in todo}
+        self.done = dict.fromkeys(self.cost, 0.0)
+        self.workers, self.console, self.lines = workers, console, {}
+        self.started = time.monotonic()
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+
+    def __enter__(self) -> _Watch:
+        self.progress.start()
+        self.total = self.progress.add_task("whole study", total=sum(self.cost.values()), note="")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.progress.stop()
+
+    def event(self, config: RunConfig, rows: list[dict[str, Any]], status: str) -> None:
+        """What `ladder.execute` reports: new metric rows of a run, or how it ended."""
+        key = configs.content_hash(config)
+        if key not in self.lines:
+            name = f"{config.arm} {config.size} seed {config.seed}"
+            self.lines[key] = self.progress.add_task(name, total=config.steps, note="starting")
+        if rows:
+            share = (rows[-1]["step"] + 1) / config.steps
+            self.done[key] = share * self.cost[key]
+            loss = rows[-1]["loss"]
+            rate = rows[-1]["tokens"] / rows[-1]["seconds"]
+            note = f"loss {loss:.3f}, {rate:,.0f} tok/s" if loss is not None else rows[-1]["skipped"]
+            self.progress.update(self.lines[key], completed=rows[-1]["step"] + 1, note=note)
+            done, spent = sum(self.done.values()), time.monotonic() - self.started
+            left = (sum(self.cost.values()) - done) * spent / done
+            self.progress.update(self.total, completed=done, note=f"{clock(left)} left")
+        if status != "running":
+            self.progress.remove_task(self.lines.pop(key))
+            self.done[key] = self.cost[key]
+            self.console.print(f"{config.arm} {config.size} seed {config.seed}: {status}")
