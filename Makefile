@@ -1,0 +1,50 @@
+# `make` alone says what there is. Needs Python 3.11 or newer with pip; everything else is installed into .venv.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt --editable
+CORE := .venv/.core
+TEST := .venv/.test
+DEV := .venv/.dev
+
+.PHONY: help env study test test-all check clean
+.DEFAULT_GOAL := help
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
+
+env: $(CORE)  ## create .venv and install the package with the pinned constraints
+
+study: $(CORE)  ## the main job: train QIES beside the transformer on real text, write results/quick/report.html
+	.venv/bin/qies study --preset quick
+
+test: $(TEST)  ## the test suite
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+test-all: $(TEST)  ## the test suite with the slow checks
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m ""
+
+check: $(DEV)  ## ruff and mypy
+	.venv/bin/ruff check src tests
+	.venv/bin/ruff format --check src tests
+	.venv/bin/mypy
+
+clean:  ## delete .venv (results stay)
+	rm -rf .venv
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "QIES needs Python 3.11 or newer; try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+$(CORE): .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing into .venv (a few minutes the first time)"
+	$(INSTALL) .
+	@touch $@
+
+$(TEST): $(CORE)
+	$(INSTALL) '.[test]'
+	@touch $@
+
+$(DEV): $(TEST)
+	$(INSTALL) '.[dev]'
+	@touch $@
