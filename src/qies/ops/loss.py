@@ -4,8 +4,8 @@ Legend: N tokens, D model width, V vocabulary.
 
 The fast path goes through the tokens in chunks and makes the gradients on the way forward, so that each
 logit is computed once and dies in cache. Its logits stand as `[V, chunk]`, the layout with the fastest matrix
-products. Soft-capped logits are bounded, so the softmax needs no maximum. Its denominator is known only when the
-whole vocabulary has passed; it scales the `[chunk, D]` operands of the gradients' products, not the logits.
+products. Soft-capped logits are bounded, so the softmax needs no maximum. Its denominator is known only when
+the whole vocabulary has passed, so it scales the `[chunk, D]` operands of the gradients' products.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def linear_cross_entropy(
     """Cross-entropy in nats of `targets` under logits = softcap * tanh(hidden weight^T / softcap).
 
     hidden `[N, D]`, weight `[V, D]`, targets int64 `[N]` in [0, V) or `ignore_index`. `softcap=None` leaves
-    the logits as they are. "mean" averages over the targets that are not ignored (0 when all are); "none" gives
+    the logits as they are. "mean" averages over the targets not ignored (0 when all are); "none" gives
     `[N]`, 0 where ignored. The product runs in autocast's dtype, all else and the result in fp32 (float64 for
     float64). Where the fast path runs (on CPU, for "mean") it has no second derivative. Raises UserError for
     shapes that do not fit.

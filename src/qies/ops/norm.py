@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from qies.ops.autograd import first_order
+
 
 def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis. `[..., D]` -> same shape and dtype; computed in at least fp32.
+    """x / sqrt(mean(x^2) + eps) over the last axis. `[..., D]` -> same shape and dtype.
 
-    Zhang and Sennrich, arXiv:1910.07467, without the gain.
+    Computed in at least fp32. Zhang and Sennrich, arXiv:1910.07467, without the gain. Has no second
+    derivative on CPU.
     """
+    if x.device.type == "cpu" and x.numel() > 0:
+        return _RmsNorm.apply(x, eps)
     return _definition(x, eps)
 
 
 def _definition(x: Tensor, eps: float) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = _widen(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        wide = _widen(x)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass, and nothing as large as x written
+        rate = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, rate)
+        return (wide * rate).to(x.dtype)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """dx = rate * g - x * rate^3 * mean(g * x)."""
+        x, rate = ctx.saved_tensors
+        wide, grad = _widen(x), _widen(grad)
+        product = grad * wide
+        overlap = product.sum(-1, keepdim=True).mul_(rate.pow(3))
+        torch.mul(grad, rate, out=product)  # the buffer is still in cache
+        return product.addcmul_(wide, overlap, value=-1 / x.shape[-1]).to(x.dtype), None
