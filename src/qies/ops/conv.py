@@ -5,24 +5,77 @@ Legend: B batch, T position, D channels, k taps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from qies.errors import UserError
+from qies.ops.autograd import first_order
 
 
 def causal_conv(x: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y_t = sum_j weight[:, j] x_{t-k+1+j}: tap k-1 is the present token, tap 0 the oldest.
 
-    x `[B, T, D]`, weight `[D, k]`, state `[B, k-1, D]` the inputs before x (None: zeros).
-    Returns y `[B, T, D]` and the new state `[B, k-1, D]`, the last k-1 inputs, to be handed in with the next ones.
+    x `[B, T, D]`, weight `[D, k]`, state `[B, k-1, D]` the inputs before x (None: zeros). Returns y `[B, T, D]` in
+    the dtype of x and the new state `[B, k-1, D]`, the last k-1 inputs, to be handed in with the next ones. On CPU
+    and without a state it has no second derivative. Raises UserError for shapes that do not fit.
     """
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 1:
+        raise UserError(
+            f"causal_conv takes x [B, T, D] and weight [D, k]; got {list(x.shape)} and {list(weight.shape)}."
+        )
+    batch, length, width = x.shape
+    left = weight.shape[1] - 1
+    if state is None:
+        if x.device.type != "cpu":
+            return _definition(x, weight, x.new_zeros(batch, left, width))
+        recent = x[:, max(0, length - left) :]
+        return _CausalConv.apply(x, weight), torch.cat([x.new_zeros(batch, left - recent.shape[1], width), recent], 1)
+    if state.shape != (batch, left, width):
+        raise UserError(f"this convolution's state is {[batch, left, width]}; got {list(state.shape)}.")
     return _definition(x, weight, state)
 
 
-def _definition(x: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    batch, length, width = x.shape
-    taps = weight.shape[1]
-    if state is None:
-        state = x.new_zeros(batch, taps - 1, width)
+def _definition(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    length, taps = x.shape[1], weight.to(x.dtype).T
     past = torch.cat([state.to(x.dtype), x], 1)
-    y = sum((past[:, j : j + length] * weight[:, j].to(x.dtype) for j in range(taps)), torch.zeros_like(x))
-    return y, past[:, length:]
+    y = torch.zeros_like(x)
+    for j, tap in enumerate(taps):
+        y = y + past[:, j : j + length] * tap
+    return y, past[:, length:].clone()
+
+
+class _CausalConv(torch.autograd.Function):
+    """The convolution from zeros, as shifted multiply-adds: faster than conv1d, most of all backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        present, *past = _newest_first(x, weight)
+        y = x * present
+        for lag, tap in enumerate(past, 1):
+            y[:, lag:].addcmul_(x[:, :-lag], tap)
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            present, *past = _newest_first(x, weight)
+            d_x = grad * present
+            for lag, tap in enumerate(past, 1):
+                d_x[:, :-lag].addcmul_(grad[:, lag:], tap)
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight)
+            for lag in range(min(weight.shape[1], x.shape[1])):
+                product = grad[:, lag:] * x[:, : x.shape[1] - lag]
+                d_weight[:, -1 - lag] = product.sum((0, 1), dtype=d_weight.dtype)
+        return d_x, d_weight
+
+
+def _newest_first(x: Tensor, weight: Tensor) -> Tensor:
+    """The taps `[.., D]` that reach into a sequence of x's length; in rows, for a strided tap is read slowly."""
+    return weight.to(x.dtype).T.flip(0)[: max(1, x.shape[1])].contiguous()
