@@ -5,6 +5,7 @@ A key or a value that is not known is an error that names the nearest right one;
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -187,7 +188,7 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
 
 def merge(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply dotted overrides such as `train.seq_len=256` to plain data; values are read as YAML."""
-    out = json.loads(json.dumps(values))
+    out: dict[str, Any] = copy.deepcopy(dict(values))
     for item in overrides:
         key, eq, text = item.partition("=")
         if not eq or not key:

@@ -26,10 +26,10 @@ STATUSES = ("planned", "running", "done", "failed", "diverged")
 def plan(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     """The record of a run that has not started: everything that is known before anything is spent."""
     from qies import presets
-    from qies.efficiency import flops
+    from qies.efficiency.flops import CONVENTION, training_flops_per_token
 
     values = presets.settings(config.arm, config.size, vocab_size, **config.model)
-    per_token = flops.training_flops_per_token(values, config.train.seq_len)
+    per_token = training_flops_per_token(values, config.train.seq_len)
     tokens = config.steps * config.train.seq_len * config.train.batch_size
     return {
         "schema": SCHEMA,
@@ -45,7 +45,7 @@ def plan(config: RunConfig, vocab_size: int) -> dict[str, Any]:
         "steps": config.steps,
         "flops_per_token": per_token,
         "flops": per_token * tokens,
-        "flops_convention": flops.CONVENTION,
+        "flops_convention": CONVENTION,
         "code_version": code_version(),
         "environment": environment(),
         "metrics": {},

@@ -1,13 +1,20 @@
-"""QIES models, registered with the Auto classes of transformers."""
+"""QIES models in the classes of transformers. Names are imported on first use."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from __future__ import annotations
 
-from qies.model.cache import QiesCache
-from qies.model.configuration import QiesConfig
-from qies.model.modeling import QiesForCausalLM, QiesModel
+import importlib
+from typing import Any
 
-__all__ = ["QiesCache", "QiesConfig", "QiesForCausalLM", "QiesModel"]
+_WHERE = {
+    "QiesCache": "qies.model.cache",
+    "QiesConfig": "qies.model.configuration",
+    "QiesForCausalLM": "qies.model.modeling",
+    "QiesModel": "qies.model.modeling",
+}
+__all__ = list(_WHERE)
 
-AutoConfig.register("qies", QiesConfig, exist_ok=True)
-AutoModel.register(QiesConfig, QiesModel, exist_ok=True)
-AutoModelForCausalLM.register(QiesConfig, QiesForCausalLM, exist_ok=True)
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'qies.model' has no attribute '{name}'")
+    return getattr(importlib.import_module(_WHERE[name]), name)

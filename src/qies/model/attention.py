@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qies.model.configuration import QiesConfig
-from qies.model.layers import OutputGate, ShortConv
+from qies.model.layers import OutputGate, ShortConv, linear
 from qies.ops.attention import causal_attention
 from qies.ops.norm import rms_norm
 from qies.ops.pairs import rotate
@@ -40,12 +40,12 @@ class Attention(nn.Module):
         width, self.head_dim = config.hidden_size, config.head_dim
         inner = config.num_attention_heads * config.head_dim
         self.conv = ShortConv(width, config.attention_conv_size) if config.attention_conv_size else None
-        self.q_proj = nn.Linear(width, inner, bias=False)
-        self.k_proj = nn.Linear(width, inner, bias=False)
-        self.v_proj = nn.Linear(width, inner, bias=False)
+        self.q_proj = linear(width, inner)
+        self.k_proj = linear(width, inner)
+        self.v_proj = linear(width, inner)
         self.q_scale = nn.Parameter(torch.ones(config.head_dim))
         self.gate = OutputGate(width, config.num_attention_heads, config.head_dim, config.gate)
-        self.o_proj = nn.Linear(inner, width, bias=False)
+        self.o_proj = linear(inner, width, std=0.0)
 
     def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, **kwargs):
         """x [B,T,D] -> [B,T,D] and the weights or None. `causal_mask` is None when plain causal order holds; `mask` [B,T] marks pads."""

@@ -10,10 +10,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from qies.model.cache import read_state, write_state
 from qies.model.configuration import QiesConfig
-from qies.model.layers import OutputGate, ShortConv
+from qies.model.layers import OutputGate, ShortConv, linear
 from qies.ops.entangle import entangle
 
 
@@ -32,23 +33,23 @@ class Entanglement(nn.Module):
         inner = heads * config.head_dim
         value = inner * (2 if config.mode == "complex" else 1)
         self.conv = ShortConv(width, config.conv_size) if config.conv_size else None
-        self.q_proj = nn.Linear(width, inner, bias=False)
-        self.k_proj = nn.Linear(width, inner, bias=False)
-        self.v_proj = nn.Linear(width, value, bias=False)
+        self.q_proj = linear(width, inner)
+        self.k_proj = linear(width, inner)
+        self.v_proj = linear(width, value)
         self.beta_size = heads * (2 if config.eigenvalues == "disc" else 1)
         self.decay_size = heads * (config.channels if config.decay == "channel" else 1)
-        self.control_proj = nn.Linear(width, self.beta_size + self.decay_size, bias=False)
+        self.control_proj = linear(width, self.beta_size + self.decay_size)
         self.beta_bias = nn.Parameter(torch.zeros(self.beta_size))
         self.decay_bias = nn.Parameter(torch.zeros(self.decay_size))
         self.decay_rate = nn.Parameter(torch.zeros(self.decay_size))  # log of the largest decay's scale
         turning = heads * config.rotating
         if config.phase == "selective":
-            self.phase_down = nn.Linear(width, config.phase_rank, bias=False)
-            self.phase_up = nn.Linear(config.phase_rank, turning, bias=False)
+            self.phase_down = linear(width, config.phase_rank)
+            self.phase_up = linear(config.phase_rank, turning, std=0.0)
         if config.phase != "none":
             self.phase_bias = nn.Parameter(torch.zeros(turning))
         self.gate = OutputGate(width, heads, value // heads, config.gate)
-        self.o_proj = nn.Linear(value, width, bias=False)
+        self.o_proj = linear(value, width, std=0.0)
 
     def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, **kwargs):
         """x [B,T,D] -> [B,T,D] and None; mask [B,T] bool, False at pads, which leave the state untouched."""
@@ -106,14 +107,11 @@ class Entanglement(nn.Module):
     @torch.no_grad()
     def reset_controls(self) -> None:
         """Start: lambda near 0 (a projective write), no phase, and memories of 16 to 4096 tokens over the heads."""
-        self.beta_bias.zero_()
-        self.decay_rate.zero_()
+        init.zeros_(self.beta_bias)
+        init.zeros_(self.decay_rate)
         spans = torch.logspace(math.log10(16), math.log10(4096), self.heads)
         if self.config.decay == "channel":
             spans = spans.repeat_interleave(self.channels)
-        decay = (1 / spans).to(self.decay_bias)  # softplus(bias) = 1 / span
-        self.decay_bias.copy_(decay.expm1().log())
+        init.copy_(self.decay_bias, (1 / spans).expm1().log().to(self.decay_bias))  # softplus(bias) = 1 / span
         if self.config.phase != "none":
-            self.phase_bias.zero_()
-        if self.config.phase == "selective":
-            self.phase_up.weight.zero_()
+            init.zeros_(self.phase_bias)

@@ -11,6 +11,13 @@ from qies.ops.conv import causal_conv
 from qies.ops.norm import rms_norm
 
 
+def linear(inputs: int, outputs: int, std: float | None = None) -> nn.Linear:
+    """A bias-free linear map that remembers the standard deviation of its initial weights, by default inputs^-1/2."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    layer.init_std = inputs**-0.5 if std is None else std  # type: ignore[assignment]
+    return layer
+
+
 class ShortConv(nn.Module):
     """x + depthwise causal convolution of x over real (unpadded) tokens; the identity at the start.
 
@@ -55,7 +62,7 @@ class OutputGate(nn.Module):
         super().__init__()
         self.kind, self.heads = kind, heads
         out = {"none": 0, "head": heads, "channel": heads * head_width}[kind]
-        self.proj = nn.Linear(width, out, bias=False) if out else None
+        self.proj = linear(width, out) if out else None
 
     def forward(self, x: Tensor, o: Tensor) -> Tensor:
         """x [B,T,D], o [B,T,H,V] -> [B,T,H*V] in the dtype of o."""
@@ -71,8 +78,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = linear(width, hidden)
+        self.down_proj = linear(hidden, width, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self.up_proj) is nn.Linear and type(self.down_proj) is nn.Linear:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -18,7 +18,7 @@ from qies.model.attention import Attention, rotary_angles
 from qies.model.cache import QiesCache
 from qies.model.configuration import QiesConfig
 from qies.model.entanglement import Entanglement
-from qies.model.layers import MLP, ShortConv
+from qies.model.layers import MLP, ShortConv, linear
 from qies.objective import language_modelling
 from qies.ops.norm import rms_norm
 
@@ -52,23 +52,16 @@ class QiesPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        width = self.config.hidden_size
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
         elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
+            init.normal_(module.weight, std=getattr(module, "init_std", module.in_features**-0.5))
         elif isinstance(module, ShortConv):
             init.zeros_(module.weight)
         elif isinstance(module, Attention):
             init.ones_(module.q_scale)
-            init.zeros_(module.o_proj.weight)
         elif isinstance(module, Entanglement):
             module.reset_controls()
-            init.zeros_(module.o_proj.weight)
-        elif isinstance(module, MLP):
-            init.zeros_(module.down_proj.weight)
-        elif isinstance(module, QiesForCausalLM) and not self.config.tie_word_embeddings:
-            init.normal_(module.lm_head.weight, std=0.1 * width**-0.5)
 
 
 class QiesModel(QiesPreTrainedModel):
@@ -141,7 +134,7 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
     def __init__(self, config: QiesConfig) -> None:
         super().__init__(config)
         self.model = QiesModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = linear(config.hidden_size, config.vocab_size, std=0.1 * config.hidden_size**-0.5)
         self.post_init()
 
     def forward(
@@ -234,3 +227,7 @@ def _positions(attention_mask: Tensor | None, seen: int, length: int, device) ->
     if attention_mask is None or attention_mask.ndim != 2:
         return torch.arange(seen, seen + length, device=device)[None]
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+
+
+AutoModel.register(QiesConfig, QiesModel, exist_ok=True)
+AutoModelForCausalLM.register(QiesConfig, QiesForCausalLM, exist_ok=True)

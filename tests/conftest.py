@@ -1,0 +1,59 @@
+"""A small corpus of real sentences, built once a session."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from qies.config import DataConfig, TrainConfig
+
+torch.set_num_threads(1)
+
+TINY = TrainConfig(seq_len=32, batch_size=4, eval_tokens=512, save_every=4, warmup=0.1, precision="fp32")
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory) -> Path:
+    """Forty small documents with enough structure to be learned."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = random.Random(0)
+    names = ["Ada", "Bell", "Curie", "Dirac", "Euler"]
+    verbs = ["measured", "entangled", "rotated", "forgot", "wrote"]
+    things = ["the state", "a distant pair", "the phase", "an old letter", "the long sequence"]
+    for i in range(40):
+        lines = [f"{rng.choice(names)} {rng.choice(verbs)} {rng.choice(things)} {rng.randint(0, 99)} times."
+                 for _ in range(40)]  # fmt: skip
+        (folder / f"doc{i:02d}.txt").write_text(f"Document {i}.\n\n" + " ".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_config(text_folder) -> DataConfig:
+    return DataConfig(source=str(text_folder), vocab_size=400, val_fraction=0.2)
+
+
+@pytest.fixture(scope="session")
+def shard_folder(data_config, tmp_path_factory) -> Path:
+    from qies.data.shards import build_shards
+
+    out = tmp_path_factory.mktemp("shards") / "data"
+    build_shards(data_config, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def shards(shard_folder):
+    from qies.data.shards import open_shards
+
+    return open_shards(shard_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TrainConfig:
+    """Settings of a run that takes about a second."""
+    return TINY
