@@ -144,11 +144,11 @@ def data(
         seed: Which documents are held out.
         json: Print the manifest.
     """
-    from qies.config import DataConfig
+    from qies.config import DataConfig, to_dict
     from qies.data.shards import build_shards
 
     manifest = build_shards(DataConfig(source, vocab_size, val_fraction, seed), out)
-    _show(json, manifest.to_dict(), lambda: Console().print(manifest.summary()))
+    _show(json, to_dict(manifest), lambda: _print_manifest(manifest, out))
 
 
 def train(
@@ -191,6 +191,7 @@ def train(
     from qies import config as configs
     from qies import runs
     from qies.data.shards import build_shards, open_shards
+    from qies.train.loop import check_data
     from qies.train.loop import train as run
 
     if out is None:
@@ -211,7 +212,7 @@ def train(
         built = out / "data"
         build_shards(chosen.data, built)
     shards = open_shards(built)
-    shards.require(chosen.train.seq_len)
+    check_data(shards, chosen.train)
     torch.set_num_threads(threads or 1)
     with _bar(chosen.steps, quiet=json) as progress:
         record = run(chosen, shards, out, progress=progress)
@@ -362,6 +363,16 @@ def _show(as_json: bool, value: Any, otherwise: Callable[[], None]) -> None:
         print(json.dumps(value, indent=1))
     else:
         otherwise()
+
+
+def _print_manifest(manifest: Any, folder: Path) -> None:
+    print(f"{folder}: {manifest.corpus}, vocabulary {manifest.vocab_size:,}, hash {manifest.hash[:16]}")
+    for name in ("train", "val"):
+        split = manifest.split(name)
+        print(f"  {name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens")
+    for source in manifest.sources:
+        total = source.train + source.val
+        print(f"  {source.name} ({source.version}): {total.documents:,} documents, {total.bytes:,} bytes; {source.licence}")
 
 
 def _print_record(record: dict[str, Any], folder: Path) -> None:

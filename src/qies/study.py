@@ -85,6 +85,7 @@ def clock(seconds: float) -> str:
 def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[str, Any]]:
     """Everything the study asks for, into `folder`. What is done already is not done again. Returns the records."""
     from qies.data.shards import build_shards, open_shards
+    from qies.train.loop import check_data
 
     claim(study, folder)
     planned = study.runs()
@@ -93,8 +94,7 @@ def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[s
     root, data = folder / "runs", folder / "data"
     with console.status(f"corpus {study.data.source}"):
         build_shards(study.data, data)
-    shards = open_shards(data)
-    shards.require(study.train.seq_len)
+    check_data(open_shards(data), study.train)
     if not (folder / "study.yaml").exists():
         configs.save(study, folder / "study.yaml")
     todo = [c for c in planned if not ladder.finished(ladder.run_folder(root, c))]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from qies import presets, runs
-from qies.config import RunConfig, content_hash, differences, to_dict
-from qies.data.batches import Batches
+from qies.config import RunConfig, TrainConfig, content_hash, differences, to_dict
+from qies.data.batches import Batches, val_batches
 from qies.data.shards import Shards
 from qies.errors import UserError
 from qies.model import QiesConfig, QiesForCausalLM
@@ -42,6 +42,12 @@ def precision_context(name: str) -> Callable[[], AbstractContextManager]:
     if name == "bf16" or (name == "auto" and torch.cpu._is_avx512_bf16_supported()):
         return lambda: torch.autocast("cpu", torch.bfloat16)
     return nullcontext
+
+
+def check_data(shards: Shards, settings: TrainConfig) -> None:
+    """Raise UserError unless both splits hold enough tokens to train and evaluate with these settings."""
+    Batches(shards, "train", seq_len=settings.seq_len, batch_size=settings.batch_size, seed=0)
+    val_batches(shards, settings.seq_len, settings.batch_size)
 
 
 def build_model(config: RunConfig, vocab_size: int) -> QiesForCausalLM:

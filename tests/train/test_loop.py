@@ -1,0 +1,250 @@
+"""The training loop: it learns, resumes exactly, and never applies what is not finite."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from qies import runs
+from qies.config import RunConfig, TrainConfig, content_hash, save
+from qies.errors import UserError
+from qies.train import checkpoint, loop
+from qies.train.optim import Optimizers, parameter_groups
+
+
+@pytest.fixture
+def config(data_config, tiny):
+    return RunConfig(arm="qies", size="50k", tokens=32 * 4 * 10, data=data_config, train=tiny)
+
+
+def rows(folder):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in runs.steps(folder)]
+
+
+def weights(folder):
+    import safetensors.torch
+
+    return safetensors.torch.load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data_config, tiny, shards):
+    config = RunConfig(arm="qies", size="50k", tokens=32 * 4 * 10, data=data_config, train=tiny)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, loop.train(config, shards, folder)
+
+
+@pytest.mark.parametrize("arm", ["transformer", "qies", "no_phase", "complex"])
+def test_loss_falls_on_every_arm(arm, data_config, tiny, shards, tmp_path):
+    config = RunConfig(arm=arm, size="50k", tokens=32 * 4 * 40, data=data_config, train=tiny)
+    record = loop.train(config, shards, tmp_path)
+    losses = [row["loss"] for row in rows(tmp_path)]
+    assert record["status"] == "done"
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.5
+    assert record["metrics"]["val_loss"] < losses[0] - 1.5
+
+
+def test_record_says_what_the_contract_asks(undisturbed, config, shards):
+    folder, record = undisturbed
+    assert runs.read(folder) == record
+    for key in (
+        "schema", "config", "config_hash", "code_version", "environment", "arm", "size", "params", "tokens",
+        "flops_per_token", "flops", "flops_convention", "seed", "status", "metrics", "wall_seconds",
+        "tokens_per_second", "peak_memory_bytes",
+    ):  # fmt: skip
+        assert record[key] is not None, key
+    assert record["config_hash"] == content_hash(config)
+    assert record["data"]["hash"] == shards.hash
+    assert record["flops"] == record["flops_per_token"] * record["tokens"]
+    built = loop.build_model(config, shards.manifest.vocab_size)
+    assert record["params"]["total"] == sum(p.numel() for p in built.parameters())
+    assert record["metrics"]["val_bpb"] == pytest.approx(
+        record["metrics"]["val_loss"] * record["metrics"]["val_tokens"]
+        / (record["metrics"]["val_bytes"] * 0.6931471805599453)
+    )  # fmt: skip
+
+
+def test_a_finished_run_is_returned_as_it_is(undisturbed, config, shards):
+    folder, record = undisturbed
+    before = (folder / "run.json").stat().st_mtime_ns
+    assert loop.train(config, shards, folder) == record
+    assert (folder / "run.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 8])
+def test_a_run_cut_off_anywhere_ends_bit_for_bit_as_the_undisturbed_one(step, undisturbed, config, shards, tmp_path):
+    class Cut(Exception):
+        pass
+
+    def cut(row):
+        if row["step"] == step:
+            raise Cut
+
+    with pytest.raises(Cut):
+        loop.train(config, shards, tmp_path, progress=cut)
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 9')  # a line that the kill cut short
+    record = loop.train(config, shards, tmp_path)
+    folder, expected = undisturbed
+    assert rows(tmp_path) == rows(folder)
+    assert record["metrics"] == expected["metrics"]
+    a, b = weights(tmp_path), weights(folder)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_killed_and_terminated_processes_resume(undisturbed, config, shard_folder, shards, tmp_path):
+    """SIGTERM saves and exits with 143; SIGKILL cannot be caught; afterwards the result is the undisturbed one."""
+    run = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(shard_folder)))
+    save(run, tmp_path / "run.yaml")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "qies", "train", "--config", str(tmp_path / "run.yaml"), "--out", str(out)]
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        done = len(runs.steps(out))
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        deadline = time.time() + 120
+        while len(runs.steps(out)) <= done and process.poll() is None and time.time() < deadline:
+            time.sleep(0.002)
+        process.send_signal(number)
+        process.communicate()
+        if runs.read(out)["status"] != "done":  # it may have been faster than the signal
+            assert process.returncode == code
+    record = loop.train(run, shards, out)
+    folder, expected = undisturbed
+    assert rows(out) == rows(folder)
+    assert record["metrics"] == expected["metrics"]
+
+
+def test_another_run_or_other_data_is_refused_with_the_difference(undisturbed, config, shards):
+    folder, _ = undisturbed
+    with pytest.raises(UserError, match="seed: 0 -> 1"):
+        loop.train(dataclasses.replace(config, seed=1), shards, folder)
+    record = runs.read(folder)
+    other = record | {"data": record["data"] | {"hash": "0" * 64}}
+    runs.write(folder, other)
+    with pytest.raises(UserError, match="other data"):
+        loop.train(config, shards, folder)
+    runs.write(folder, record)
+
+
+class Spoiled:
+    """A model whose loss, or one gradient, is not finite at chosen steps."""
+
+    def __init__(self, monkeypatch, what, steps):
+        original, count = loop._Run._one_step, {"n": 0}
+
+        def one_step(run):
+            if run.step in steps:
+                forward = run.model.forward
+
+                def bad(*args, **kwargs):
+                    out = forward(*args, **kwargs)
+                    if what == "loss":
+                        out.loss = out.loss * float("nan")
+                    else:
+                        next(run.model.parameters()).register_hook(lambda g: g * float("inf"))
+                    return out
+
+                run.model.forward = bad
+                before = [p.clone() for p in run.model.parameters()]
+                row = original(run)
+                run.model.forward = forward
+                for p, b in zip(run.model.parameters(), before, strict=True):
+                    p._backward_hooks = None
+                    count["n"] += not torch.equal(p, b)
+                return row
+            return original(run)
+
+        monkeypatch.setattr(loop._Run, "_one_step", one_step)
+        self.count = count
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_reported_and_never_applied(what, config, shards, tmp_path, monkeypatch):
+    spoiled = Spoiled(monkeypatch, what, {2, 5})
+    record = loop.train(config, shards, tmp_path)
+    assert spoiled.count["n"] == 0
+    assert record["status"] == "done" and record["skipped_steps"] == 2
+    bad = [row for row in rows(tmp_path) if "skipped" in row]
+    assert [row["step"] for row in bad] == [2, 5]
+    assert {row["skipped"] for row in bad} == {f"non-finite {what}"} and bad[0]["loss"] is None
+
+
+def test_a_run_with_too_many_bad_steps_diverges(config, shards, tmp_path, monkeypatch):
+    Spoiled(monkeypatch, "loss", set(range(10)))
+    limited = dataclasses.replace(config, train=dataclasses.replace(config.train, max_skipped=3))
+    record = loop.train(limited, shards, tmp_path)
+    assert record["status"] == "diverged" and "non-finite" in record["error"]
+    assert len(runs.steps(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "meta.json", "seal.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_passed_over(file, damage, tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"w": torch.full((5,), float(step))}, {"n": step})
+    path = sorted(tmp_path.iterdir())[-1] / file
+    content = bytearray(path.read_bytes())
+    if damage == "delete":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content) if damage == "flip" else bytes(content[:-1]))
+    tensors, meta = checkpoint.newest(tmp_path)
+    assert meta["step"] == 1 and torch.equal(tensors["w"], torch.ones(5))
+
+
+def test_checkpoints_keep_the_last_two_and_leave_no_partial_ones(tmp_path):
+    (tmp_path / "step-000000009.partial").mkdir(parents=True)
+    for step in range(1, 5):
+        checkpoint.save(tmp_path, step, {"w": torch.zeros(1)}, {})
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-000000003", "step-000000004"]
+
+
+def test_parameter_groups_cover_every_parameter_once(config, shards):
+    model = loop.build_model(config, shards.manifest.vocab_size)
+    groups = parameter_groups(model)
+    names = [n for group in groups.values() for n, _ in group]
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    assert all(p.ndim == 2 for _, p in groups["matrix"])
+    assert {n.split(".")[-2] for n, _ in groups["matrix"]} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+
+
+def test_optimizer_state_survives_a_round_trip(config, shards):
+    from qies.presets import Hyperparameters
+
+    def make():
+        model = loop.build_model(config, shards.manifest.vocab_size)
+        return model, Optimizers(model, Hyperparameters(0.02, 0.1, 0.01, 0.01), 0.01)
+
+    def step(model, optimizers, seed):
+        ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(seed))
+        model.train()(ids[:, :-1], shift_labels=ids[:, 1:]).loss.backward()
+        optimizers.step(0.5)
+
+    model, optimizers = make()
+    step(model, optimizers, 0)
+    twin, restored = make()
+    twin.load_state_dict(model.state_dict())
+    restored.load_state({k: v.clone() for k, v in optimizers.state().items()})
+    for pair in ((model, optimizers), (twin, restored)):
+        step(*pair, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_locked_folder_is_not_trained_twice(tmp_path):
+    with runs.lock(tmp_path):
+        code = f"from qies import runs\nfrom pathlib import Path\nwith runs.lock(Path({str(tmp_path)!r}), 0.1): pass"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 1 and "in use by another process" in result.stderr
+
+
+def test_training_settings_are_checked():
+    with pytest.raises(UserError):
+        TrainConfig(seq_len=0)
