@@ -1,0 +1,251 @@
+"""Text in, documents out: load a corpus, clean and de-duplicate it, hold documents out for validation.
+
+A corpus is a list of documents in a fixed order with a hash of all of them, so that two people who say they trained on
+the same text can prove it. Nothing here touches the network or imports the packages whose text it reads.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qies.data.builtin import GENRES
+from qies.errors import UserError, nearest
+
+SUFFIXES = (".txt", ".md")
+LONGEST = 1_000_000  # characters above which a file is cut into documents; less in a corpus of few files,
+_PIECES = 64  # so that there are about so many documents to choose from,
+_SHORTEST = 2_000  # but not below so many characters
+_SHARED_PARAGRAPH = 100  # characters from which a paragraph met before is dropped; shorter ones are formulas of speech
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text; `id` is unique within its `source` and names no machine."""
+
+    text: str
+    source: str
+    id: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from, and how many (after cleaning; `bytes` in UTF-8, `sha256` over ids and texts)."""
+
+    name: str
+    licence: str
+    version: str
+    documents: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order, those of a source side by side."""
+
+    name: str
+    documents: list[Document]
+    sources: list[Source]
+    sha256: str
+
+
+def load_corpus(source: str) -> Corpus:
+    """The cleaned corpus that `source` names.
+
+    "builtin" is English prose of three genres carried by dependencies of this package (see `qies.data.builtin`).
+    Anything else is a path to a UTF-8 text file, a folder (searched through; `.txt` and `.md`, hidden names left out)
+    or a glob. A file is one document, but one of more than 1 MB, or of more than 1/64 of the corpus, is cut at blank
+    lines (at line ends or spaces where there are none) into documents of about that length, at least 2,000 characters,
+    so that some can be held out. Empty files are left out.
+
+    Texts and paragraphs of 100 characters or more that came before in the corpus (equal but for case and white space)
+    are dropped, so that a held-out document does not repeat one trained on.
+
+    Raises UserError: no such source, no text in it, not UTF-8, a package of the built-in corpus missing.
+    """
+    if source == "builtin":
+        licences = {genre.name: (genre.licence, genre.version()) for genre in GENRES}
+        raw = (Document(text, genre.name, id) for genre in GENRES for id, text in genre.documents())
+        return _corpus(source, raw, licences)
+    name = Path(source).name or Path(source).resolve().name
+    corpus = _corpus(name, _read(source, name), {name: ("unknown (files given by the user)", "")})
+    if not corpus.documents:
+        raise UserError(f"'{source}' holds no text; give a file, folder or pattern with text in it")
+    return corpus
+
+
+def fingerprint(source: str) -> str:
+    """What decides `load_corpus(source)`, found without loading it: package versions, or a sha256 of the raw files."""
+    if source == "builtin":
+        return "; ".join(genre.version() for genre in GENRES)
+    return _sha256(part for path, id in _files(source) for part in (id.encode(), _bytes(path)))
+
+
+def split_documents(corpus: Corpus, val_fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
+    """(train, val): whole documents, every source with at least two of them in both, in the order of the corpus.
+
+    Within a source the documents are taken in the order of a hash of (seed, id, text), and each goes to validation that
+    still fits in the source's `val_fraction` of bytes; where not one fits, the shortest goes.
+
+    Raises UserError if nothing is left for one of the two.
+    """
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction {val_fraction} is not between 0 and 1; give the fraction of text to hold out")
+    held_out: set[tuple[str, str]] = set()
+    for source in corpus.sources:
+        documents = [document for document in corpus.documents if document.source == source.name]
+        if len(documents) < 2:
+            continue
+        documents.sort(key=lambda document: _sha256([str(seed).encode(), *_parts(document)]))
+        sizes = {document.id: len(document.text.encode()) for document in documents}
+        room = val_fraction * source.bytes
+        chosen = []
+        for document in documents:
+            if sizes[document.id] <= room:
+                chosen.append(document)
+                room -= sizes[document.id]
+        chosen = chosen or [min(documents, key=lambda document: sizes[document.id])]
+        held_out.update((document.source, document.id) for document in chosen)
+    train = [document for document in corpus.documents if (document.source, document.id) not in held_out]
+    val = [document for document in corpus.documents if (document.source, document.id) in held_out]
+    if not train or not val:
+        raise UserError(f"corpus '{corpus.name}' is too short to hold a document out for validation; give more text")
+    return train, val
+
+
+# --- cleaning
+
+
+def _corpus(name: str, raw: Iterable[Document], licences: dict[str, tuple[str, str]]) -> Corpus:
+    documents = list(_distinct(raw))
+    sources = []
+    for source, (licence, version) in licences.items():
+        own = [document for document in documents if document.source == source]
+        size = sum(len(document.text.encode()) for document in own)
+        digest = _sha256(part for document in own for part in _parts(document))
+        sources.append(Source(source, licence, version, len(own), size, digest))
+    return Corpus(name, documents, sources, _sha256(source.sha256.encode() for source in sources))
+
+
+def _distinct(raw: Iterable[Document]) -> Iterator[Document]:
+    """Documents with tidy white space, without texts and long paragraphs that came before."""
+    texts: set[bytes] = set()
+    paragraphs: set[bytes] = set()
+    for document in raw:
+        text = _tidy(document.text)
+        if _first_time(text, texts):
+            parts = text.split("\n\n")
+            kept = [part for part in parts if len(part) < _SHARED_PARAGRAPH or _first_time(part, paragraphs)]
+            if any(kept):
+                yield Document("\n\n".join(kept), document.source, document.id)
+
+
+def _first_time(text: str, seen: set[bytes]) -> bool:
+    key = hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
+    new = key not in seen
+    seen.add(key)
+    return new
+
+
+def _tidy(text: str) -> str:
+    """Line ends as newlines, no trailing spaces, at most one blank line in a row, none at the ends."""
+    text = "\n".join(map(str.rstrip, text.replace("\r\n", "\n").replace("\r", "\n").split("\n")))
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _parts(document: Document) -> tuple[bytes, bytes]:
+    return document.id.encode(), document.text.encode()
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    """Digest of a sequence of byte strings; each goes in behind its length, so that no two sequences run together."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+# --- files of the user's
+
+
+def _read(source: str, name: str) -> Iterator[Document]:
+    texts = {id: _tidy(_decode(path)) for path, id in _files(source)}
+    length = min(max(sum(map(len, texts.values())) // _PIECES, _SHORTEST), LONGEST)
+    for id, text in texts.items():
+        pieces = list(_cut(text, length))
+        for number, piece in enumerate(pieces):
+            if piece:
+                yield Document(piece, name, f"{id}#{number:05d}" if len(pieces) > 1 else id)
+
+
+def _decode(path: Path) -> str:
+    try:
+        text = _bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' is not UTF-8 text (at byte {error.start}); convert it or leave it out") from None
+    if "\0" in text:
+        raise UserError(f"'{path}' holds zero bytes, so it is no text; leave it out")
+    return text
+
+
+def _cut(text: str, length: int) -> Iterator[str]:
+    """`text` in pieces of `length` to twice that, cut at a blank line, else a line end, else a space, else anywhere."""
+    start = 0
+    while len(text) - start > 2 * length:
+        ends = (text.find(mark, start + length, start + 2 * length) for mark in ("\n\n", "\n", " "))
+        end = next((end for end in ends if end >= 0), start + length)
+        yield text[start:end].strip()
+        start = end
+    yield text[start:].strip()
+
+
+def _files(source: str) -> list[tuple[Path, str]]:
+    """Pairs (path, id) in the order of the ids, which are paths below the folder or the pattern's fixed part."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [(path, path.name)]
+    if path.is_dir():
+        root, found = path, _walk(path)
+    elif glob.has_magic(source):
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        found = (Path(match) for match in glob.iglob(str(path), recursive=True))
+    else:
+        raise _unknown(source, path)
+    texts = {p.relative_to(root).as_posix(): p for p in found if p.suffix.lower() in SUFFIXES and p.is_file()}
+    if not texts:
+        raise UserError(
+            f"'{source}' holds no {' or '.join(SUFFIXES)} file; name a file, or a folder or pattern with some"
+        )
+    return [(texts[id], id) for id in sorted(texts)]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _unknown(source: str, path: Path) -> UserError:
+    try:
+        beside = [str(other) for other in path.parent.iterdir()]
+    except OSError:
+        beside = []
+    return UserError(
+        f"no corpus '{source}': it is neither 'builtin' nor an existing file, folder or pattern."
+        + nearest(source, ["builtin", *beside])
+    )

@@ -1,0 +1,153 @@
+"""The manifest of a folder of token shards: plain JSON, read strictly, and trusted only as far as it can be checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qies.config import DataConfig, from_dict, to_dict
+from qies.errors import UserError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
+DTYPES = ("uint16", "uint32")  # by the size of the vocabulary
+LIMIT = 16_000_000  # bytes above which a manifest is not read
+SHARD_NAME = re.compile(r"(train|val)-\d{5}\.bin")
+
+_PROVENANCE = ("hash", "config", "fingerprint", "corpus", "sources")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens, a plain name inside the folder."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Documents, their UTF-8 bytes, and their tokens with the `<|endoftext|>` that begins each document."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.documents + other.documents, self.bytes + other.bytes, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Train or val as a whole."""
+
+    documents: int
+    bytes: int
+    tokens: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One source of the corpus: its licence, the version of what it was read from, what it gave to each split."""
+
+    name: str
+    licence: str
+    version: str
+    sha256: str
+    train: Counts
+    val: Counts
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds.
+
+    `hash` identifies text, split, tokenizer and tokens: two folders with the same one hold the same data. `config`,
+    `fingerprint` (see `corpora.fingerprint`), `corpus` (its name) and `sources` say where it came from.
+    """
+
+    schema: int
+    hash: str
+    config: DataConfig
+    fingerprint: str
+    corpus: str
+    corpus_sha256: str
+    tokenizer_sha256: str
+    vocab_size: int
+    dtype: str
+    train: Split
+    val: Split
+    sources: tuple[SourceRow, ...]
+
+    def split(self, name: str) -> Split:
+        """The split "train" or "val". Raises UserError for another name."""
+        if name not in SPLITS:
+            raise UserError(f"there is no split '{name}'; take one of: {', '.join(SPLITS)}")
+        return self.train if name == "train" else self.val
+
+    def sealed(self) -> Manifest:
+        """The same with `hash` as its content demands."""
+        content = {key: value for key, value in to_dict(self).items() if key not in _PROVENANCE}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return replace(self, hash=hashlib.sha256(text.encode()).hexdigest())
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The smallest of `DTYPES` that holds every id below `vocab_size`."""
+    return DTYPES[0] if vocab_size <= 1 << 16 else DTYPES[1]
+
+
+def dumps(manifest: Manifest) -> str:
+    """The manifest as text, the same for the same manifest."""
+    return json.dumps(to_dict(manifest), indent=1, ensure_ascii=False) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in `folder`, checked in itself (files are checked by `shards.open_shards`).
+
+    Raises UserError: none there, too large, no JSON, unknown or missing keys, another schema, a file name that is not
+    that of a shard, counts that do not add up, or a hash that is not that of the content.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"'{folder}' holds no data set (no {MANIFEST}); make one with: qies data build SOURCE --out DIR"
+        )
+    if path.is_symlink() or path.stat().st_size > LIMIT:
+        raise UserError(f"'{path}' is a link or larger than {LIMIT} bytes, which no manifest is; build the data again")
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+            raise ValueError(f"its schema is not {SCHEMA}")
+        manifest = from_dict(Manifest, values)
+        _check(manifest)
+    except (ValueError, TypeError, OSError, RecursionError, UserError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"'{path}' is damaged: {reason.rstrip('.')}; build the data again in another folder") from None
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    if manifest.dtype not in DTYPES:
+        raise ValueError(f"dtype {manifest.dtype!r} is not one of {', '.join(DTYPES)}")
+    for name in SPLITS:
+        split = manifest.split(name)
+        files = [shard.file for shard in split.shards]
+        for file in files:
+            if not SHARD_NAME.fullmatch(file) or not file.startswith(name):
+                raise ValueError(f"{file!r} is not the name of a {name} shard")
+        if len(set(files)) != len(files):
+            raise ValueError(f"a {name} shard is listed twice")
+        if min((shard.tokens for shard in split.shards), default=0) < 1:
+            raise ValueError(f"{name} has no shard, or an empty one")
+        if sum(shard.tokens for shard in split.shards) != split.tokens:
+            raise ValueError(f"the shards of {name} do not add up to {split.tokens} tokens")
+    if manifest.sealed().hash != manifest.hash:
+        raise ValueError("its hash is not that of its content")
