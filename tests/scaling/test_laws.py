@@ -26,11 +26,14 @@ def test_exact_power_law_is_recovered():
     np.testing.assert_allclose(lo, hi, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("e", "a", "alpha", "x"), [
-    (1.69, 400.0, 0.34, np.geomspace(1e6, 1e10, 8)),
-    (0.05, 30.0, 0.9, np.geomspace(1e1, 1e4, 6)),
-    (3.0, 1e4, 1.2, np.geomspace(1e3, 1e6, 30)),
-])
+@pytest.mark.parametrize(
+    ("e", "a", "alpha", "x"),
+    [
+        (1.69, 400.0, 0.34, np.geomspace(1e6, 1e10, 8)),
+        (0.05, 30.0, 0.9, np.geomspace(1e1, 1e4, 6)),
+        (3.0, 1e4, 1.2, np.geomspace(1e3, 1e6, 30)),
+    ],
+)
 def test_exact_law_with_a_floor_is_recovered(e, a, alpha, x):
     fit = fit_power(x, e + a * x**-alpha, floor=True, interval="t")
     assert fit.params == pytest.approx({"E": e, "A": a, "alpha": alpha}, rel=1e-6)
@@ -131,15 +134,18 @@ def test_dictionary_is_json_and_its_curve_is_the_prediction():
     assert width[-1] > 2 * width.min()
 
 
-@pytest.mark.parametrize(("x", "loss", "options", "says"), [
-    ([1, 2, 3], [1, 2], {}, "one loss for every x"),
-    ([1, 0], [1, 2], {}, "x > 0"),
-    ([1, 2], [1, -2], {}, "loss > 0"),
-    ([5, 5, 5], [1, 2, 3], {}, "2 or more distinct x, found 1"),
-    ([1, 2], [2, 1], {"floor": True}, "leave the floor out"),
-    ([1, 2, 3], [3, 2, 1], {"interval": "bootstrp"}, "Did you mean 'bootstrap'"),
-    ([1, 2, 3], [3, 2, 1], {"delta": 0}, "delta > 0"),
-])
+@pytest.mark.parametrize(
+    ("x", "loss", "options", "says"),
+    [
+        ([1, 2, 3], [1, 2], {}, "one loss for every x"),
+        ([1, 0], [1, 2], {}, "x > 0"),
+        ([1, 2], [1, -2], {}, "loss > 0"),
+        ([5, 5, 5], [1, 2, 3], {}, "2 or more distinct x, found 1"),
+        ([1, 2], [2, 1], {"floor": True}, "leave the floor out"),
+        ([1, 2, 3], [3, 2, 1], {"interval": "bootstrp"}, "Did you mean 'bootstrap'"),
+        ([1, 2, 3], [3, 2, 1], {"delta": 0}, "delta > 0"),
+    ],
+)
 def test_bad_input_is_refused_in_one_line(x, loss, options, says):
     with pytest.raises(UserError, match=says) as error:
         fit_power(x, loss, **options)
@@ -166,8 +172,14 @@ def test_intervals_of_four_sizes_cover_as_stated(seeds):
 
 
 def test_intervals_with_a_floor_cover_as_stated():
-    found = coverage(True, np.geomspace(1e5, 1e9, 10), lambda x: 1.7 + 60 * x**-0.3,
-                     {"E": 1.7, "A": 60.0, "alpha": 0.3}, 0.005, datasets=100)
+    found = coverage(
+        True,
+        np.geomspace(1e5, 1e9, 10),
+        lambda x: 1.7 + 60 * x**-0.3,
+        {"E": 1.7, "A": 60.0, "alpha": 0.3},
+        0.005,
+        datasets=100,
+    )
     assert all(0.90 <= rate <= 0.99 for rate in found.values()), found
 
 
@@ -185,6 +197,7 @@ def test_bootstrap_agrees_with_t_where_both_hold():
 
 @pytest.mark.slow
 def test_bootstrap_intervals_cover_as_stated():
-    found = coverage(False, np.geomspace(1e5, 1e9, 24), lambda x: 12 * x**-0.08, {"A": 12.0, "alpha": 0.08},
-                     0.01, draws=200)
+    found = coverage(
+        False, np.geomspace(1e5, 1e9, 24), lambda x: 12 * x**-0.08, {"A": 12.0, "alpha": 0.08}, 0.01, draws=200
+    )
     assert all(0.90 <= rate <= 0.98 for rate in found.values()), found

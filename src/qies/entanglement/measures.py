@@ -78,8 +78,10 @@ def page_entropy(m: int, V: int) -> float:
 def _scaled_pair(state: Tensor) -> tuple[Tensor, Tensor]:
     """Re and Im [..., m, V], scaled to a largest entry of 1 so that no fourth power over- or underflows."""
     if state.ndim < 2 or state.shape[-2] % 2 or 0 in state.shape[-2:] or state.is_complex():
-        raise UserError(f"a state must be real of shape [..., 2m, V], rows Re|Im, got {tuple(state.shape)} "
-                        f"{state.dtype}; pass the state an entanglement layer returns")
+        raise UserError(
+            f"a state must be real of shape [..., 2m, V], rows Re|Im, got {tuple(state.shape)} "
+            f"{state.dtype}; pass the state an entanglement layer returns"
+        )
     state = state if state.dtype == torch.float64 else state.float()
     # The measures do not depend on the norm, so the scale is a constant to the gradient.
     largest = state.detach().abs().amax((-2, -1), keepdim=True)

@@ -114,8 +114,11 @@ class PowerLaw:
         """The law, its interval, what the interval rests on, and every warning, as one paragraph."""
         p = self.params
         floor = f"{p['E']:.4g} + " if "E" in p else ""
-        parts = [f"L(x) = {floor}{p['A']:.4g} x^-{p['alpha']:.4g}" if p["alpha"] >= 0
-                 else f"L(x) = {floor}{p['A']:.4g} x^{-p['alpha']:.4g}"]
+        parts = [
+            f"L(x) = {floor}{p['A']:.4g} x^-{p['alpha']:.4g}"
+            if p["alpha"] >= 0
+            else f"L(x) = {floor}{p['A']:.4g} x^{-p['alpha']:.4g}"
+        ]
         for name in ("alpha", "E"):
             pair = self.ci.get(name)
             if pair is not None:
@@ -130,8 +133,15 @@ class PowerLaw:
 
 
 def fit_power(
-    x: ArrayLike, loss: ArrayLike, *, floor: bool = False, delta: float = 0.05, level: float = 0.95,
-    interval: str = "auto", draws: int = 400, seed: int = 0,
+    x: ArrayLike,
+    loss: ArrayLike,
+    *,
+    floor: bool = False,
+    delta: float = 0.05,
+    level: float = 0.95,
+    interval: str = "auto",
+    draws: int = 400,
+    seed: int = 0,
 ) -> PowerLaw:
     """Fit L = A x^-alpha, or L = E + A x^-alpha with `floor`, to runs.
 
@@ -152,8 +162,9 @@ def fit_power(
     dof = len(sizes) - len(names)
     if dof < 0:
         form, advice = (" with a floor", " or leave the floor out") if floor else ("", "")
-        raise UserError(f"a power law{form} needs {len(names)} or more distinct x, found {len(sizes)}; "
-                        f"train more sizes{advice}")
+        raise UserError(
+            f"a power law{form} needs {len(names)} or more distinct x, found {len(sizes)}; train more sizes{advice}"
+        )
     y = np.bincount(member, np.log(losses[keep])) / np.bincount(member)
     center = float(np.log(sizes).mean())
     u = np.log(sizes) - center
@@ -170,19 +181,37 @@ def fit_power(
             resampled = _bootstrap(u, y, theta, delta, draws, seed)
     else:
         interval = "none"
-        warnings.append(f"{len(sizes)} distinct x for {len(names)} parameters: the law passes through every "
-                        "point and no interval can be given")
+        warnings.append(
+            f"{len(sizes)} distinct x for {len(names)} parameters: the law passes through every "
+            "point and no interval can be given"
+        )
     ends = _ends(theta, covariance, resampled, level, len(sizes), dof, center)
     condition = float(np.linalg.cond(jacobian / np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300)))
     warnings += _doubts(ends, residual, delta, condition, sizes, dof, theta, floor)
     values = {"A": math.exp(theta[0] + theta[1] * center), "alpha": float(theta[1])} | (
-        {"E": float(theta[2])} if floor else {})
+        {"E": float(theta[2])} if floor else {}
+    )
     return PowerLaw(
-        form="power+floor" if floor else "power", n=int(keep.sum()), sizes=len(sizes), params=values, ci=ends,
-        objective=objective, delta=delta, level=level, interval=interval, dof=dof, scatter=scatter,
-        condition=condition, x_range=(float(sizes[0]), float(sizes[-1])), dropped=dropped,
+        form="power+floor" if floor else "power",
+        n=int(keep.sum()),
+        sizes=len(sizes),
+        params=values,
+        ci=ends,
+        objective=objective,
+        delta=delta,
+        level=level,
+        interval=interval,
+        dof=dof,
+        scatter=scatter,
+        condition=condition,
+        x_range=(float(sizes[0]), float(sizes[-1])),
+        dropped=dropped,
         warnings=tuple(warnings),
-        _theta=theta, _covariance=covariance, _draws=resampled, _center=center)
+        _theta=theta,
+        _covariance=covariance,
+        _draws=resampled,
+        _center=center,
+    )
 
 
 def _power(theta: Array, u: Array) -> tuple[Array, Array]:
@@ -197,17 +226,22 @@ def _power(theta: Array, u: Array) -> tuple[Array, Array]:
 
 
 def _fit(u: Array, y: Array, delta: float, floor: bool, warm: Array | None = None) -> tuple[Array, float]:
-    """Best (theta, Huber sum) over all starts; `warm` is one more start."""
+    """Best (theta, Huber sum) over the starts, or from `warm` alone.
+
+    A given floor leaves a straight line, so the starts are lines for a grid of floors, the three best of which go on.
+    """
     best = _minimise(_power, _line(u, y), u, y, delta)
     if not floor:
         return best
-    # No floor is the edge of the parameter space, which an interior method only creeps up to, so it is
-    # offered.
+    # No floor is the edge of the parameter space, which an interior method only creeps up to, so it is offered.
     best = (np.append(best[0], 0.0), best[1])
     lowest = math.exp(float(y.min()))
-    starts = [np.append(_line(u, np.log(np.exp(y) - share * lowest)), share * lowest)
-              for share in (0.1, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99)]
-    for start in starts if warm is None else [*starts[1::2], warm]:
+    starts = [
+        np.append(_line(u, np.log(np.exp(y) - share * lowest)), share * lowest)
+        for share in (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.87, 0.93, 0.97, 0.99, 0.998)
+    ]
+    starts.sort(key=lambda theta: float(np.abs(_power(theta, u)[0] - y).sum()))
+    for start in starts[:3] if warm is None else [warm]:
         found = _minimise(_power, start, u, y, delta, lower=[-np.inf, -np.inf, 0.0])
         if found[1] < best[1] * (1 - 1e-9):
             best = found
@@ -215,17 +249,28 @@ def _fit(u: Array, y: Array, delta: float, floor: bool, warm: Array | None = Non
 
 
 def _line(u: Array, y: Array) -> Array:
-    slope = float((u * (y - y.mean())).sum() / (u * u).sum()) if np.ptp(u) else 0.0
+    """theta of the least-squares line through (u, y)."""
+    slope = float((u - u.mean()) @ y / ((u - u.mean()) @ u))
     return np.array([y.mean() - slope * u.mean(), -slope])
 
 
-def _minimise(evaluate: Evaluate, start: Array, u: Array, y: Array, delta: float,
-              lower: list[float] | float = -np.inf) -> tuple[Array, float]:
+def _minimise(
+    evaluate: Evaluate, start: Array, u: Array, y: Array, delta: float, lower: list[float] | float = -np.inf
+) -> tuple[Array, float]:
     """Minimise sum Huber_delta(log L(u; theta) - y) from one start, any form with an analytic Jacobian."""
     found = least_squares(
-        lambda theta: evaluate(theta, u)[0] - y, start, lambda theta: evaluate(theta, u)[1],
-        bounds=(lower, np.inf), loss="huber", f_scale=delta, x_scale="jac",
-        ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=500)
+        lambda theta: evaluate(theta, u)[0] - y,
+        start,
+        lambda theta: evaluate(theta, u)[1],
+        bounds=(lower, np.inf),
+        loss="huber",
+        f_scale=delta,
+        x_scale="jac",
+        ftol=1e-15,
+        xtol=1e-15,
+        gtol=1e-15,
+        max_nfev=500,
+    )
     return found.x, float(found.cost)
 
 
@@ -258,8 +303,9 @@ def _tails(level: float, n: int, dof: int) -> tuple[float, float]:
     return tail, 1 - tail
 
 
-def _ends(theta: Array, covariance: Array | None, draws: Array | None, level: float, n: int, dof: int,
-          center: float) -> dict[str, tuple[float, float] | None]:
+def _ends(
+    theta: Array, covariance: Array | None, draws: Array | None, level: float, n: int, dof: int, center: float
+) -> dict[str, tuple[float, float] | None]:
     """Interval of A, alpha (and E >= 0) in the units of the law."""
     # log A = theta0 + alpha * centre, so all but the exp of log A is linear in theta.
     rows = np.eye(len(theta))
@@ -277,25 +323,38 @@ def _ends(theta: Array, covariance: Array | None, draws: Array | None, level: fl
     return {name: (float(lo), float(hi)) for name, (lo, hi) in zip(("A", "alpha", "E"), pairs, strict=False)}
 
 
-def _doubts(ci: dict[str, tuple[float, float] | None], residual: Array, delta: float, condition: float,
-            sizes: Array, dof: int, theta: Array, floor: bool) -> list[str]:
+def _doubts(
+    ci: dict[str, tuple[float, float] | None],
+    residual: Array,
+    delta: float,
+    condition: float,
+    sizes: Array,
+    dof: int,
+    theta: Array,
+    floor: bool,
+) -> list[str]:
     """Plain sentences on what the data do not determine."""
     said: list[str] = []
     alpha, e = ci["alpha"], ci.get("E")
     if not floor and alpha is not None and alpha[0] <= 0:
         said.append("alpha is not told from zero: the data do not show that the loss falls as a power of x")
     if floor and (dof < 3 or condition > ILL_CONDITIONED or theta[2] == 0.0 or e is None or e[0] == 0.0):
-        why = ("the best floor is 0" if theta[2] == 0.0
-               else f"{len(sizes)} distinct x for 3 parameters" if dof < 3
-               else "E, A and alpha trade off against each other" if condition > ILL_CONDITIONED
-               else "its interval reaches 0")
-        said.append(f"the floor E is not identified ({why}): do not quote E, and show the form "
-                    "without a floor beside it")
+        why = (
+            "the best floor is 0"
+            if theta[2] == 0.0
+            else f"{len(sizes)} distinct x for 3 parameters"
+            if dof < 3
+            else "E, A and alpha trade off against each other"
+            if condition > ILL_CONDITIONED
+            else "its interval reaches 0"
+        )
+        said.append(
+            f"the floor E is not identified ({why}): do not quote E, and show the form without a floor beside it"
+        )
     far = np.flatnonzero(np.abs(residual) > delta)
     if len(far):
         where = ", ".join(f"x = {sizes[i]:.3g} ({100 * math.expm1(-residual[i]):+.1f} %)" for i in far[:5])
-        said.append(f"{len(far)} of {len(sizes)} points lie further than delta from the law and count less: "
-                    + where)
+        said.append(f"{len(far)} of {len(sizes)} points lie further than delta from the law and count less: " + where)
     if 2 * len(far) > len(residual):
         said.append("most points do, so the intervals are rough: raise delta or question the form")
     return said
@@ -307,8 +366,9 @@ def _check(x: Array, loss: Array, delta: float, level: float, interval: str, dra
     if (x <= 0).any() or (loss <= 0).any():
         raise UserError("a power law needs x > 0 and loss > 0; leave the other runs out")
     if interval not in INTERVALS:
-        raise UserError(f"interval '{interval}' is unknown; choose from {', '.join(INTERVALS)}."
-                        + nearest(interval, INTERVALS))
+        raise UserError(
+            f"interval '{interval}' is unknown; choose from {', '.join(INTERVALS)}." + nearest(interval, INTERVALS)
+        )
     if not (delta > 0 and 0 < level < 1 and draws >= 2):
         raise UserError(f"delta > 0, 0 < level < 1 and draws >= 2 are needed; got {delta}, {level}, {draws}")
 

@@ -1,0 +1,369 @@
+"""The report of a study: one static HTML file made of its records, with a table under every chart."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from qies.report import charts
+from qies.report.records import Cell, Run, Study, listed, mapping, read_study
+from qies.report.summary import write_summary_svg
+from qies.report.text import count, digits, law, mebibytes, number, percent, sentence, show, si
+from qies.report.verdict import verdict
+
+__all__ = ["build_report", "write_summary_svg"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of ready text. `folded` hides a long one behind its caption; `words` aligns every column to the left."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+    folded: bool = False
+    words: bool = False
+    kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure and the table of the same numbers under it."""
+
+    caption: str
+    figure: go.Figure
+    table: Table
+    kind: str = "chart"
+
+    @property
+    def json(self) -> Markup:
+        """For a script element: plotly writes <, > and / as escapes, so no text of a record can close it."""
+        return Markup(self.figure.to_json())
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A prompt and how each arm goes on: (arm and size, text)."""
+
+    prompt: str
+    continuations: list[tuple[str, str]]
+    kind: str = "passage"
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    text: list[str] = field(default_factory=list)
+    blocks: list[Table | Chart | Passage] = field(default_factory=list)
+
+
+def build_report(folder: Path) -> Path:
+    """Write `report.html` in a study folder from its records and return its path.
+
+    Reads study.yaml, runs/*/{run.json,metrics.jsonl}, fits.json, entanglement.json, samples.json and
+    data/manifest.json. Parts that are missing or malformed are named on the page. Raises UserError when no run
+    record can be read.
+    """
+    study = read_study(Path(folder))
+    sections = [section for builder in SECTIONS if (section := _build(builder, study)) is not None]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("template.html").render(
+        study=study, verdict=verdict(study), sections=sections, plotly=Markup(get_plotlyjs())
+    )
+    path = study.folder / "report.html"
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _build(builder: Callable[[Study], Section | None], study: Study) -> Section | None:
+    """A record of another shape than the contract's costs its section, is named, and leaves the rest of the page."""
+    try:
+        section = builder(study)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        name = builder.__name__.strip("_")
+        study.notes.append(f"The part on {name} is left out: its record is malformed ({type(error).__name__}).")
+        return None
+    return section if section and section.blocks else None
+
+
+def _loss(study: Study) -> Section:
+    text = [
+        "Runs are compared at the same size and the same number of tokens. Lines: power laws fitted to each arm, "
+        "dotted beyond the data; shaded: the 95 % interval of the law."
+    ]
+    section = Section("Loss", text)
+    for variable, what in (("params", "non-embedding parameters"), ("flops", "training FLOPs")):
+        points = {}
+        for arm in study.arms:
+            runs = [run for run in study.done if run.arm == arm and getattr(run, variable)]
+            if runs:
+                points[arm] = [(getattr(r, variable), r.loss or 0.0, f"{arm}, {r.size}, seed {r.seed}") for r in runs]
+        if points:
+            curves = {arm: study.curve(arm, variable) for arm in points}
+            rows = [[hover, si(x), digits(loss)] for runs in points.values() for x, loss, hover in runs]
+            section.blocks.append(
+                Chart(
+                    f"Validation loss against {what}",
+                    charts.loss_chart(points, curves, what),
+                    Table(f"Validation loss against {what}", ["run", what, "nats per token"], rows, folded=True),
+                )
+            )
+    for title, unit, name in (
+        ("Bits per byte", "bits per byte", "bits_per_byte"),
+        ("Validation loss", "nats per token", "loss"),
+    ):
+        rows = [[arm, *(_against(study, arm, cell, name) for cell in study.cells)] for arm in study.arms]
+        caption = f"{title} of the held-out text ({unit}), and difference to {study.base}; means over seeds"
+        section.blocks.append(Table(caption, ["arm", *map(study.label, study.cells)], rows))
+    return section if study.done else Section("Loss")
+
+
+def _against(study: Study, arm: str, cell: Cell, name: str) -> str:
+    mean, base = study.mean(arm, cell, name), study.mean(study.base, cell, name)
+    apart = "" if mean is None or base is None or arm == study.base else f" ({mean - base:+.4f})"
+    return digits(mean) + apart
+
+
+def _laws(study: Study) -> Section:
+    rows, warnings = [], []
+    for variable, what in (("params", "parameters"), ("flops", "FLOPs")):
+        for arm in study.arms:
+            fit = study.fit(arm, variable)
+            if fit:
+                pair = mapping(fit.get("ci")).get("alpha")
+                between = f"{pair[0]:.4f} to {pair[1]:.4f}" if pair else "none"
+                rows.append([arm, what, law(fit), between, percent(fit["scatter"]), count(fit["sizes"])])
+                warnings += [f"{arm} in {what}: {sentence(w)}" for w in listed(fit.get("warnings"))]
+    convention = mapping(study.parts.get("fits")).get("flops_convention")
+    text = [
+        "L(x) in nats per token, straight on log axes. The interval counts each size once, whatever the number of "
+        "seeds, and holds only if the law does; with few sizes it is wide. Scatter is what is left around the law.",
+        *([f"FLOPs: {convention}."] if convention else []),
+        *warnings,
+    ]
+    columns = ["arm", "x", "L(x)", "95 % interval of the exponent", "scatter", "sizes"]
+    return Section("Fitted laws", text, [Table("Power laws", columns, rows)] if rows else [])
+
+
+def _training(study: Study) -> Section:
+    text = "Running mean of the training loss over a fiftieth of the steps, first seed of each arm, on log axes."
+    section, shares = Section("Training curves", [text]), (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
+    for cell in study.cells:
+        series = {arm: curve for arm in study.arms if (curve := _smoothed(study, arm, cell))}
+        if series:
+            title = f"Training loss at {study.label(cell)}"
+            rows = [
+                [arm, *(digits(y[max(0, round(share * len(y)) - 1)], 3) for share in shares)]
+                for arm, (_, y) in series.items()
+            ]
+            table = Table(f"{title} after a share of the steps", ["arm", *map(percent, shares)], rows, folded=True)
+            figure = charts.line_chart(series, "tokens seen", "training loss (nats per token)", log="xy")
+            section.blocks.append(Chart(title, figure, table))
+    return section
+
+
+def _smoothed(study: Study, arm: str, cell: Cell) -> tuple[list[float], list[float]] | None:
+    """Running mean of the training loss at up to 200 places, of the first run that has steps: (tokens, loss)."""
+    for run in (run for run in study.runs if run.arm == arm and run.cell == cell):
+        steps = [(x, y) for row in run.rows if (x := number(row.get("tokens"))) and (y := number(row.get("loss")))]
+        if len(steps) > 1:
+            window = max(1, len(steps) // 50)
+            ends = sorted({max(1, round((i + 1) * len(steps) / 200)) for i in range(200)})
+            parts = [steps[max(0, end - window) : end] for end in ends]
+            return [part[-1][0] for part in parts], [fmean(y for _, y in part) for part in parts]
+    return None
+
+
+def _speed(study: Study) -> Section:
+    section = Section("Speed and memory", ["As measured during training, means over seeds."])
+    for title, unit, name, scale in (
+        ("Training throughput", "tokens per second", "tokens_per_second", 1),
+        ("Peak memory", "MiB", "memory", 2**20),
+    ):
+        series, rows = {}, []
+        for arm in study.arms:
+            values = {cell: v / scale for cell in study.cells if (v := study.mean(arm, cell, name))}
+            places = {cell: n for cell in values if (n := study.mean(arm, cell, "params"))}
+            if places:
+                series[arm] = (list(places.values()), [values[cell] for cell in places])
+                rows.append([arm, *(count(values.get(cell)) for cell in study.cells)])
+        if series:
+            y_title = f"{title.lower()} ({unit})"
+            figure = charts.line_chart(series, "non-embedding parameters", y_title, markers=True, log="xy")
+            table = Table(f"{title} ({unit})", ["arm", *map(study.label, study.cells)], rows)
+            section.blocks.append(Chart(title, figure, table))
+    return section
+
+
+def _entanglement(study: Study) -> Section | None:
+    part = study.parts.get("entanglement")
+    if not part:
+        return None
+    order = [cell.size for cell in study.cells]
+    text = [
+        f"Entropies of the entangled states after reading held-out text ({count(part['text']['tokens'])} tokens, "
+        f"{part['text']['source']}), in nats, per head. The ceiling is log min(m, V); Page's value is the mean of "
+        "random states of the same dimensions. Charts show the largest size of each arm, bars one standard deviation "
+        "over texts."
+    ]
+    kinds = {"von_neumann": "von Neumann", "renyi2": "Rényi-2", "page": "Page", "ceiling": "ceiling"}
+    summary, every, figures, positions = [], [], [], {}
+    for arm, sizes in part["arms"].items():
+        for size in sorted(sizes, key=lambda s: order.index(s) if s in order else -1):
+            model, name = sizes[size], f"{arm} {size}"
+            heads = [(layer["layer"], head) for layer in model["layers"] for head in layer["heads"]]
+            means = {k: fmean(h[k][0] if isinstance(h[k], list) else h[k] for _, h in heads) for k in kinds}
+            share = percent(means["von_neumann"] / means["ceiling"] if means["ceiling"] else None)
+            summary.append([name, *(digits(means[k], 3) for k in kinds), share])
+            every += [
+                [name, show(layer), show(h["head"]), f"{h['m']} by {h['v']}", *_entropies(h, kinds)]
+                for layer, h in heads
+            ]
+        rows = [row[1:3] + row[4:] for row in every if row[0] == name]
+        spectra = _spectra(model["layers"])
+        longest = max(map(len, spectra.values()))
+        figures += [
+            Chart(
+                f"Entropy per layer and head, {name}",
+                charts.entropy_chart(model["layers"]),
+                Table(f"Entropy per head, {name} (nats)", ["layer", "head", *kinds.values()], rows, folded=True),
+            ),
+            Chart(
+                f"Mean Schmidt spectrum per layer, {name}",
+                charts.spectrum_chart(spectra),
+                Table(
+                    f"Mean Schmidt spectrum, {name}",
+                    ["layer", *map(str, range(1, 1 + longest))],
+                    [[layer, *(f"{v:.2g}" for v in p)] for layer, p in spectra.items()],
+                    folded=True,
+                ),
+            ),
+        ]
+        positions[arm] = (model["positions"], model["entropy_by_position"])
+    section = Section("Entanglement", text, [*figures])
+    if positions:
+        at = sorted({x for xs, _ in positions.values() for x in xs})
+        at = at[:: 1 + len(at) // 13]
+        found = {arm: dict(zip(x, y, strict=True)) for arm, (x, y) in positions.items()}
+        rows = [[arm, *(digits(entropy.get(x), 3) for x in at)] for arm, entropy in found.items()]
+        figure = charts.line_chart(positions, "tokens read", "von Neumann entropy (nats)", markers=True, log="x")
+        table = Table("Mean entropy by tokens read (nats)", ["arm", *map(count, at)], rows, folded=True)
+        section.blocks.append(Chart("Mean entropy of all heads as the text goes on", figure, table))
+    columns = ["model", *kinds.values(), "von Neumann / ceiling"]
+    section.blocks.insert(0, Table("Mean over layers and heads (nats)", columns, summary))
+    columns = ["model", "layer", "head", "m by V", *kinds.values()]
+    section.blocks.append(Table("Every head of every model (nats)", columns, every, folded=True))
+    return section
+
+
+def _entropies(head: dict[str, Any], kinds: Iterable[str]) -> list[str]:
+    """Mean and standard deviation of what varies, the value of what does not."""
+    return ["{:.3f} ± {:.3f}".format(*head[k]) if isinstance(head[k], list) else digits(head[k], 3) for k in kinds]
+
+
+def _spectra(layers: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Mean spectrum over the heads of a layer that have the same rank."""
+    groups: dict[str, list[list[float]]] = {}
+    for layer in layers:
+        ranks = {len(head["spectrum"]) for head in layer["heads"]}
+        for head in layer["heads"]:
+            rank = f", rank {len(head['spectrum'])}" if len(ranks) > 1 else ""
+            groups.setdefault(f"layer {layer['layer']}{rank}", []).append(head["spectrum"])
+    return {name: [fmean(p) for p in zip(*spectra, strict=True)] for name, spectra in groups.items()}
+
+
+def _samples(study: Study) -> Section | None:
+    part = study.parts.get("samples")
+    if not part:
+        return None
+    passages = [
+        Passage(str(prompt), [(f"{arm} {s['size']}", str(s["continuations"][i])) for arm, s in part["arms"].items()])
+        for i, prompt in enumerate(part["prompts"])
+    ]
+    return Section("Samples", ["How the largest model of each arm goes on."], list(passages))
+
+
+def _facts(caption: str, facts: dict[str, Any], folded: bool = False) -> Table:
+    rows = [[str(key).replace("_", " "), show(value)] for key, value in facts.items()]
+    return Table(caption, ["what", "value"], rows, folded=folded, words=True)
+
+
+def _study(study: Study) -> Section:
+    folder = study.folder.resolve()
+    place = f"results/{folder.name}" if folder.parent.name == "results" else folder.name
+    out = "" if place == f"results/{study.name}" else f" --out {place}"
+    largest = max(study.runs, key=lambda run: run.params or 0).record
+    facts = {
+        "arms": ", ".join(study.arms),
+        "sizes": ", ".join(map(study.label, study.cells)),
+        "tokens a run": ", ".join(dict.fromkeys(count(cell.tokens) for cell in study.cells)),
+        "seeds": ", ".join(sorted({run.seed for run in study.runs})),
+        "runs": f"{len(study.done)} done of {len(study.runs)}",
+        "code version": ", ".join(sorted({show(run.record.get("code_version")) for run in study.runs})),
+        "command that made it": f"qies study {place}/study.yaml{out}",
+        "command for this page": f"qies report {place}",
+    }
+    machine = mapping(largest.get("environment")) | {k: largest[k] for k in ("threads", "precision") if k in largest}
+    tables = [
+        _facts("Study", facts),
+        _facts("Environment", machine),
+        _facts("Settings (study.yaml)", study.config, folded=True),
+    ]
+    return Section("Study", [], list(tables))
+
+
+def _data(study: Study) -> Section | None:
+    manifest = study.parts.get("manifest")
+    if not manifest:
+        return None
+    sources = [mapping(source) for source in listed(manifest.get("sources"))]
+    counted = [(split, name) for split in ("train", "val") for name in ("documents", "bytes", "tokens")]
+    rows = []
+    for row in [*sources, manifest | {"name": "all"}]:
+        numbers = [si(mapping(row.get(split)).get(name)) for split, name in counted]
+        words = [show(row[key]) if key in row else "" for key in ("name", "licence", "version")]
+        rows.append([*words, *numbers, show(row["sha256"])[:16] if "sha256" in row else ""])
+    columns = ["source", "licence", "version", *(f"{split} {name}" for split, name in counted), "sha256"]
+    facts = {key: value for key, value in manifest.items() if not isinstance(value, (dict, list)) and key != "schema"}
+    tables = [Table("Sources of the corpus", columns, rows), _facts("Corpus, tokenizer and shards", facts)]
+    return Section("Data", ["Documents are held out whole; sha256 is cut to 16 digits."], list(tables))
+
+
+def _runs(study: Study) -> Section:
+    columns = [
+        "arm", "size", "seed", "status", "parameters", "with embeddings", "tokens", "FLOPs", "nats per token",
+        "bits per byte", "seconds", "tokens/s", "peak MiB", "config hash", "remark",
+    ]  # fmt: skip
+    order = sorted(study.runs, key=lambda run: (study.cells.index(run.cell), study.arms.index(run.arm), run.seed))
+    return Section("Every run", [], [Table("Run records", columns, [_run_row(run) for run in order])])
+
+
+def _run_row(run: Run) -> list[str]:
+    skipped = number(run.record.get("skipped_steps"))
+    remarks = [show(run.record["error"])] if run.record.get("error") else []
+    remarks += [f"{skipped:.0f} non-finite steps skipped"] if skipped else []
+    return [
+        run.arm, run.size, run.seed, run.status, count(run.params), count(run.total_params), count(run.tokens),
+        si(run.flops), digits(run.loss), digits(run.bits_per_byte), count(run.seconds), count(run.tokens_per_second),
+        mebibytes(run.memory), run.config_hash, "; ".join(remarks),
+    ]  # fmt: skip
+
+
+SECTIONS = (_loss, _laws, _training, _speed, _entanglement, _samples, _study, _data, _runs)

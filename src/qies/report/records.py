@@ -1,0 +1,237 @@
+"""A study folder as the page sees it: fields are checked once, here, so that nothing after it has to doubt them.
+
+What is missing or cannot be read becomes a sentence in `Study.notes` instead of an error, since the page of a
+half-finished study is useful. Only a folder without a single readable run record is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from qies import runs as run_records
+from qies.errors import UserError
+from qies.report.text import count, number, si
+
+BASELINE = "transformer"
+PARTS = {
+    "fits": "fits.json",
+    "entanglement": "entanglement.json",
+    "samples": "samples.json",
+    "manifest": "data/manifest.json",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What two runs must share to be compared: the size and the number of tokens."""
+
+    size: str
+    tokens: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run record; numbers that are absent or not finite are None. `rows` are the lines of metrics.jsonl."""
+
+    arm: str
+    size: str
+    seed: str
+    status: str
+    config_hash: str
+    params: float | None
+    total_params: float | None
+    tokens: float | None
+    flops: float | None
+    loss: float | None
+    bits_per_byte: float | None
+    seconds: float | None
+    tokens_per_second: float | None
+    memory: float | None
+    record: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def done(self) -> bool:
+        return self.status == "done" and self.loss is not None
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.size, self.tokens)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All records of a study folder; `notes` says what is missing, unreadable or does not match."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    runs: list[Run]
+    parts: dict[str, dict[str, Any]]
+    notes: list[str]
+
+    @cached_property
+    def done(self) -> list[Run]:
+        return [run for run in self.runs if run.done]
+
+    @cached_property
+    def arms(self) -> list[str]:
+        """Baseline first, then in the order of the study file, then as found."""
+        present = dict.fromkeys(run.arm for run in self.runs)
+        planned = [arm for arm in map(str, listed(self.config.get("arms"))) if arm in present]
+        return sorted(dict.fromkeys([*planned, *present]), key=lambda arm: arm != BASELINE)
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Smallest first."""
+        smallest: dict[Cell, float] = {}
+        for run in self.runs:
+            smallest[run.cell] = min(smallest.get(run.cell, math.inf), run.params or math.inf)
+        return sorted(smallest, key=lambda cell: (smallest[cell], cell.tokens or 0))
+
+    @property
+    def base(self) -> str:
+        """The arm that differences refer to."""
+        return BASELINE if BASELINE in self.arms else self.arms[0]
+
+    def label(self, cell: Cell) -> str:
+        """The size, with the tokens where one size was trained on several amounts."""
+        alone = [c.size for c in self.cells].count(cell.size) == 1
+        return cell.size if alone else f"{cell.size}, {si(cell.tokens)} tokens"
+
+    def of(self, arm: str, cell: Cell) -> list[Run]:
+        return [run for run in self.done if run.arm == arm and run.cell == cell]
+
+    def mean(self, arm: str, cell: Cell, field: str = "loss") -> float | None:
+        """Mean of a field over the seeds of an arm in a cell, or None."""
+        values = [value for run in self.of(arm, cell) if (value := getattr(run, field)) is not None]
+        return fmean(values) if values else None
+
+    def differences(self, arm: str, other: str, cell: Cell) -> list[float]:
+        """Loss of `arm` minus loss of `other`, nats per token, one value per seed that both have."""
+        ours, theirs = ({run.seed: run.loss or 0.0 for run in self.of(a, cell)} for a in (arm, other))
+        return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+    def fit(self, arm: str, variable: str) -> dict[str, Any]:
+        """The stored fit of an arm in "params" or "flops"; {} when there is none."""
+        return mapping(mapping(mapping(mapping(self.parts.get("fits")).get("arms")).get(arm)).get(variable))
+
+    def curve(self, arm: str, variable: str) -> dict[str, list[float]]:
+        """The fitted law as lists x, loss and, where it has an interval, lo and hi; {} when there is none."""
+        stored = mapping(self.fit(arm, variable).get("curve"))
+        lists = {k: listed(stored.get(k)) for k in ("x", "loss", "lo", "hi")}
+        lists = {k: v for k, v in lists.items() if v and len(v) == len(lists["x"]) and all(map(_positive, v))}
+        return lists if "x" in lists and "loss" in lists else {}
+
+
+def read_study(folder: Path) -> Study:
+    """Read every record of a study folder. Raises UserError when it holds no readable run record."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder of a study, such as results/quick")
+    notes: list[str] = []
+    runs = [run for path in sorted(folder.glob("runs/*/run.json")) if (run := _read_run(path.parent, notes))]
+    if not runs:
+        raise UserError(f"{folder} holds no readable run record (runs/*/run.json); run the study first")
+    config = _read(folder, "study.yaml", notes)
+    parts = {name: part for name, file in PARTS.items() if (part := _read(folder, file, notes))}
+    study = Study(str(config.get("name") or folder.resolve().name), folder, config, runs, parts, notes)
+    notes += _mismatches(study)
+    return study
+
+
+def _read_run(folder: Path, notes: list[str]) -> Run | None:
+    try:
+        record = run_records.read(folder)
+        rows = [row for row in run_records.steps(folder) if isinstance(row, dict)]
+    except (UserError, OSError, UnicodeDecodeError, RecursionError):
+        notes.append(f"runs/{folder.name} could not be read and is left out.")
+        return None
+    if record is None:
+        return None
+    params, metrics = mapping(record.get("params")), mapping(record.get("metrics"))
+    return Run(
+        arm=str(record.get("arm")),
+        size=str(record.get("size")),
+        seed=str(record.get("seed")),
+        status=str(record.get("status")),
+        config_hash=str(record.get("config_hash") or folder.name),
+        params=number(params.get("non_embedding")),
+        total_params=number(params.get("total")),
+        tokens=number(record.get("tokens")),
+        flops=number(record.get("flops")),
+        loss=number(metrics.get("val_loss")),
+        bits_per_byte=number(metrics.get("val_bpb")),
+        seconds=number(record.get("wall_seconds")),
+        tokens_per_second=number(record.get("tokens_per_second")),
+        memory=number(record.get("peak_memory_bytes")),
+        record=record,
+        rows=rows,
+    )
+
+
+def _read(folder: Path, file: str, notes: list[str]) -> dict[str, Any]:
+    """A JSON or YAML mapping; {} with a note when it is absent or cannot be read."""
+    try:
+        text = (folder / file).read_text(encoding="utf-8")
+        value = yaml.safe_load(text) if file.endswith(".yaml") else json.loads(text)
+    except FileNotFoundError:
+        notes.append(f"{file} is not there, so the page does not show what it holds.")
+        return {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        value = None
+    if not isinstance(value, dict):
+        notes.append(f"{file} could not be read, so the page does not show what it holds.")
+        return {}
+    return value
+
+
+def _mismatches(study: Study) -> list[str]:
+    """What keeps runs from being compared, or a comparison from being clean."""
+    notes = []
+    missing = Counter(
+        "done without a loss" if run.status == "done" else run.status for run in study.runs if not run.done
+    )
+    if missing:
+        counts = ", ".join(f"{n} {status}" for status, n in sorted(missing.items()))
+        notes.append(
+            f"{missing.total()} of {len(study.runs)} runs have no result ({counts}); "
+            "they are in the table of runs and nowhere else."
+        )
+    for cell in study.cells:
+        params = [run.params for run in study.done if run.cell == cell and run.params]
+        if params and max(params) > 1.01 * min(params):
+            notes.append(
+                f"At {study.label(cell)} the arms differ by more than 1 % in parameters "
+                f"({count(min(params))} to {count(max(params))})."
+            )
+    for what, key in {
+        "data": lambda r: mapping(r.get("data")).get("hash"),
+        "code versions": lambda r: r.get("code_version"),
+        "environments": lambda r: r.get("environment"),
+        "FLOP conventions": lambda r: r.get("flops_convention"),
+    }.items():
+        kinds = {json.dumps(key(run.record), sort_keys=True) for run in study.done}
+        if len(kinds) > 1:
+            notes.append(f"The runs come from {len(kinds)} different {what}.")
+    return notes
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def _positive(value: Any) -> bool:
+    return (number(value) or 0) > 0

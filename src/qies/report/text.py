@@ -1,0 +1,70 @@
+"""Numbers and records as words: one way to write each kind of value on the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+NONE = "n/a"
+
+
+def number(value: Any) -> float | None:
+    """A finite number as float, or None for anything else."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None
+
+
+def count(value: Any) -> str:
+    """12,345."""
+    n = number(value)
+    return NONE if n is None else f"{n:,.0f}"
+
+
+def digits(value: Any, places: int = 4) -> str:
+    n = number(value)
+    return NONE if n is None else f"{n:.{places}f}"
+
+
+def percent(value: Any) -> str:
+    """0.0036 -> 0.36 %, 0.79 -> 79 %."""
+    n = number(value)
+    return NONE if n is None else f"{100 * n:.2g} %" if abs(n) < 0.1 else f"{100 * n:.0f} %"
+
+
+def si(value: Any, significant: int = 3) -> str:
+    """50k, 2.4M, 1.2G, 3.1T: some digits and a letter; powers of ten beyond."""
+    n = number(value)
+    if n is None:
+        return NONE
+    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if 10**power <= n < 10 ** (power + 3):
+            return f"{n / 10**power:.{significant}g}{letter}"
+    return f"{n:.{significant}g}"
+
+
+def mebibytes(value: Any) -> str:
+    n = number(value)
+    return NONE if n is None else f"{n / 2**20:,.0f}"
+
+
+def law(fit: Mapping[str, Any]) -> str:
+    """A stored fit as a formula."""
+    p = fit["params"]
+    floor = f"{p['E']:.3g} + " if "E" in p else ""
+    return f"{floor}{p['A']:.4g} x^{-p['alpha']:.4f}"
+
+
+def sentence(words: Any) -> str:
+    text = str(words)
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
+def show(value: Any) -> str:
+    """A record's value: integers with separators, structures as JSON."""
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return NONE if value is None else str(value)

@@ -1,0 +1,287 @@
+"""The page of a synthetic study: what it says, that it says no more, and that nothing in a record can break it."""
+
+import json
+import re
+import subprocess
+import sys
+from html import unescape
+from html.parser import HTMLParser
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+from conftest import make_study
+from qies.errors import UserError
+from qies.report import build_report, write_summary_svg
+from qies.report.charts import log_ticks
+from qies.report.records import read_study
+from qies.report.verdict import verdict
+
+
+class Page(HTMLParser):
+    """Elements, attributes, JSON of the charts and visible text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.attributes, self.charts, self.words, self.inside = [], [], [], [], None
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        self.attributes += attrs
+        self.inside = dict(attrs).get("type", "code") if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside == "application/json":
+            self.charts.append(json.loads(data))
+        elif self.inside is None:
+            self.words.append(data)
+
+
+def page_of(folder):
+    return Page(build_report(folder).read_text())
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def record_of(study, arm, size):
+    return next(
+        p for p in study.glob("runs/*/run.json") if json.loads(p.read_text())["config_hash"] == f"{arm[:4]}{size}0"
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = make_study(tmp_path_factory.mktemp("results") / "synthetic")
+    return folder, build_report(folder).read_text()
+
+
+def test_page_holds_every_part(whole):
+    page = Page(whole[1])
+    for words in (
+        "transformer", "qies", "no_phase", "Bits per byte", "Power laws", "Training loss at 200k", "Peak memory",
+        "Training throughput", "Entropy per layer and head, qies 400k", "Mean entropy of all heads",
+        "Mean Schmidt spectrum per layer, no_phase 400k", "And the king said unto him,", "Sources of the corpus",
+        "Go up to the house of the LORD", "public domain text", "c0ffee11", "Run records", "tran400k0", "0.1.0+abc",
+        "2.13.0", "qies study",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert len(page.charts) == 2 + 4 + 2 + 5
+    assert page.elements.count("table") >= len(page.charts)
+    assert "left out" not in page.text
+
+
+def test_page_is_one_file_that_asks_the_network_for_nothing(whole):
+    text = whole[1]
+    assert text.count(get_plotlyjs()) == 1
+    ours = text.replace(get_plotlyjs(), "")
+    assert not re.findall(r"""(?:src|href|action|data)\s*=\s*["']?(?!#|\{)[^"'>]+""", ours)
+    assert "http://" not in ours and "https://" not in ours and "@import" not in ours and "url(" not in ours
+    assert "default-src 'none'" in ours
+    assert len(ours) < 500_000
+
+
+def test_table_shows_the_differences_of_the_records(whole):
+    page = Page(whole[1])
+    values = {}
+    for path in whole[0].glob("runs/*/run.json"):
+        record = json.loads(path.read_text())
+        values[record["arm"], record["size"]] = record["metrics"]
+    for size in ("50k", "400k"):
+        ours, base = values["qies", size], values["transformer", size]
+        for key in ("val_bpb", "val_loss"):
+            assert f"{ours[key]:.4f} ({ours[key] - base[key]:+.4f})" in page.text
+
+
+def test_loss_chart_holds_points_laws_and_bands(whole):
+    figure = Page(whole[1]).charts[0]
+    kinds = [(trace["mode"], trace.get("fill")) for trace in figure["data"]]
+    assert kinds.count(("markers", None)) == 3
+    assert kinds.count(("lines", "toself")) == 3
+    assert kinds.count(("lines", None)) == 6  # each law within the data and beyond
+    assert figure["layout"]["xaxis"]["type"] == figure["layout"]["yaxis"]["type"] == "log"
+    assert len({trace["marker"]["symbol"] for trace in figure["data"] if trace["mode"] == "markers"}) == 3
+
+
+def test_verdict_is_computed_and_claims_no_more_than_one_seed_allows(study):
+    said = verdict(read_study(study))
+    losses = {
+        arm: json.loads(record_of(study, arm, "400k").read_text())["metrics"]["val_loss"]
+        for arm in ("transformer", "qies")
+    }
+    assert "At 400k" in said[0] and "qies has the lowest validation loss" in said[0]
+    assert f"{losses['qies']:.4f} nats per token" in said[0]
+    assert f"{losses['transformer'] - losses['qies']:.4f} nats" in said[0]
+    assert "lower at 4 of 4 sizes" in said[1]
+    assert "lower at 0 of 4 sizes" in said[2]
+    assert "seed to seed is unknown" in said[3]
+    assert "intervals all overlap" in said[4]
+
+
+def test_verdict_says_when_the_baseline_wins_or_ties(study):
+    path = record_of(study, "qies", "400k")
+    base = json.loads(record_of(study, "transformer", "400k").read_text())["metrics"]["val_loss"]
+    edit(path, lambda r: r["metrics"].update(val_loss=base + 0.02))
+    said = verdict(read_study(study))
+    assert "transformer has the lowest validation loss" in said[0] and "lower at 3 of 4 sizes" in said[1]
+    edit(path, lambda r: r["metrics"].update(val_loss=base))
+    assert "have the same validation loss to four digits" in verdict(read_study(study))[0]
+
+
+def test_verdict_pairs_seeds(tmp_path):
+    study = make_study(tmp_path / "seeds", seeds=(0, 1, 2))
+    said = " ".join(verdict(read_study(study)))
+    assert "With up to 3 seeds" in said and "No significance test" in said and "unknown" not in said
+
+
+def test_runs_without_a_result_are_told_and_not_compared(study):
+    edit(
+        record_of(study, "qies", "400k"), lambda r: r.update(status="diverged", error="11 steps with a non-finite loss")
+    )
+    edit(record_of(study, "transformer", "400k"), lambda r: r.update(status="planned", metrics={}, wall_seconds=None))
+    edit(record_of(study, "no_phase", "50k"), lambda r: r["metrics"].update(val_loss=None))
+    text = page_of(study).text
+    assert "3 of 12 runs have no result (1 diverged, 1 done without a loss, 1 planned)" in text
+    assert "11 steps with a non-finite loss" in text
+    assert "At 200k, the largest size to compare" in text
+
+
+def test_only_planned_runs_make_a_page(study):
+    for path in study.glob("runs/*/run.json"):
+        edit(path, lambda r: r.update(status="planned", metrics={}))
+        path.with_name("metrics.jsonl").unlink()
+    for name in ("fits.json", "entanglement.json", "samples.json", "data/manifest.json", "study.yaml"):
+        (study / name).unlink()
+    page = page_of(study)
+    assert "No run has finished" in page.text and "fits.json is not there" in page.text
+    assert page.charts == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"arms": 3}', '{"arms": {"qies": {"400k": {"layers": "x"}}}}', "\x00"]
+)
+def test_malformed_parts_never_break_the_page(study, content):
+    for name in ("fits.json", "entanglement.json", "samples.json", "data/manifest.json", "study.yaml"):
+        (study / name).write_text(content)
+    page = page_of(study)
+    assert "qies has the lowest validation loss" in page.text
+    assert "Validation loss against training FLOPs" in page.text
+
+
+def test_malformed_parts_are_named(study):
+    (study / "entanglement.json").write_text('{"arms": {"qies": {"400k": {}}}}')
+    (study / "samples.json").write_text("{")
+    text = page_of(study).text
+    assert "The part on entanglement is left out" in text
+    assert "samples.json could not be read" in text
+
+
+def test_fields_of_another_type_never_break_the_page(study):
+    path = record_of(study, "no_phase", "100k")
+    edit(
+        path,
+        lambda r: r.update(params="many", metrics=[1], tokens="x", environment=7, seed=None, size=["100k"], data=0),
+    )
+    path.with_name("metrics.jsonl").write_text('{"step": 1, "tokens": "x", "loss": null}\n[1]\n{"tok')
+    text = page_of(study).text
+    assert "1 of 12 runs have no result (1 done without a loss)" in text
+
+
+def test_runs_of_another_corpus_are_told(study):
+    edit(record_of(study, "qies", "100k"), lambda r: r.update(data={"hash": "0ther"}))
+    assert "The runs come from 2 different data." in page_of(study).text
+
+
+def test_unequal_parameters_are_told(study):
+    edit(record_of(study, "qies", "100k"), lambda r: r["params"].update(non_embedding=110_000))
+    assert "At 100k the arms differ by more than 1 %" in page_of(study).text
+
+
+def test_hostile_records_stay_text(tmp_path):
+    evil = '</script><script>alert("x")</script><img src=http://evil.example/ onerror=alert(1)>'
+    study = make_study(tmp_path / "hostile", arms=("transformer", "qies", evil))
+    edit(study / "samples.json", lambda s: s["prompts"].__setitem__(0, evil))
+    edit(study / "data/manifest.json", lambda m: m["sources"][0].update(licence=evil, name=evil))
+    edit(study / "fits.json", lambda f: f["arms"]["qies"]["params"].update(warnings=[evil]))
+    edit(record_of(study, "qies", "400k"), lambda r: r.update(code_version=evil, error=evil, environment={evil: evil}))
+    text = build_report(study).read_text()
+    page = Page(text)
+    assert "img" not in page.elements
+    assert page.elements.count("script") == 2 + len(page.charts)  # plotly, the page's own, and one of data a chart
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert evil in page.text  # shown, as text
+    for figure in page.charts:  # plotly reads markup in names: only its entities may stand there
+        names = [trace.get("name", "") for trace in figure["data"]]
+        assert all("<" not in name for name in names)
+    assert any(unescape(trace.get("name", "")) == evil for trace in page.charts[0]["data"])
+
+
+def test_folder_without_records_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a folder"):
+        build_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no readable run record"):
+        build_report(tmp_path)
+    run = tmp_path / "runs" / "abc" / "run.json"
+    run.parent.mkdir(parents=True)
+    run.write_text("{")
+    with pytest.raises(UserError, match="no readable run record"):
+        build_report(tmp_path)
+
+
+def test_one_unreadable_record_is_left_out_and_said(study):
+    record_of(study, "qies", "100k").write_text("{")
+    assert "could not be read and is left out" in page_of(study).text
+
+
+def test_summary_figure_is_clean_svg(study, tmp_path):
+    import xml.etree.ElementTree as ElementTree
+
+    text = write_summary_svg(study, tmp_path / "loss.svg").read_text()
+    root = ElementTree.fromstring(text)
+    tags = [element.tag.split("}")[1] for element in root.iter()]
+    assert tags.count("circle") == 4 + 1  # the transformer's runs and its place in the legend
+    assert set(tags) <= {"svg", "title", "rect", "clipPath", "g", "path", "text", "circle"}
+    words = [element.text for element in root.iter() if element.tag.endswith("text")]
+    for word in (
+        "transformer",
+        "qies",
+        "no_phase",
+        "non-embedding parameters",
+        "validation loss (nats per token)",
+        "100k",
+    ):
+        assert word in words
+    assert len(text) < 12_000 and text.count("http") == 1  # the name space
+
+
+def test_summary_figure_escapes_and_refuses(study, tmp_path):
+    edit(record_of(study, "qies", "100k"), lambda r: r.update(arm="<b>&"))
+    assert "&lt;b&gt;&amp;" in write_summary_svg(study, tmp_path / "loss.svg").read_text()
+    for path in study.glob("runs/*/run.json"):
+        edit(path, lambda r: r.update(status="running"))
+    with pytest.raises(UserError, match="no finished run"):
+        write_summary_svg(study, tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(3.6, 5.1), (4.0, 4.02), (3e4, 5e5), (1e9, 1e15), (1e-4, 0.9), (1, 1e30), (2, 13)]
+)
+def test_log_ticks_lie_in_range_and_are_few_and_distinct(low, high):
+    ticks = log_ticks(low, high)
+    assert 2 <= len(ticks) <= 12
+    assert all(low <= value <= high for value in ticks)
+    assert len(set(ticks.values())) == len(ticks)
+
+
+def test_the_page_needs_no_torch():
+    code = "import sys, qies.report, qies.scaling; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
