@@ -342,7 +342,8 @@ def _defer(verb: Callable[..., None], called: list[Callable[[], None]]) -> Calla
 
 def _one_line(text: str, args: list[str]) -> str:
     """The parser's framed message as one sentence."""
-    words = re.sub(r"[│╭╮╰╯─┄]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", text))
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    words = re.sub(r"[│╭╮╰╯─┄]+|-{4,}|^\s*[|+]|[|+]\s*$", " ", plain, flags=re.MULTILINE)  # the frame
     words = " ".join(words.split())
     words = re.sub(r"^(Unrecognized options) (?=Unrecognized)|^(Parsing error|Required options) ", "", words)
     words = re.split(r"\s*(?:For full helptext|Perhaps you meant|Got errors:)", words)[0]

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from qies.errors import UserError, nearest
 from qies.model import QiesForCausalLM
 
+transformers_logging.disable_progress_bar()  # loading a small model is no news
 DECODINGS = ("greedy", "sample")
 
 

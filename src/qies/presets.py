@@ -26,6 +26,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "complex": {**_HYBRID, "phase": "selective", "mode": "complex", "eigenvalues": "disc"},
 }
 
+# What the named options of QiesConfig may be.
+CHOICES = {
+    "position": ("rope", "none"),
+    "mode": ("real", "complex"),
+    "phase": ("selective", "fixed", "none"),
+    "eigenvalues": ("unit", "signed", "disc"),
+    "decay": ("head", "channel"),
+    "gate": ("head", "channel", "none"),
+}
+
 # The fields of QiesConfig that a study may override, with their defaults (tested against the class itself).
 MODEL_FIELDS: dict[str, Any] = {
     "num_hidden_layers": None,
@@ -94,6 +104,9 @@ def settings(arm: str, size: str, vocab_size: int, **overrides: Any) -> dict[str
             overrides[key] = float(value)
         elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UserError(f"model.{key} must be of type {kind.__name__}, not {value!r}.")
+        elif value not in CHOICES.get(key, (value,)):
+            hint = nearest(value, CHOICES[key]) or f" Known: {', '.join(CHOICES[key])}."
+            raise UserError(f"Unknown value '{value}' for model.{key}.{hint}")
     target = parse_size(size)
     everywhere = ARMS[arm].get("attention_everywhere", False)
     values = {**MODEL_FIELDS, **shape(target)}

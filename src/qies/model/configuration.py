@@ -5,16 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from qies.errors import nearest
-
-CHOICES = {
-    "position": ("rope", "none"),
-    "mode": ("real", "complex"),
-    "phase": ("selective", "fixed", "none"),
-    "eigenvalues": ("unit", "signed", "disc"),
-    "decay": ("head", "channel"),
-    "gate": ("head", "channel", "none"),
-}
-
+from qies.presets import CHOICES
 
 class QiesConfig(PreTrainedConfig):
     """Configuration of a QIES model.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from qies import presets, runs
 from qies.config import RunConfig, TrainConfig, content_hash, differences, to_dict
@@ -25,6 +26,8 @@ from qies.train import checkpoint
 from qies.train.optim import Optimizers
 from qies.train.schedule import warmup_stable_decay
 from qies.train.validation import held_out_loss
+
+transformers_logging.disable_progress_bar()  # saving a model is no news beside the run's own bar
 
 Progress = Callable[[dict[str, Any]], None]
 

@@ -1,0 +1,119 @@
+"""The command line: bad input is one line and exit code 2, before anything is spent or overwritten."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from qies import cli
+
+
+def call(*argv: str) -> int:
+    with pytest.raises(SystemExit) as e:
+        cli.main(argv)
+    return e.value.code or 0
+
+
+@pytest.mark.parametrize("verb", ["", *cli.VERBS])
+def test_help(verb, capsys):
+    assert call(*filter(None, [verb, "--help"])) == 0
+    out = capsys.readouterr().out
+    assert "usage: qies" in out
+    assert not verb or f"qies {verb}" in out.split("For example:")[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian"], "Did you mean 'train'"),
+        (["train"], "Give --out"),
+        (["train", "--arms", "qies"], "Did you mean '--arm'"),
+        (["train", "--tokens", "many", "--out", "OUT"], "tokens"),
+        (["train", "--out", "OUT", "--arm", "transfomer"], "Did you mean 'transformer'"),
+        (["train", "--out", "OUT", "--size", "100x"], "size"),
+        (["train", "--out", "OUT", "train.seqlen=5"], "Did you mean 'seq_len'"),
+        (["train", "--out", "OUT", "model.head_dm=5"], "Did you mean 'head_dim'"),
+        (["train", "--out", "OUT", "--config", "absent.yaml"], "No configuration file"),
+        (["train", "--out", "OUT", "--data", "absent_corpus"], "absent_corpus"),
+        (["study"], "Give one study"),
+        (["study", "--preset", "quikc"], "Did you mean 'quick'"),
+        (["study", "--preset", "quick", "--out", "OUT", "arms=[qies,qeis]"], "Did you mean 'qies'"),
+        (["study", "--preset", "quick", "--out", "OUT", "tokens_per_param=3"], "Did you mean 'tokens_per_parameter'"),
+        (["plan", "--size", "3t"], "size"),
+        (["plan", "--arm", "qeis"], "Did you mean 'qies'"),
+        (["plan", "phase=selectiv"], "selective"),
+        (["data", "build", "bultin", "--out", "OUT"], "builtin"),
+        (["data", "build", "builtin", "--out", "OUT", "--vocab-size", "3"], "above 256"),
+        (["generate", "absent", "--prompt", "x"], "No model in absent"),
+        (["report", "absent"], "absent"),
+    ],
+)
+def test_bad_input_is_one_line_and_two(argv, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*[str(tmp_path / "out") if a == "OUT" else a for a in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("qies: ")
+    assert words in captured.err
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_plan_prints_the_contract_as_json(capsys):
+    assert call("plan", "--size", "400k", "--tokens", "1000", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["params"]["total"] == plan["params"]["non_embedding"] + 2 * 4096 * plan["shape"]["hidden_size"]
+    assert plan["flops"] == plan["flops_per_token"] * 1000
+    assert plan["memory"]["weights"] == 4 * plan["params"]["total"]
+
+
+def test_dry_run_plans_every_run_and_spends_nothing(capsys, tmp_path):
+    assert call("study", "--preset", "quick", "--dry-run", "--json", "--out", str(tmp_path / "out")) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert {r["status"] for r in records} == {"planned"} and len({r["config_hash"] for r in records}) == len(records)
+    for size in {r["size"] for r in records}:
+        assert len({r["tokens"] for r in records if r["size"] == size}) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_build_writes_shards_and_refuses_other_settings(text_folder, tmp_path, capsys):
+    out = str(tmp_path / "d")
+    build = ["data", "build", str(text_folder), "--out", out, "--val-fraction", "0.2", "--vocab-size"]
+    assert call(*build, "300", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["vocab_size"] == 300
+    assert call(*build, "301") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_train_then_generate(shard_folder, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    small = ["train.seq_len=16", "train.batch_size=2", "train.eval_tokens=64"]
+    train = ["train", "--arm", "no_phase", "--size", "50k", "--tokens", "96", "--data", str(shard_folder), "--out", out]
+    assert call(*train, *small, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["status"] == "done" and record["params"]["embedding"] == 400 * 32
+    assert call(*train, *small, "--no-resume") == 2
+    assert call(*train, "train.seq_len=8", *small[1:]) == 2  # another run's settings in the same folder
+    assert "train.seq_len: 16 -> 8" in capsys.readouterr().err
+    texts = []
+    for how in ("greedy", "sample", "sample"):
+        arguments = ["generate", out, "--prompt", "Ada", "--decoding", how, "--max-new-tokens", "5", "--json"]
+        assert call(*arguments) == 0
+        texts.append(json.loads(capsys.readouterr().out)["continuation"])
+    assert texts[1] == texts[2]
+    assert call("generate", out, "--prompt", "Ada", "--decoding", "gredy") == 2
+    assert "Did you mean 'greedy'" in capsys.readouterr().err
+
+
+def test_an_internal_failure_is_one(monkeypatch, capsys):
+    def broken() -> None:
+        """Fails."""
+        raise ZeroDivisionError("by design")
+
+    monkeypatch.setitem(cli.VERBS, "report", broken)
+    assert call("report") == 1
+    assert "internal failure: by design" in capsys.readouterr().err
+
+
+def test_python_m_qies_is_the_same_program():
+    run = subprocess.run([sys.executable, "-m", "qies", "nonsense"], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("qies: Unknown verb")

@@ -1,0 +1,134 @@
+"""The main job on a small corpus: done once, resumed after a kill, refused where another study lives."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from qies import config as configs
+from qies import ladder, runs, study
+from qies.config import RunConfig, StudyConfig
+from qies.errors import UserError
+from qies.report.page import build_report
+
+
+@pytest.fixture(scope="module")
+def settings(data_config, tiny) -> StudyConfig:
+    return StudyConfig(
+        name="tiny", arms=("transformer", "qies"), sizes=("50k", "100k", "200k"), tokens_per_parameter=0.012,
+        data=data_config, train=tiny, prompts=("Ada", "Bell wrote"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study") / "tiny"
+    return folder, study.run_study(settings, folder, Console(quiet=True))
+
+
+def facts(record):
+    """What must not depend on how often a run was interrupted."""
+    return {k: record[k] for k in ("config_hash", "status", "metrics", "tokens", "flops", "params", "skipped_steps")}
+
+
+def test_every_run_is_done_and_recorded(finished, settings):
+    folder, records = finished
+    assert [r["config_hash"] for r in records] == [configs.content_hash(c) for c in settings.runs()]
+    assert {r["status"] for r in records} == {"done"}
+    assert len({r["data"]["hash"] for r in records}) == 1
+    fits = json.loads((folder / "fits.json").read_text())
+    assert set(fits["arms"]) == {"transformer", "qies"}
+    assert all(fit["params"]["alpha"] == fit["params"]["alpha"] for a in fits["arms"].values() for fit in a.values())
+    entropy = json.loads((folder / "entanglement.json").read_text())
+    assert set(entropy["arms"]) == {"qies"}
+    for layer in entropy["arms"]["qies"]["200k"]["layers"]:
+        for head in layer["heads"]:
+            assert 0 <= head["renyi2"][0] <= head["von_neumann"][0] + 1e-6 <= head["ceiling"] + 1e-5
+            assert sum(head["spectrum"]) == pytest.approx(1, abs=1e-4)
+    samples = json.loads((folder / "samples.json").read_text())
+    assert all(len(s["continuations"]) == 2 for s in samples["arms"].values())
+
+
+def test_the_page_is_made_of_the_records(finished):
+    folder, records = finished
+    page = build_report(folder).read_text()
+    for record in records:
+        assert record["config_hash"] in page or record["config_hash"][:8] in page
+    assert f"{records[0]['metrics']['val_bpb']:.4f}" in page or f"{records[0]['metrics']['val_bpb']:.3f}" in page
+
+
+def test_a_second_call_trains_nothing(finished, settings):
+    folder, records = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/**/*")}
+    assert study.run_study(settings, folder, Console(quiet=True)) == records
+    assert before == {p: p.stat().st_mtime_ns for p in folder.glob("runs/**/*")}
+
+
+def test_another_study_is_refused_and_nothing_is_overwritten(finished, settings, tmp_path):
+    folder, _ = finished
+    other = configs.from_dict(StudyConfig, configs.to_dict(settings) | {"seeds": [7]})
+    with pytest.raises(UserError, match=r"seeds: \[0\] -> \[7\]"):
+        study.run_study(other, folder, Console(quiet=True))
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds no study"):
+        study.run_study(settings, tmp_path, Console(quiet=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_study_killed_in_the_middle_ends_as_the_undisturbed_one(finished, settings, tmp_path):
+    undisturbed, expected = finished
+    configs.save(settings, tmp_path / "tiny.yaml")
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed / "data", out / "data")
+    shutil.copy(undisturbed / "study.yaml", out / "study.yaml")
+    command = [sys.executable, "-m", "qies", "study", str(tmp_path / "tiny.yaml"), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 120
+    while len(list(out.glob("runs/*/metrics.jsonl"))) < 3 and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    records = study.run_study(settings, out, Console(quiet=True))
+    assert [facts(r) for r in records] == [facts(r) for r in expected]
+    for record in expected:
+        name = f"runs/{record['config_hash']}"
+        rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in runs.steps(f / name)]
+                for f in (out, undisturbed)]  # fmt: skip
+        assert rows[0] == rows[1]
+        assert (out / name / "model/model.safetensors").read_bytes() == (
+            undisturbed / name / "model/model.safetensors"
+        ).read_bytes()
+
+
+def test_a_run_whose_process_dies_is_failed_and_the_others_go_on(settings, shard_folder, tmp_path, monkeypatch):
+    good = RunConfig(arm="no_phase", size="50k", tokens=128, data=settings.data, train=settings.train)
+    bad = configs.from_dict(RunConfig, configs.to_dict(good) | {"model": {"head_dim": 15}, "seed": 1})
+    records = ladder.execute([bad, good], tmp_path, shard_folder, workers=1)
+    assert [r["status"] for r in records] == ["done"]
+    log = (ladder.run_folder(tmp_path, bad) / "error.log").read_text()
+    assert "head_dim is 15" in log
+
+
+def test_slots_read_each_row_once_and_start_again_after_a_resume(tmp_path):
+    slot = ladder.Slot(RunConfig(), tmp_path, None)
+    assert slot.new_rows() == []
+    runs.append(tmp_path, {"step": 0})
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 1')
+    assert slot.new_rows() == [{"step": 0}]
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write("}\n")
+    assert slot.new_rows() == [{"step": 1}]
+    runs.truncate_steps(tmp_path, 1)
+    assert slot.new_rows() == [{"step": 0}]
+
+
+def test_presets_are_valid_studies():
+    for path in study.PRESETS.glob("*.yaml"):
+        assert study.preset(path.stem).name == path.stem
