@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-import io
-import json
-import re
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +11,8 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError
+from qies.terminal import run, show, training_bar
 
 Overrides = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
 
@@ -63,7 +57,7 @@ def study(
     console = Console(stderr=json)
     if dry_run:
         records = [runs.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
-        _show(json, records, lambda: console.print(studies.plan_table(chosen)))
+        show(json, records, lambda: console.print(studies.plan_table(chosen)))
         workers = chosen.workers or ladder.cores()
         total = studies.estimate(chosen)
         console.print(f"about {studies.clock(sum(total) / workers)} on {workers} cores; nothing was run.")
@@ -75,7 +69,7 @@ def study(
     from qies.report.page import build_report
 
     page = build_report(folder)
-    _show(json, records, lambda: console.print(studies.result_table(chosen, records)))
+    show(json, records, lambda: console.print(studies.result_table(chosen, records)))
     console.print(f"report: {page}")
     failed = [r for r in records if r["status"] == "failed"]
     if failed:
@@ -115,7 +109,7 @@ def plan(
 
     values = presets.settings(arm, size, vocab_size, **config.merge({}, overrides))
     result = plan_model(values, arm, size, tokens, seq_len)
-    _show(json, result, lambda: Console().print(plan_text(result)))
+    show(json, result, lambda: Console().print(plan_text(result)))
 
 
 def data(
@@ -148,7 +142,7 @@ def data(
     from qies.data.shards import build_shards
 
     manifest = build_shards(DataConfig(source, vocab_size, val_fraction, seed), out)
-    _show(json, to_dict(manifest), lambda: _print_manifest(manifest, out))
+    show(json, to_dict(manifest), lambda: _print_manifest(manifest, out))
 
 
 def train(
@@ -192,7 +186,7 @@ def train(
     from qies import runs
     from qies.data.shards import build_shards, open_shards
     from qies.train.loop import check_data
-    from qies.train.loop import train as run
+    from qies.train.loop import train as train_run
 
     if out is None:
         raise UserError("Give --out DIR, the folder of this run.")
@@ -214,9 +208,9 @@ def train(
     shards = open_shards(built)
     check_data(shards, chosen.train)
     torch.set_num_threads(threads or 1)
-    with _bar(chosen.steps, quiet=json) as progress:
-        record = run(chosen, shards, out, progress=progress)
-    _show(json, record, lambda: _print_record(record, out))
+    with training_bar(chosen.steps, quiet=json) as progress:
+        record = train_run(chosen, shards, out, progress=progress)
+    show(json, record, lambda: _print_record(record, out))
 
 
 def generate(
@@ -254,7 +248,7 @@ def generate(
         model, tokenizer, [prompt], max_new_tokens=max_new_tokens, decoding=decoding, temperature=temperature,
         top_k=top_k, seed=seed,
     )  # fmt: skip
-    _show(json, {"prompt": prompt, "continuation": text}, lambda: print(prompt + text))
+    show(json, {"prompt": prompt, "continuation": text}, lambda: print(prompt + text))
 
 
 def report(folder: Positional[Path], /, svg: Path | None = None) -> None:
@@ -290,80 +284,7 @@ VERBS: dict[str, Callable[..., None]] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0, 2 on bad input, 1 on an internal failure, 128 + n after signal n."""
     args = list(sys.argv[1:] if argv is None else argv)
-    sys.exit(_run(args))
-
-
-def _run(args: list[str]) -> int:
-    if args and not args[0].startswith("-") and args[0] not in VERBS:
-        hint = nearest(args[0], VERBS) or f" Known: {', '.join(VERBS)}."
-        return _complain(f"Unknown verb '{args[0]}'.{hint}")
-    try:
-        call = _parse(args)
-        call()
-    except UserError as e:
-        return _complain(str(e))
-    except KeyboardInterrupt:
-        return _complain("stopped; run the same command again to go on.", 130)
-    except SystemExit as e:
-        return int(e.code or 0)
-    except Exception as e:
-        if type(e).__name__ == "Interrupted":
-            return _complain(str(e), e.code)  # type: ignore[attr-defined]
-        traceback.print_exc()
-        return _complain(f"internal failure: {e}", 1)
-    return 0
-
-
-def _parse(args: list[str]) -> Callable[[], None]:
-    """The verb's call with its arguments; what the parser complains about becomes one line."""
-    called: list[Callable[[], None]] = []
-    deferred = {name: _defer(verb, called) for name, verb in VERBS.items()}
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            tyro.extras.subcommand_cli_from_dict(
-                deferred, args=args or ["--help"], prog="qies", description=__doc__
-            )
-    except SystemExit as e:
-        if e.code in (0, None):
-            raise
-        raise UserError(_one_line(errors.getvalue(), args)) from None
-    return called[0]
-
-
-def _defer(verb: Callable[..., None], called: list[Callable[[], None]]) -> Callable[..., None]:
-    """The verb with its signature, but remembering its arguments instead of running."""
-    @functools.wraps(verb)
-    def remember(*args: Any, **kwargs: Any) -> None:
-        called.append(lambda: verb(*args, **kwargs))
-
-    return remember
-
-
-def _one_line(text: str, args: list[str]) -> str:
-    """The parser's framed message as one sentence."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    words = re.sub(r"[│╭╮╰╯─┄]+|-{4,}|^\s*[|+]|[|+]\s*$", " ", plain, flags=re.MULTILINE)  # the frame
-    words = " ".join(words.split())
-    words = re.sub(r"^(Unrecognized options) (?=Unrecognized)|^(Parsing error|Required options) ", "", words)
-    words = re.split(r"\s*(?:For full helptext|Perhaps you meant|Got errors:)", words)[0]
-    verb = f"qies {args[0]}" if args and args[0] in VERBS else "qies"
-    hint = ""
-    if (unknown := re.search(r"--[\w-]+", words)) and args and args[0] in VERBS:
-        hint = nearest(unknown[0], [f"--{p.replace('_', '-')}" for p in inspect.signature(VERBS[args[0]]).parameters])
-    return f"{words}.{hint} See {verb} --help."
-
-
-def _complain(message: str, code: int = 2) -> int:
-    print(f"qies: {' '.join(message.split())}", file=sys.stderr)
-    return code
-
-
-def _show(as_json: bool, value: Any, otherwise: Callable[[], None]) -> None:
-    if as_json:
-        print(json.dumps(value, indent=1))
-    else:
-        otherwise()
+    sys.exit(run(VERBS, args, str(__doc__)))
 
 
 def _print_manifest(manifest: Any, folder: Path) -> None:
@@ -373,28 +294,17 @@ def _print_manifest(manifest: Any, folder: Path) -> None:
         print(f"  {name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens")
     for source in manifest.sources:
         total = source.train + source.val
-        print(f"  {source.name} ({source.version}): {total.documents:,} documents, {total.bytes:,} bytes; {source.licence}")
+        print(f"  {source.name} ({source.version}): {total.documents:,} documents, {total.bytes:,} B; {source.licence}")
 
 
 def _print_record(record: dict[str, Any], folder: Path) -> None:
     m = record["metrics"]
-    held = f"held-out loss {m['val_loss']:.4f} nats a token, {m['val_bpb']:.4f} bits a byte" if m else record.get("error")
-    print(f"{record['arm']} {record['size']}: {record['status']}; {held}; {record['tokens_per_second']} tokens/s; {folder}")
-
-
-@contextlib.contextmanager
-def _bar(steps: int, quiet: bool):
-    from rich.progress import Progress
-
-    with Progress(disable=quiet, console=Console(stderr=True)) as bar:
-        task = bar.add_task("training", total=steps)
-
-        def update(row: dict[str, Any]) -> None:
-            loss = row["skipped"] if row["loss"] is None else f"loss {row['loss']:.3f}"
-            rate = row["tokens"] / row["seconds"]
-            bar.update(task, completed=row["step"] + 1, description=f"{loss}, {rate:,.0f} tok/s")
-
-        yield update
+    held = (
+        f"held-out loss {m['val_loss']:.4f} nats a token, {m['val_bpb']:.4f} bits a byte" if m else record.get("error")
+    )
+    print(
+        f"{record['arm']} {record['size']}: {record['status']}; {held}; {record['tokens_per_second']} tok/s; {folder}"
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,7 +124,9 @@ class StudyConfig:
         _require(self.workers >= 0, "workers", self.workers, "0 (one a core) or a positive integer")
         _require(
             bool(self.name) and self.name.replace("-", "").replace("_", "").isalnum(),
-            "name", self.name, "letters, digits, - and _ only",
+            "name",
+            self.name,
+            "letters, digits, - and _ only",
         )
 
     def runs(self) -> list[RunConfig]:
@@ -278,7 +280,7 @@ def _require(ok: bool, name: str, value: Any, wanted: str) -> None:
         raise UserError(f"{name} is {value!r}; it must be {wanted}.")
 
 
-def _choice(name: str, value: str, options: Sequence[str]) -> None:
+def _choice(name: str, value: str, options: Collection[str]) -> None:
     if value not in options:
         hint = nearest(value, options) or f" Known: {', '.join(options)}."
         raise UserError(f"Unknown value '{value}' for {name}.{hint}")

@@ -52,7 +52,11 @@ def continue_text(
         raise UserError(f"Unknown value '{decoding}' for decoding.{hint}")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
-    how = {"do_sample": True, "temperature": temperature, "top_k": top_k} if decoding == "sample" else {"do_sample": False}
+    how = (
+        {"do_sample": True, "temperature": temperature, "top_k": top_k}
+        if decoding == "sample"
+        else {"do_sample": False}
+    )
     out = []
     for prompt in prompts:
         # As in training, where every document begins with the end-of-text token.

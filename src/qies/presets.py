@@ -83,7 +83,10 @@ def shape(parameters: int) -> dict[str, int]:
     head = 16 if width < 56 else 32 if width < 288 else 64 if width < 1100 else 128
     heads = max(2, round(width / head))
     return {
-        "num_hidden_layers": layers, "hidden_size": heads * head, "num_attention_heads": heads, "head_dim": head,
+        "num_hidden_layers": layers,
+        "hidden_size": heads * head,
+        "num_attention_heads": heads,
+        "head_dim": head,
     }
 
 
@@ -105,7 +108,7 @@ def settings(arm: str, size: str, vocab_size: int, **overrides: Any) -> dict[str
         elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UserError(f"model.{key} must be of type {kind.__name__}, not {value!r}.")
         elif value not in CHOICES.get(key, (value,)):
-            hint = nearest(value, CHOICES[key]) or f" Known: {', '.join(CHOICES[key])}."
+            hint = nearest(str(value), CHOICES[key]) or f" Known: {', '.join(CHOICES[key])}."
             raise UserError(f"Unknown value '{value}' for model.{key}.{hint}")
     target = parse_size(size)
     everywhere = ARMS[arm].get("attention_everywhere", False)

@@ -25,7 +25,9 @@ def preset(name: str, overrides: tuple[str, ...] = ()) -> StudyConfig:
     """A study that comes with the package."""
     known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
     if name not in known:
-        raise UserError(f"Unknown value '{name}' for preset.{nearest(name, known) or f' Known: {chr(44).join(known)}.'}")
+        raise UserError(
+            f"Unknown value '{name}' for preset.{nearest(name, known) or f' Known: {chr(44).join(known)}.'}"
+        )
     return configs.load(StudyConfig, PRESETS / f"{name}.yaml", overrides)
 
 
@@ -39,7 +41,9 @@ def claim(study: StudyConfig, folder: Path) -> None:
             raise UserError(f"{path} cannot be read; give another --out or delete that folder.") from None
         changes = configs.differences(before if isinstance(before, dict) else {}, configs.to_dict(study))
         if changes:
-            raise UserError(f"{folder} holds a different study ({'; '.join(changes)}); give another --out or delete it.")
+            raise UserError(
+                f"{folder} holds a different study ({'; '.join(changes)}); give another --out or delete it."
+            )
         return
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; give another --out.")
@@ -98,7 +102,9 @@ def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[s
     if not (folder / "study.yaml").exists():
         configs.save(study, folder / "study.yaml")
     todo = [c for c in planned if not ladder.finished(ladder.run_folder(root, c))]
-    console.print(f"{len(planned) - len(todo)} of {len(planned)} runs are done already." if len(todo) < len(planned) else "")
+    console.print(
+        f"{len(planned) - len(todo)} of {len(planned)} runs are done already." if len(todo) < len(planned) else ""
+    )
     if todo:
         workers = study.workers or ladder.cores()
         with _Watch(study, todo, workers, console) as watch:
@@ -212,7 +218,8 @@ class _Watch:
         costs = dict(zip(map(configs.content_hash, study.runs()), estimate(study), strict=True))
         self.cost = {configs.content_hash(c): costs[configs.content_hash(c)] for c in todo}
         self.done = dict.fromkeys(self.cost, 0.0)
-        self.workers, self.console, self.lines = workers, console, {}
+        self.workers, self.console = workers, console
+        self.lines: dict[str, Any] = {}
         self.started = time.monotonic()
         self.progress = Progress(
             SpinnerColumn(),

@@ -48,7 +48,8 @@ class Attention(nn.Module):
         self.o_proj = linear(inner, width, std=0.0)
 
     def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, **kwargs):
-        """x [B,T,D] -> [B,T,D] and the weights or None. `causal_mask` is None when plain causal order holds; `mask` [B,T] marks pads."""
+        """x [B,T,D] -> [B,T,D] and the weights or None. `causal_mask` is None when plain causal order holds;
+        mask [B,T] bool, False at pads."""
         batch, length, _ = x.shape
         if self.conv is not None:
             x = self.conv(x, mask, past_key_values.layers[self.layer_idx] if past_key_values is not None else None)

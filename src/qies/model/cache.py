@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
-from torch import Tensor
 
 
 class StateLayer(LinearAttentionLayer):
@@ -50,7 +52,7 @@ class QiesCache(DynamicCache):
     def __init__(self, config) -> None:
         super().__init__(config=config)
         kinds = {"linear_attention": StateLayer, "full_attention": AttentionStateLayer}
-        self.layers = [kinds[kind]() for kind in config.layer_types]
+        self.layers: list[Any] = [kinds[kind]() for kind in config.layer_types]
         self.seen_tokens = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

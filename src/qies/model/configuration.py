@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from qies.errors import nearest
 from qies.presets import CHOICES
 
+
 class QiesConfig(PreTrainedConfig):
     """Configuration of a QIES model.
 
@@ -78,7 +79,7 @@ class QiesConfig(PreTrainedConfig):
             raise ValueError(f"model.head_dim is {self.head_dim}; it must be even (Re and Im halves).")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"model.layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}."
+                f"model.layer_types names {len(self.layer_types)} layers, but there are {self.num_hidden_layers}."
             )
         if not 0 <= self.phase_fraction <= 1:
             raise ValueError(f"model.phase_fraction is {self.phase_fraction}; it must lie in [0, 1].")

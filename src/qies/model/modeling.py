@@ -31,7 +31,7 @@ class QiesBlock(GradientCheckpointingLayer):
     def __init__(self, config: QiesConfig, layer_idx: int) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.mixer = MIXERS[config.layer_types[layer_idx]](config, layer_idx)
+        self.mixer = MIXERS[(config.layer_types or [])[layer_idx]](config, layer_idx)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
@@ -44,8 +44,8 @@ class QiesPreTrainedModel(PreTrainedModel):
     config_class = QiesConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("QiesBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["QiesBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _is_stateful = True  # an entangled state cannot be rolled back, so no assisted decoding
@@ -110,9 +110,7 @@ class QiesModel(QiesPreTrainedModel):
         x = rms_norm(embeds, self.config.rms_norm_eps)
         hidden_states, attentions = [x], []
         for layer in self.layers:
-            x, weights = layer(
-                x, angles=angles, causal_mask=causal_mask, mask=mask, past_key_values=past_key_values
-            )
+            x, weights = layer(x, angles=angles, causal_mask=causal_mask, mask=mask, past_key_values=past_key_values)
             hidden_states.append(x)
             attentions.append(weights)
         x = rms_norm(x, self.config.rms_norm_eps)

@@ -17,7 +17,7 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, rates: Hyperparameters, weight_decay: float, scale: float = 1.0) -> None:
         groups = parameter_groups(model)
-        self.names = {p: n for group in groups.values() for n, p in group}
+        self.names: dict[Tensor, str] = {p: n for group in groups.values() for n, p in group}
         matrices, rest = [p for _, p in groups["matrix"]], []
         for kind in ("embedding", "head", "vector"):
             if groups[kind]:

@@ -1,0 +1,112 @@
+"""What every verb of the command line shares: parsing, one-line errors with exit codes, output as text or JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import io
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from qies.errors import UserError, nearest
+
+Verbs = Mapping[str, Callable[..., None]]
+
+
+def run(verbs: Verbs, args: list[str], description: str) -> int:
+    """Run the verb that `args` name; the exit code: 0, 2 on bad input, 1 on an internal failure, 128 + n after
+    signal n."""
+    if args and not args[0].startswith("-") and args[0] not in verbs:
+        hint = nearest(args[0], verbs) or f" Known: {', '.join(verbs)}."
+        return _complain(f"Unknown verb '{args[0]}'.{hint}")
+    try:
+        call = _parse(verbs, args, description)
+        call()
+    except UserError as e:
+        return _complain(str(e))
+    except KeyboardInterrupt:
+        return _complain("stopped; run the same command again to go on.", 130)
+    except SystemExit as e:
+        return int(e.code or 0)
+    except Exception as e:
+        if type(e).__name__ == "Interrupted":
+            return _complain(str(e), e.code)  # type: ignore[attr-defined]
+        traceback.print_exc()
+        return _complain(f"internal failure: {e}", 1)
+    return 0
+
+
+def _parse(verbs: Verbs, args: list[str], description: str) -> Callable[[], None]:
+    """The verb's call with its arguments; what the parser complains about becomes one line."""
+    called: list[Callable[[], None]] = []
+    deferred = {name: _defer(verb, called) for name, verb in verbs.items()}
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            tyro.extras.subcommand_cli_from_dict(
+                deferred, args=args or ["--help"], prog="qies", description=description
+            )
+    except SystemExit as e:
+        if e.code in (0, None):
+            raise
+        raise UserError(_one_line(errors.getvalue(), verbs, args)) from None
+    return called[0]
+
+
+def _defer(verb: Callable[..., None], called: list[Callable[[], None]]) -> Callable[..., None]:
+    """The verb with its signature, but remembering its arguments instead of running."""
+
+    @functools.wraps(verb)
+    def remember(*args: Any, **kwargs: Any) -> None:
+        called.append(lambda: verb(*args, **kwargs))
+
+    return remember
+
+
+def _one_line(text: str, verbs: Verbs, args: list[str]) -> str:
+    """The parser's framed message as one sentence."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    words = re.sub(r"[│╭╮╰╯─┄]+|-{4,}|^\s*[|+]|[|+]\s*$", " ", plain, flags=re.MULTILINE)  # the frame
+    words = " ".join(words.split())
+    words = re.sub(r"^(Unrecognized options) (?=Unrecognized)|^(Parsing error|Required options) ", "", words)
+    words = re.split(r"\s*(?:For full helptext|Perhaps you meant|Got errors:)", words)[0]
+    verb = f"qies {args[0]}" if args and args[0] in verbs else "qies"
+    hint = ""
+    if (unknown := re.search(r"--[\w-]+", words)) and args and args[0] in verbs:
+        hint = nearest(unknown[0], [f"--{p.replace('_', '-')}" for p in inspect.signature(verbs[args[0]]).parameters])
+    return f"{words}.{hint} See {verb} --help."
+
+
+def _complain(message: str, code: int = 2) -> int:
+    print(f"qies: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def show(as_json: bool, value: Any, otherwise: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(value, indent=1))
+    else:
+        otherwise()
+
+
+@contextlib.contextmanager
+def training_bar(steps: int, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A progress bar on stderr for one run; yields what takes each row of metrics."""
+    with Progress(disable=quiet, console=Console(stderr=True)) as bar:
+        task = bar.add_task("training", total=steps)
+
+        def update(row: dict[str, Any]) -> None:
+            loss = row["skipped"] if row["loss"] is None else f"loss {row['loss']:.3f}"
+            rate = row["tokens"] / row["seconds"]
+            bar.update(task, completed=row["step"] + 1, description=f"{loss}, {rate:,.0f} tok/s")
+
+        yield update
