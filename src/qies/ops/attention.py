@@ -1,14 +1,97 @@
 """Causal softmax attention over whole, unpadded sequences.
 
 Legend: B batch, H heads, T position, K width per head.
+
+On CPU torch's flash kernel is slow backward. Up to LONGEST positions the scores are instead made in blocks of some
+heads, ROWS queries and all keys up to the last of them, so that nearly half of the scores are never computed and
+each row's softmax is whole. The probabilities are kept for the backward pass: T / 2 numbers a head and position.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qies.ops.autograd import first_order
+
+ROWS = 128  # queries in a block
+SCORES = 1 << 20  # most scores in a block: few calls weigh more here than the cache
+LONGEST = 1024  # the flash kernel is as fast beyond, and keeps less
+
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K) + causal mask) v: q, k, v `[B, H, T, K]` -> `[B, H, T, K]`."""
+    """softmax(q k^T / sqrt(K) + causal mask) v: q, k, v `[B, H, T, K]` -> `[B, H, T, K]`.
+
+    Exact; in autocast's dtype where that is on. Has no second derivative where it was written by hand (on CPU, when
+    a gradient is wanted).
+    """
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return _definition(q, k, v)
+    same = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    if q.device.type != "cpu" or not same or q.dim() != 4 or q.shape[2] > LONGEST or q.numel() == 0:
+        return _definition(q, k, v)
+    if torch.is_autocast_enabled("cpu") and q.dtype != torch.float64:
+        q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
+    return _CausalAttention.apply(q, k, v)
+
+
+def _definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        qs, ks, vs, outs = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v, out))
+        later = torch.full((ROWS, ROWS), -torch.inf, dtype=q.dtype).triu_(1)
+        kept = []
+        for heads, rows, keys in _blocks(qs):
+            probs = _product(qs[heads, rows], ks[heads, keys].mT, q.shape[-1] ** -0.5)
+            probs[..., rows] += later[: probs.shape[1], : probs.shape[1]]
+            torch.softmax(probs, -1, out=probs)
+            outs[heads, rows] = _product(probs, vs[heads, keys])
+            kept.append(probs)
+        ctx.save_for_backward(q, k, v, *kept)
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *kept = ctx.saved_tensors
+        qs, ks, vs, gs = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v, grad))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        d_q, d_k, d_v = (torch.empty(qs.shape, dtype=dtype) for dtype in (q.dtype, wide, wide))
+        for probs, (heads, rows, keys) in zip(kept, _blocks(qs), strict=True):
+            scores = _product(gs[heads, rows], vs[heads, keys].mT)
+            torch.ops.aten._softmax_backward_data.out(scores, probs, -1, q.dtype, grad_input=scores)
+            d_q[heads, rows] = _product(scores, ks[heads, keys], q.shape[-1] ** -0.5)
+            d_key = _product(scores.mT, qs[heads, rows], q.shape[-1] ** -0.5)
+            d_value = _product(probs.mT, gs[heads, rows])
+            if keys.stop == q.shape[2]:  # the first block of these heads reaches all keys
+                d_k[heads], d_v[heads] = d_key, d_value
+            else:
+                d_k[heads, keys] += d_key.to(wide)
+                d_v[heads, keys] += d_value.to(wide)
+        return tuple(t.to(q.dtype).view(q.shape) for t in (d_q, d_k, d_v))
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Heads, queries and their keys of each block of an x `[heads, T, K]`, the last queries first."""
+    count, length, _ = x.shape
+    group = max(1, SCORES // (min(ROWS, length) * length))
+    for head in range(0, count, group):
+        for row in reversed(range(0, length, ROWS)):
+            end = min(row + ROWS, length)
+            yield slice(head, head + group), slice(row, end), slice(0, end)
+
+
+def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale a b for batches of matrices; operands that are neither contiguous nor transposed cost a slow copy."""
+    a, b = (t.mT.contiguous().mT if t.stride(-1) != 1 else t.contiguous() for t in (a, b))
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
