@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,18 @@ def test_builtin_validation_holds_each_genre_and_its_share(builtin: Corpus) -> N
     for source in builtin.sources:
         held_out = sum(len(d.text.encode()) for d in val if d.source == source.name)
         assert 0.025 < held_out / source.bytes <= 0.03
+
+
+def test_any_beginning_of_validation_is_a_mixture(builtin: Corpus) -> None:
+    _, val = split_documents(builtin, 0.03, 0)
+    total, half = Counter(), Counter()
+    size = sum(len(d.text) for d in val)
+    for document in val:
+        if 2 * total.total() < size:
+            half[document.source] += len(document.text)
+        total[document.source] += len(document.text)
+    for source in builtin.sources:
+        assert 0.35 < half[source.name] / total[source.name] < 0.65
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

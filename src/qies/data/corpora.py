@@ -89,16 +89,18 @@ def fingerprint(source: str) -> str:
 
 
 def split_documents(corpus: Corpus, val_fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """(train, val): whole documents, every source with at least two of them in both, in the order of the corpus.
+    """(train, val): whole documents, every source with at least two of them in both.
 
     Within a source the documents are taken in the order of a hash of (seed, id, text), and each goes to validation that
-    still fits in the source's `val_fraction` of bytes; where not one fits, the shortest goes.
+    still fits in the source's `val_fraction` of bytes; where not one fits, the shortest goes. Train keeps the order of
+    the corpus (its windows are shuffled). Val, which is read in order and perhaps not to its end, mixes the sources so
+    that all advance together.
 
     Raises UserError if nothing is left for one of the two.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction {val_fraction} is not between 0 and 1; give the fraction of text to hold out")
-    held_out: set[tuple[str, str]] = set()
+    held_out: dict[tuple[str, str], float] = {}  # and where in val: how much of its source is before its middle
     for source in corpus.sources:
         documents = [document for document in corpus.documents if document.source == source.name]
         if len(documents) < 2:
@@ -112,9 +114,13 @@ def split_documents(corpus: Corpus, val_fraction: float, seed: int) -> tuple[lis
                 chosen.append(document)
                 room -= sizes[document.id]
         chosen = chosen or [min(documents, key=lambda document: sizes[document.id])]
-        held_out.update((document.source, document.id) for document in chosen)
+        total, before = sum(sizes[document.id] for document in chosen), 0
+        for document in chosen:
+            held_out[document.source, document.id] = (before + sizes[document.id] / 2) / total
+            before += sizes[document.id]
     train = [document for document in corpus.documents if (document.source, document.id) not in held_out]
     val = [document for document in corpus.documents if (document.source, document.id) in held_out]
+    val.sort(key=lambda document: held_out[document.source, document.id])
     if not train or not val:
         raise UserError(f"corpus '{corpus.name}' is too short to hold a document out for validation; give more text")
     return train, val
