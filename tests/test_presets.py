@@ -28,16 +28,18 @@ def test_every_arm_of_a_size_has_n_parameters_to_within_one_percent(size):
 def test_counts_by_group_are_those_of_the_built_model(arm, size):
     values = presets.settings(arm, size, VOCAB)
     counts = presets.count_parameters(values)
-    groups = dict.fromkeys(("embedding", "head", "attention", "entanglement", "convolution", "mlp"), 0)
+    groups = dict.fromkeys(("embedding", "head", "attention", "entanglement", "convolution", "mlp", "norm"), 0)
     for name, p in built(values).named_parameters():
         layer = int(name.split(".")[2]) if ".layers." in name else None
-        if "embed_tokens" in name:
+        if "embed_" in name:
             group = "embedding"
         elif "lm_head" in name:
             group = "head"
         elif ".conv." in name:
             group = "convolution"
-        elif ".mlp." in name:
+        elif "norm" in name:
+            group = "norm"
+        elif any(part in name for part in (".mlp.", ".up_proj", ".down_proj")):
             group = "mlp"
         else:
             group = "attention" if values["layer_types"][layer] == "full_attention" else "entanglement"

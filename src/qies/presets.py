@@ -23,12 +23,21 @@ ARMS: dict[str, dict[str, Any]] = {
     "qies": {**_HYBRID, "phase": "selective"},
     "no_phase": {**_HYBRID, "phase": "none"},
     "fixed_phase": {**_HYBRID, "phase": "fixed"},
+    "gpt2": {
+        "block": "gpt2",
+        "position": "learned",
+        "attention_everywhere": True,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "logit_softcap": 0.0,
+    },
     "complex": {**_HYBRID, "phase": "selective", "mode": "complex", "eigenvalues": "disc"},
 }
 
 # What the named options of QiesConfig may be.
 CHOICES = {
-    "position": ("rope", "none"),
+    "block": ("qies", "gpt2"),
+    "position": ("rope", "learned", "none"),
     "mode": ("real", "complex"),
     "phase": ("selective", "fixed", "none"),
     "eigenvalues": ("unit", "signed", "disc"),
@@ -43,6 +52,7 @@ MODEL_FIELDS: dict[str, Any] = {
     "num_attention_heads": None,
     "head_dim": None,
     "intermediate_size": None,
+    "block": "qies",
     "position": "none",
     "rope_theta": 10_000.0,
     "max_position_embeddings": 32_768,
@@ -130,7 +140,7 @@ def settings(arm: str, size: str, vocab_size: int, **overrides: Any) -> dict[str
 def _mlp_width(values: dict[str, Any], target: int, size: str, arm: str) -> int:
     """The MLP width that brings the model to `target`, as round a number as the tolerance allows."""
     fixed = count_parameters({**values, "intermediate_size": 0})["non_embedding"]
-    each = 2 * values["hidden_size"] * values["num_hidden_layers"]
+    each = count_parameters({**values, "intermediate_size": 1})["non_embedding"] - fixed
     exact = (target - fixed) / each
     for step in (128, 64, 32, 16, 8, 4, 2, 1):
         width = round(exact / step) * step
@@ -145,9 +155,11 @@ def _mlp_width(values: dict[str, Any], target: int, size: str, arm: str) -> int:
 def count_parameters(values: Mapping[str, Any]) -> dict[str, int]:
     """Parameters by group of the model that `values` describe, in closed form.
 
-    Groups: embedding, head, attention, entanglement, convolution, mlp; with the sums non_embedding (all but
-    embedding and head) and total.
+    Groups: embedding (with learned positions), head, attention, entanglement, convolution, mlp, norm; with the sums
+    non_embedding (all but embedding and head) and total.
     """
+    if values["block"] == "gpt2":
+        return _sums(_count_gpt2(values))
     d, heads, k = values["hidden_size"], values["num_attention_heads"], values["head_dim"]
     inner = heads * k
     gate = {"none": 0, "head": heads, "channel": inner}[values["gate"]]
@@ -166,16 +178,37 @@ def count_parameters(values: Mapping[str, Any]) -> dict[str, int]:
 
     kinds = values["layer_types"]
     n_attention, n_entangled = kinds.count("full_attention"), kinds.count("linear_attention")
-    out = {
-        "embedding": values["vocab_size"] * d,
+    return _sums(
+        {
+            "embedding": values["vocab_size"] * d,
+            "head": 0 if values["tie_word_embeddings"] else values["vocab_size"] * d,
+            "attention": n_attention * attention,
+            "entanglement": n_entangled * entanglement,
+            "convolution": d * (n_attention * values["attention_conv_size"] + n_entangled * values["conv_size"]),
+            "mlp": len(kinds) * 2 * d * values["intermediate_size"],
+            "norm": 0,
+        }
+    )
+
+
+def _count_gpt2(values: Mapping[str, Any]) -> dict[str, int]:
+    d, layers, hidden = values["hidden_size"], values["num_hidden_layers"], values["intermediate_size"]
+    inner = values["num_attention_heads"] * values["head_dim"]
+    return {
+        "embedding": (values["vocab_size"] + values["max_position_embeddings"]) * d,
         "head": 0 if values["tie_word_embeddings"] else values["vocab_size"] * d,
-        "attention": n_attention * attention,
-        "entanglement": n_entangled * entanglement,
-        "convolution": d * (n_attention * values["attention_conv_size"] + n_entangled * values["conv_size"]),
-        "mlp": len(kinds) * 2 * d * values["intermediate_size"],
+        "attention": layers * (4 * d * inner + 3 * inner + d),
+        "entanglement": 0,
+        "convolution": 0,
+        "mlp": layers * (2 * d * hidden + hidden + d),
+        "norm": (2 * layers + 1) * 2 * d,
     }
-    out["non_embedding"] = sum(out[g] for g in ("attention", "entanglement", "convolution", "mlp"))
-    out["total"] = out["non_embedding"] + out["embedding"] + out["head"]
+
+
+def _sums(groups: dict[str, int]) -> dict[str, int]:
+    out = dict(groups)
+    out["non_embedding"] = sum(n for g, n in groups.items() if g not in ("embedding", "head"))
+    out["total"] = sum(groups.values())
     return out
 
 

@@ -19,6 +19,13 @@ VARIANTS = {
     "transformer": {"layer_types": ["full_attention"] * 4, "position": "rope"},
     "transformer_conv": {"layer_types": ["full_attention"] * 4, "position": "rope", "attention_conv_size": 4},
     "recurrent": {"layer_types": ["linear_attention"] * 4, "gate": "none"},
+    "gpt2": {
+        "block": "gpt2",
+        "position": "learned",
+        "layer_types": ["full_attention"] * 4,
+        "logit_softcap": 0.0,
+        "max_position_embeddings": 64,
+    },
     "tied": {"tie_word_embeddings": True, "logit_softcap": 0.0},
 }
 

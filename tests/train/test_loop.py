@@ -39,7 +39,7 @@ def undisturbed(tmp_path_factory, data_config, tiny, shards):
     return folder, loop.train(config, shards, folder)
 
 
-@pytest.mark.parametrize("arm", ["transformer", "qies", "no_phase", "complex"])
+@pytest.mark.parametrize("arm", ["transformer", "qies", "no_phase", "complex", "gpt2"])
 def test_loss_falls_on_every_arm(arm, data_config, tiny, shards, tmp_path):
     config = RunConfig(arm=arm, size="50k", tokens=32 * 4 * 40, data=data_config, train=tiny)
     record = loop.train(config, shards, tmp_path)

@@ -29,6 +29,16 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> Tensor:
     return (position_ids[..., None].float() * theta**-half)[:, :, None]
 
 
+def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal_mask: Tensor | None, **kwargs):
+    """Attention by the implementation the configuration names: q [B,H,T,K], k, v [B,H,S,K] -> o [B,T,H,K] and the
+    weights [B,H,T,S] where it gives them. `causal_mask` None means plain causal order."""
+    name = module.config._attn_implementation
+    if name == "sdpa" and causal_mask is None and q.shape[2] == k.shape[2]:
+        return causal_attention(q, k, v).transpose(1, 2), None
+    run = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name, sdpa_attention_forward)
+    return run(module, q, k, v, causal_mask, scaling=q.shape[-1] ** -0.5, dropout=0.0, **kwargs)
+
+
 class Attention(nn.Module):
     """Causal self-attention with normalised queries and keys (Henry et al., arXiv:2010.04245)."""
 
@@ -62,13 +72,5 @@ class Attention(nn.Module):
         q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        o, weights = self._attend(q, k, v, causal_mask, **kwargs)
+        o, weights = attend(self, q, k, v, causal_mask, **kwargs)
         return self.o_proj(self.gate(x, o)), weights
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal_mask: Tensor | None, **kwargs):
-        """q [B,H,T,K], k, v [B,H,S,K] -> o [B,T,H,K] and the weights where the implementation gives them."""
-        name = self.config._attn_implementation
-        if name == "sdpa" and causal_mask is None and q.shape[2] == k.shape[2]:
-            return causal_attention(q, k, v).transpose(1, 2), None
-        attend = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name, sdpa_attention_forward)
-        return attend(self, q, k, v, causal_mask, scaling=self.head_dim**-0.5, dropout=0.0, **kwargs)

@@ -15,8 +15,10 @@ class QiesConfig(PreTrainedConfig):
         vocab_size, hidden_size (D), num_hidden_layers (L), num_attention_heads (H), head_dim (K and V of every
         head; even), intermediate_size (width of the ReLU^2 MLP), layer_types (`linear_attention` for an
         entanglement layer E, `full_attention` for A; default E-E-E-A repeated, last layer A).
+        block: "qies" (this project's: RMSNorm without gain, ReLU^2, mixer slot) or "gpt2" (LayerNorm, GELU, biases,
+        learned positions up to max_position_embeddings; attention layers only, and most options below do not apply).
     Attention layers:
-        position: "rope" or "none"; rope_theta; attention_conv_size: taps of the short convolution, 0 for none.
+        position: "rope", "learned" (with the gpt2 block only) or "none"; rope_theta; attention_conv_size: taps of the short convolution, 0 for none.
     Entanglement layers:
         mode: "real" or "complex" projector and values;
         phase: "selective" (theta_t = phase_max * tanh(low-rank map of x_t), zero at the start), "fixed" (a learned
@@ -41,6 +43,7 @@ class QiesConfig(PreTrainedConfig):
     head_dim: int = 32
     intermediate_size: int = 256
     layer_types: list[str] | None = None
+    block: str = "qies"
     position: str = "none"
     rope_theta: float = 10_000.0
     max_position_embeddings: int = 32_768
@@ -75,6 +78,10 @@ class QiesConfig(PreTrainedConfig):
                 raise ValueError(f"Unknown value '{value}' for model.{name}.{hint}")
         if self.eigenvalues == "disc" and self.mode != "complex":
             raise ValueError('model.eigenvalues="disc" needs model.mode="complex".')
+        if (self.block == "gpt2") != (self.position == "learned"):
+            raise ValueError('model.block="gpt2" and model.position="learned" go together.')
+        if self.block == "gpt2" and "linear_attention" in self.layer_types:
+            raise ValueError('model.block="gpt2" holds attention layers only.')
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; it must be even (Re and Im halves).")
         if len(self.layer_types) != self.num_hidden_layers:

@@ -18,11 +18,23 @@ from qies.model.attention import Attention, rotary_angles
 from qies.model.cache import QiesCache
 from qies.model.configuration import QiesConfig
 from qies.model.entanglement import Entanglement
+from qies.model.gpt2 import Gpt2Block
 from qies.model.layers import MLP, ShortConv, linear
 from qies.objective import language_modelling
 from qies.ops.norm import rms_norm
 
 MIXERS = {"full_attention": Attention, "linear_attention": Entanglement}
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square normalisation without a gain."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.eps)
 
 
 class QiesBlock(GradientCheckpointingLayer):
@@ -52,7 +64,9 @@ class QiesPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Embedding):
+        if self.config.block == "gpt2":
+            self._init_gpt2(module)
+        elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=getattr(module, "init_std", module.in_features**-0.5))
@@ -64,13 +78,28 @@ class QiesPreTrainedModel(PreTrainedModel):
             module.reset_controls()
 
 
+    def _init_gpt2(self, module: nn.Module) -> None:
+        """GPT-2's rule: N(0, 0.02), residual projections smaller by sqrt(2 L), biases zero."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            residual = getattr(module, "residual", False)
+            init.normal_(module.weight, std=0.02 * ((2 * self.config.num_hidden_layers) ** -0.5 if residual else 1))
+        if isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+        if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
+            init.zeros_(module.bias)
+
+
 class QiesModel(QiesPreTrainedModel):
     """Embedding, L blocks, final norm: token ids [B,T] -> hidden states [B,T,D]."""
 
     def __init__(self, config: QiesConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(QiesBlock(config, i) for i in range(config.num_hidden_layers))
+        gpt2 = config.block == "gpt2"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if gpt2 else None
+        block = Gpt2Block if gpt2 else QiesBlock
+        self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size) if gpt2 else RmsNorm(config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -107,13 +136,13 @@ class QiesModel(QiesPreTrainedModel):
             if self.config.position == "rope":
                 angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
 
-        x = rms_norm(embeds, self.config.rms_norm_eps)
+        x = self._embed(embeds, position_ids)
         hidden_states, attentions = [x], []
         for layer in self.layers:
             x, weights = layer(x, angles=angles, causal_mask=causal_mask, mask=mask, past_key_values=past_key_values)
             hidden_states.append(x)
             attentions.append(weights)
-        x = rms_norm(x, self.config.rms_norm_eps)
+        x = self.norm(x)
         if past_key_values is not None:
             past_key_values.seen_tokens += length
         return BaseModelOutputWithPast(
@@ -122,6 +151,15 @@ class QiesModel(QiesPreTrainedModel):
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+
+    def _embed(self, embeds: Tensor, position_ids: Tensor | None) -> Tensor:
+        """What enters the first block, [B,T,D]: normalised embeddings, or GPT-2's sum with learned positions."""
+        if self.embed_positions is None:
+            return self.norm(embeds)
+        if int(position_ids.max()) >= self.config.max_position_embeddings:
+            raise ValueError(f"The text is longer than the {self.config.max_position_embeddings} learned positions.")
+        return embeds + self.embed_positions(position_ids)
 
 
 class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):

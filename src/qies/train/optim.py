@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qies.presets import Hyperparameters
 
@@ -15,7 +16,7 @@ CONTROLS = ("control_proj", "phase_down", "phase_up", "gate.proj")  # small maps
 class Optimizers:
     """The pair of optimizers of one model, stepped and saved as one."""
 
-    def __init__(self, model: nn.Module, rates: Hyperparameters, weight_decay: float, scale: float = 1.0) -> None:
+    def __init__(self, model: PreTrainedModel, rates: Hyperparameters, weight_decay: float, scale: float = 1.0) -> None:
         groups = parameter_groups(model)
         self.names: dict[Tensor, str] = {p: n for group in groups.values() for n, p in group}
         matrices, rest = [p for _, p in groups["matrix"]], []
@@ -59,12 +60,12 @@ class Optimizers:
                 owner[by_name[name]].state[by_name[name]][entry] = value
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+def parameter_groups(model: PreTrainedModel) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Named parameters as `matrix` (Muon), `embedding`, `head` and `vector` (AdamW); each in exactly one."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embedding": [], "head": [], "vector": []}
     for name, p in _unique(model.named_parameters()):
-        if "embed_" in name:
-            kind = "embedding"
+        if "embed_" in name:  # a tied embedding is a head too, and takes its smaller rate
+            kind = "head" if model.config.tie_word_embeddings else "embedding"
         elif name.startswith("lm_head"):
             kind = "head"
         elif p.ndim == 2 and ".conv." not in name and not any(c in name for c in CONTROLS):
