@@ -155,14 +155,16 @@ class _Run:
             runs.truncate_steps(self.folder, 0) if self.folder.exists() else None
             return
         tensors, meta = found
-        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(tensors[f"model.{name}"])
         self.optimizers.load_state(tensors)
         self.step, self.skipped, self.seconds = meta["step"], meta["skipped"], meta["seconds"]
         torch.set_rng_state(tensors["rng"])
         runs.truncate_steps(self.folder, self.step)
 
     def _save(self) -> None:
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
         tensors |= self.optimizers.state() | {"rng": torch.get_rng_state()}
         checkpoint.save(self.checkpoints, self.step, tensors, {"skipped": self.skipped, "seconds": self.seconds})
 
