@@ -198,6 +198,7 @@ def _write_documents(
     lengths = bpe.token_byte_lengths(tokenizer)
     counts: dict[str, Counts] = {}
     done, total = 0, sum(len(document.text) for document in documents)
+    tell(f"encoding {writer.split}", done, total)
     encoded = bpe.encode_texts(tokenizer, [document.text for document in documents])
     for document, ids in zip(documents, encoded, strict=True):
         size = len(document.text.encode())

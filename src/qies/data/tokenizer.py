@@ -26,7 +26,7 @@ END_ID = 0
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
 _SAMPLE = 2_500  # bytes of text that are read for each entry of the vocabulary; more change it little and cost time
-_BATCH = 256  # documents encoded at once, over all threads
+_BATCH = 32  # documents encoded at once, over all threads
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
