@@ -140,15 +140,18 @@ def _chunked(
     wide = torch.promote_types(dtype, torch.float32)
     cap = 1.0 if softcap is None else softcap
     x = hidden.detach().to(dtype)
-    w = (weight.detach() / cap).to(dtype)
-    w_t = w.T.contiguous()
+    w = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    rows = max(1, 2 * TILE // width)
+    for part, source in zip(w.split(rows), weight.detach().split(rows), strict=True):
+        part.copy_(source / cap)
     rate = kept.to(wide) / kept.sum().clamp(min=1)
     losses = x.new_empty(tokens, dtype=wide)
     d_hidden = x.new_empty(tokens, width, dtype=wide) if hidden_grad else None
-    d_weight = x.new_zeros(vocab, width, dtype=wide) if weight_grad else None
+    d_weight = x.new_empty(vocab, width, dtype=wide) if weight_grad else None
 
     chunk = min(CHUNK, max(CHUNK_MIN, HELD // vocab))
     chunk = -(-tokens // -(-tokens // chunk))  # as many chunks, of equal size
+    w_t = w.T.contiguous() if hidden_grad and tokens > 4 * chunk else w.T  # the copy pays off slowly
     held = x.new_empty(vocab * chunk)
     work = x.new_empty(2, max(TILE, chunk), dtype=wide)
     column = torch.arange(chunk, device=x.device)
@@ -177,9 +180,11 @@ def _chunked(
             torch.mul(torch.mm(w_t, logits).T, scale * cap, out=d_hidden[span])
         if d_weight is not None:
             scaled = (x[span] * scale).to(dtype)
-            rows = max(1, 2 * TILE // width)
             for part, tile in zip(d_weight.split(rows), logits.split(rows), strict=True):
-                part += torch.mm(tile, scaled).to(wide)
+                if start == 0:
+                    part.copy_(torch.mm(tile, scaled))
+                else:
+                    part += torch.mm(tile, scaled).to(wide)
     return losses.where(kept, 0), d_hidden, d_weight
 
 
