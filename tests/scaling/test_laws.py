@@ -63,6 +63,24 @@ def test_objective_is_the_huber_sum_and_matches_a_grid():
     assert fit.objective <= min(around) + 1e-12
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_no_point_of_a_grid_beats_the_fit_with_a_floor(seed):
+    """Noisy data have several valleys: plateaus, spikes at the smallest x, near-straight lines."""
+    rng = np.random.default_rng(seed)
+    x = np.sort(10 ** rng.uniform(4, 9, rng.integers(4, 12)))
+    law = rng.uniform(0, 3) + 10 ** rng.uniform(0, 3) * x ** -rng.uniform(0.05, 1)
+    loss = noisy(rng, x, law, rng.choice([0.003, 0.02, 0.1]))
+    u = np.log(x / x.min())
+    alpha, e = np.meshgrid(np.geomspace(0.005, 20, 120), loss.min() * np.linspace(0, 1.1, 120))
+    term = np.exp(-alpha[..., None] * u)
+    # The best A for relative errors at each (alpha, E), then the Huber sum there.
+    amplitude = ((1 - e[..., None] / loss) * term / loss).sum(-1) / ((term / loss) ** 2).sum(-1)
+    fitted = e[..., None] + np.maximum(amplitude, 1e-12)[..., None] * term
+    r = np.abs(np.log(fitted / loss))
+    grid = np.where(r <= 0.05, r**2 / 2, 0.05 * (r - 0.025)).sum(-1)
+    assert fit_power(x, loss, floor=True).objective <= grid.min() * (1 + 1e-9)
+
+
 def test_interval_of_four_sizes_is_the_textbook_one():
     loss = np.array([5.2, 4.8, 4.5, 4.2])
     fit = fit_power(SIZES, loss)

@@ -1,7 +1,7 @@
 """Power laws of the loss in one variable (parameters, tokens or FLOPs), fitted robustly, with intervals.
 
     power         L(x) = A x^-alpha
-    power+floor   L(x) = E + A x^-alpha,  E >= 0
+    power+floor   L(x) = E + A x^-alpha,  E >= 0, alpha >= 0 where E > 0
 
 The fit minimises the sum (not the mean, which stops optimisers early) of Huber losses of the residuals of log
 L (Hoffmann et al. 2022, arXiv:2203.15556), from several starts, with analytic Jacobians.
@@ -226,32 +226,37 @@ def _power(theta: Array, u: Array) -> tuple[Array, Array]:
 
 
 def _fit(u: Array, y: Array, delta: float, floor: bool, warm: Array | None = None) -> tuple[Array, float]:
-    """Best (theta, Huber sum) over the starts, or from `warm` alone.
-
-    A given floor leaves a straight line, so the starts are lines for a grid of floors, the three best of which go on.
-    """
-    best = _minimise(_power, _line(u, y), u, y, delta)
+    """Best (theta, Huber sum) over the starts, or from `warm` alone."""
+    slope = float((u - u.mean()) @ y / ((u - u.mean()) @ u))
+    best = _minimise(_power, np.array([y.mean() - slope * u.mean(), -slope]), u, y, delta)
     if not floor:
         return best
     # No floor is the edge of the parameter space, which an interior method only creeps up to, so it is offered.
     best = (np.append(best[0], 0.0), best[1])
-    lowest = math.exp(float(y.min()))
-    starts = [
-        np.append(_line(u, np.log(np.exp(y) - share * lowest)), share * lowest)
-        for share in (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.87, 0.93, 0.97, 0.99, 0.998)
-    ]
-    starts.sort(key=lambda theta: float(np.abs(_power(theta, u)[0] - y).sum()))
-    for start in starts[:3] if warm is None else [warm]:
-        found = _minimise(_power, start, u, y, delta, lower=[-np.inf, -np.inf, 0.0])
+    for start in _floor_starts(u, y, delta) if warm is None else [warm]:
+        # alpha >= 0: a law with a floor falls towards it; "E + a spike at the largest x" is no such law.
+        found = _minimise(_power, start, u, y, delta, lower=[-np.inf, 0.0, 0.0])
         if found[1] < best[1] * (1 - 1e-9):
             best = found
     return best
 
 
-def _line(u: Array, y: Array) -> Array:
-    """theta of the least-squares line through (u, y)."""
-    slope = float((u - u.mean()) @ y / ((u - u.mean()) @ u))
-    return np.array([y.mean() - slope * u.mean(), -slope])
+def _floor_starts(u: Array, y: Array, delta: float) -> list[Array]:
+    """A start in every valley: at a given alpha the law is linear in E and A, so alpha is scanned, from a term that
+    hardly changes over the data to one that only the smallest x feel, and every minimum of the scan is kept."""
+    scan: list[tuple[float, Array]] = []
+    for alpha in np.geomspace(0.05, 60, 40) / np.ptp(u):
+        term = np.exp(-alpha * (u - u.min()))
+        design = np.stack([np.ones_like(u), term], axis=1) * np.exp(-y)[:, None]  # relative residuals
+        weight = np.ones_like(u)
+        for _ in range(3):  # least squares, then twice with the weights that make it a Huber fit
+            e, amplitude = np.linalg.lstsq(design * weight[:, None], weight, rcond=None)[0]
+            theta = np.array([math.log(max(amplitude, 1e-300)) + alpha * u.min(), alpha, max(e, 0.0)])
+            residual = np.abs(_power(theta, u)[0] - y)
+            weight = np.sqrt(np.minimum(1, delta / np.maximum(residual, 1e-300)))
+        scan.append((float(np.where(residual <= delta, residual**2 / 2, delta * (residual - delta / 2)).sum()), theta))
+    costs = [math.inf, *(cost for cost, _ in scan), math.inf]
+    return [theta for i, (cost, theta) in enumerate(scan) if cost <= min(costs[i], costs[i + 2])]
 
 
 def _minimise(
