@@ -165,9 +165,18 @@ def test_only_planned_runs_make_a_page(study):
     assert page.charts == []
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[1]", '{"arms": 3}', '{"arms": {"qies": {"400k": {"layers": "x"}}}}', "\x00"]
+MALFORMED = (
+    "",
+    "{",
+    "[1]",
+    "\x00",
+    '{"arms": 3}',
+    '{"arms": {"qies": {}}, "text": {"source": "x", "tokens": 1}}',
+    '{"arms": {"qies": {"400k": {"layers": "x"}, "params": {"curve": {"x": [1], "loss": ["2"]}}}}}',
 )
+
+
+@pytest.mark.parametrize("content", MALFORMED)
 def test_malformed_parts_never_break_the_page(study, content):
     for name in ("fits.json", "entanglement.json", "samples.json", "data/manifest.json", "study.yaml"):
         (study / name).write_text(content)
@@ -188,7 +197,9 @@ def test_fields_of_another_type_never_break_the_page(study):
     path = record_of(study, "no_phase", "100k")
     edit(
         path,
-        lambda r: r.update(params="many", metrics=[1], tokens="x", environment=7, seed=None, size=["100k"], data=0),
+        lambda r: r.update(
+            params="many", flops=10**400, metrics=[1], tokens="x", environment=7, seed=None, size=["100k"], data=0
+        ),
     )
     path.with_name("metrics.jsonl").write_text('{"step": 1, "tokens": "x", "loss": null}\n[1]\n{"tok')
     text = page_of(study).text

@@ -104,8 +104,8 @@ def line_chart(
             hovertemplate=f"%{{x:.3s}}: %{{y:.4g}}<extra>{escape(arm)}</extra>",
         )
     for axis, values in zip("xy", zip(*series.values(), strict=True), strict=True):
-        if axis in log:
-            every = [v for part in values for v in part]
+        every = [v for part in values for v in part]
+        if axis in log and min(every) > 0:
             _log_axis(figure, axis, min(every) / 1.1, 1.1 * max(every))
     return figure
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -96,14 +96,16 @@ def _build(builder: Callable[[Study], Section | None], study: Study) -> Section 
     """A record of another shape than the contract's costs its section, is named, and leaves the rest of the page."""
     try:
         section = builder(study)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         name = builder.__name__.strip("_")
         study.notes.append(f"The part on {name} is left out: its record is malformed ({type(error).__name__}).")
         return None
     return section if section and section.blocks else None
 
 
-def _loss(study: Study) -> Section:
+def _loss(study: Study) -> Section | None:
+    if not study.done:
+        return None
     text = [
         "Runs are compared at the same size and the same number of tokens. Lines: power laws fitted to each arm, "
         "dotted beyond the data; shaded: the 95 % interval of the law."
@@ -132,7 +134,7 @@ def _loss(study: Study) -> Section:
         rows = [[arm, *(_against(study, arm, cell, name) for cell in study.cells)] for arm in study.arms]
         caption = f"{title} of the held-out text ({unit}), and difference to {study.base}; means over seeds"
         section.blocks.append(Table(caption, ["arm", *map(study.label, study.cells)], rows))
-    return section if study.done else Section("Loss")
+    return section
 
 
 def _against(study: Study, arm: str, cell: Cell, name: str) -> str:
@@ -142,7 +144,8 @@ def _against(study: Study, arm: str, cell: Cell, name: str) -> str:
 
 
 def _laws(study: Study) -> Section:
-    rows, warnings = [], []
+    rows: list[list[str]] = []
+    warnings: dict[str, list[str]] = {}
     for variable, what in (("params", "parameters"), ("flops", "FLOPs")):
         for arm in study.arms:
             fit = study.fit(arm, variable)
@@ -150,13 +153,14 @@ def _laws(study: Study) -> Section:
                 pair = mapping(fit.get("ci")).get("alpha")
                 between = f"{pair[0]:.4f} to {pair[1]:.4f}" if pair else "none"
                 rows.append([arm, what, law(fit), between, percent(fit["scatter"]), count(fit["sizes"])])
-                warnings += [f"{arm} in {what}: {sentence(w)}" for w in listed(fit.get("warnings"))]
+                for warning in map(sentence, listed(fit.get("warnings"))):
+                    warnings.setdefault(warning, []).append(f"{arm} in {what}")
     convention = mapping(study.parts.get("fits")).get("flops_convention")
     text = [
         "L(x) in nats per token, straight on log axes. The interval counts each size once, whatever the number of "
         "seeds, and holds only if the law does; with few sizes it is wide. Scatter is what is left around the law.",
         *([f"FLOPs: {convention}."] if convention else []),
-        *warnings,
+        *(f"{warning} ({', '.join(where)})" for warning, where in warnings.items()),
     ]
     columns = ["arm", "x", "L(x)", "95 % interval of the exponent", "scatter", "sizes"]
     return Section("Fitted laws", text, [Table("Power laws", columns, rows)] if rows else [])
@@ -212,81 +216,70 @@ def _speed(study: Study) -> Section:
     return section
 
 
+KINDS = {"von_neumann": "von Neumann", "renyi2": "Rényi-2", "page": "Page", "ceiling": "ceiling"}
+
+
 def _entanglement(study: Study) -> Section | None:
     part = study.parts.get("entanglement")
-    if not part:
+    arms = {arm: sizes for arm, sizes in part["arms"].items() if sizes} if part else {}
+    if not part or not arms:
         return None
-    order = [cell.size for cell in study.cells]
     text = [
         f"Entropies of the entangled states after reading held-out text ({count(part['text']['tokens'])} tokens, "
         f"{part['text']['source']}), in nats, per head. The ceiling is log min(m, V); Page's value is the mean of "
         "random states of the same dimensions. Charts show the largest size of each arm, bars one standard deviation "
         "over texts."
     ]
-    kinds = {"von_neumann": "von Neumann", "renyi2": "Rényi-2", "page": "Page", "ceiling": "ceiling"}
-    summary, every, figures, positions = [], [], [], {}
-    for arm, sizes in part["arms"].items():
+    order = [cell.size for cell in study.cells]
+    summary, heads, figures, largest = [], [], [], {}
+    for arm, sizes in arms.items():
         for size in sorted(sizes, key=lambda s: order.index(s) if s in order else -1):
-            model, name = sizes[size], f"{arm} {size}"
-            heads = [(layer["layer"], head) for layer in model["layers"] for head in layer["heads"]]
-            means = {k: fmean(h[k][0] if isinstance(h[k], list) else h[k] for _, h in heads) for k in kinds}
+            name, largest[arm] = f"{arm} {size}", sizes[size]
+            own = [(layer["layer"], head) for layer in sizes[size]["layers"] for head in layer["heads"]]
+            means = {k: fmean(h[k][0] if isinstance(h[k], list) else h[k] for _, h in own) for k in KINDS}
             share = percent(means["von_neumann"] / means["ceiling"] if means["ceiling"] else None)
-            summary.append([name, *(digits(means[k], 3) for k in kinds), share])
-            every += [
-                [name, show(layer), show(h["head"]), f"{h['m']} by {h['v']}", *_entropies(h, kinds)]
-                for layer, h in heads
-            ]
-        rows = [row[1:3] + row[4:] for row in every if row[0] == name]
-        spectra = _spectra(model["layers"])
-        longest = max(map(len, spectra.values()))
-        figures += [
-            Chart(
-                f"Entropy per layer and head, {name}",
-                charts.entropy_chart(model["layers"]),
-                Table(f"Entropy per head, {name} (nats)", ["layer", "head", *kinds.values()], rows, folded=True),
-            ),
-            Chart(
-                f"Mean Schmidt spectrum per layer, {name}",
-                charts.spectrum_chart(spectra),
-                Table(
-                    f"Mean Schmidt spectrum, {name}",
-                    ["layer", *map(str, range(1, 1 + longest))],
-                    [[layer, *(f"{v:.2g}" for v in p)] for layer, p in spectra.items()],
-                    folded=True,
-                ),
-            ),
-        ]
-        positions[arm] = (model["positions"], model["entropy_by_position"])
-    section = Section("Entanglement", text, [*figures])
-    if positions:
-        at = sorted({x for xs, _ in positions.values() for x in xs})
-        at = at[:: 1 + len(at) // 13]
-        found = {arm: dict(zip(x, y, strict=True)) for arm, (x, y) in positions.items()}
-        rows = [[arm, *(digits(entropy.get(x), 3) for x in at)] for arm, entropy in found.items()]
-        figure = charts.line_chart(positions, "tokens read", "von Neumann entropy (nats)", markers=True, log="x")
-        table = Table("Mean entropy by tokens read (nats)", ["arm", *map(count, at)], rows, folded=True)
-        section.blocks.append(Chart("Mean entropy of all heads as the text goes on", figure, table))
-    columns = ["model", *kinds.values(), "von Neumann / ceiling"]
-    section.blocks.insert(0, Table("Mean over layers and heads (nats)", columns, summary))
-    columns = ["model", "layer", "head", "m by V", *kinds.values()]
-    section.blocks.append(Table("Every head of every model (nats)", columns, every, folded=True))
-    return section
+            summary.append([name, *(digits(mean, 3) for mean in means.values()), share])
+            heads += [[name, show(layer), show(h["head"]), f"{h['m']} by {h['v']}", *_entropies(h)] for layer, h in own]
+        rows = [row[1:3] + row[4:] for row in heads if row[0] == name]
+        table = Table(f"Entropy per head, {name} (nats)", ["layer", "head", *KINDS.values()], rows, folded=True)
+        figure = charts.entropy_chart(largest[arm]["layers"])
+        figures += [Chart(f"Entropy per layer and head, {name}", figure, table), _spectrum(name, largest[arm])]
+    columns = ["model", *KINDS.values(), "von Neumann / ceiling"]
+    first = Table("Mean over layers and heads (nats)", columns, summary)
+    columns = ["model", "layer", "head", "m by V", *KINDS.values()]
+    last = Table("Every head of every model (nats)", columns, heads, folded=True)
+    return Section("Entanglement", text, [first, *figures, _by_position(largest), last])
 
 
-def _entropies(head: dict[str, Any], kinds: Iterable[str]) -> list[str]:
-    """Mean and standard deviation of what varies, the value of what does not."""
-    return ["{:.3f} ± {:.3f}".format(*head[k]) if isinstance(head[k], list) else digits(head[k], 3) for k in kinds]
-
-
-def _spectra(layers: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Mean spectrum over the heads of a layer that have the same rank."""
+def _spectrum(name: str, model: dict[str, Any]) -> Chart:
+    """Mean spectra of the layers, over the heads of the same rank."""
     groups: dict[str, list[list[float]]] = {}
-    for layer in layers:
+    for layer in model["layers"]:
         ranks = {len(head["spectrum"]) for head in layer["heads"]}
         for head in layer["heads"]:
             rank = f", rank {len(head['spectrum'])}" if len(ranks) > 1 else ""
             groups.setdefault(f"layer {layer['layer']}{rank}", []).append(head["spectrum"])
-    return {name: [fmean(p) for p in zip(*spectra, strict=True)] for name, spectra in groups.items()}
+    spectra = {name: [fmean(p) for p in zip(*own, strict=True)] for name, own in groups.items()}
+    title = f"Mean Schmidt spectrum per layer, {name}"
+    rows = [[layer, *(f"{v:.2g}" for v in p)] for layer, p in spectra.items()]
+    columns = ["layer", *map(str, range(1, 1 + max(map(len, spectra.values()))))]
+    return Chart(title, charts.spectrum_chart(spectra), Table(title, columns, rows, folded=True))
+
+
+def _by_position(models: dict[str, dict[str, Any]]) -> Chart:
+    series = {arm: (model["positions"], model["entropy_by_position"]) for arm, model in models.items()}
+    every = sorted({x for positions, _ in series.values() for x in positions})
+    shown = every[:: 1 + len(every) // 13]
+    found = {arm: dict(zip(x, y, strict=True)) for arm, (x, y) in series.items()}
+    rows = [[arm, *(digits(entropy.get(x), 3) for x in shown)] for arm, entropy in found.items()]
+    figure = charts.line_chart(series, "tokens read", "von Neumann entropy (nats)", markers=True, log="x")
+    table = Table("Mean entropy by tokens read (nats)", ["arm", *map(count, shown)], rows, folded=True)
+    return Chart("Mean entropy of all heads as the text goes on", figure, table)
+
+
+def _entropies(head: dict[str, Any]) -> list[str]:
+    """Mean and standard deviation of what varies, the value of what does not."""
+    return ["{:.3f} ± {:.3f}".format(*head[k]) if isinstance(head[k], list) else digits(head[k], 3) for k in KINDS]
 
 
 def _samples(study: Study) -> Section | None:

@@ -61,7 +61,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return self.status == "done" and self.loss is not None
+        return self.status == "done" and self.loss is not None and self.loss > 0
 
     @property
     def cell(self) -> Cell:
