@@ -159,7 +159,10 @@ def entanglement_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]
 
     shards = open_shards(folder / "data")
     length = study.train.seq_len
-    ids = np.concatenate([b[:, :-1] for b, _ in zip(val_batches(shards, length, 8), range(2), strict=False)])
+    whole = [b[:, :-1] for b in val_batches(shards, length, 8, max_tokens=16 * length) if b.shape[1] == length + 1]
+    if not whole:
+        return {"schema": 1, "text": {"source": "the validation text fills no window", "tokens": 0}, "arms": {}}
+    ids = np.concatenate(whole)
     positions = [p for p in (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096) if p <= length]
     arms: dict[str, Any] = {}
     for arm in study.arms:

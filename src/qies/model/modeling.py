@@ -47,9 +47,15 @@ class QiesBlock(GradientCheckpointingLayer):
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        mixed, weights = self.mixer(rms_norm(x, self.eps), **kwargs)
+        mixed, weights = self.mixer(self._norm(x), **kwargs)
         x = x + mixed
-        return x + self.mlp(rms_norm(x, self.eps)), weights
+        return x + self.mlp(self._norm(x)), weights
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """RMSNorm; under autocast in its dtype already, or every projection would cast x for itself."""
+        device = x.device.type
+        y = rms_norm(x, self.eps)
+        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 
 class QiesPreTrainedModel(PreTrainedModel):
