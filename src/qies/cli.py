@@ -263,7 +263,7 @@ def report(folder: Positional[Path], /, svg: Path | None = None) -> None:
         folder: The study's folder.
         svg: Also write the loss-against-parameters figure here.
     """
-    from qies.report.page import build_report, write_summary_svg
+    from qies.report import build_report, write_summary_svg
 
     print(build_report(folder))
     if svg is not None:

@@ -16,11 +16,8 @@ from plotly.offline import get_plotlyjs
 
 from qies.report import charts
 from qies.report.records import Cell, Run, Study, listed, mapping, read_study
-from qies.report.summary import write_summary_svg
 from qies.report.text import count, digits, law, mebibytes, number, percent, sentence, show, si
 from qies.report.verdict import verdict
-
-__all__ = ["build_report", "write_summary_svg"]
 
 
 @dataclass(frozen=True)
