@@ -61,6 +61,7 @@ MODEL_FIELDS: dict[str, Any] = {
     "phase": "selective",
     "phase_rank": 8,
     "phase_max": math.pi,
+    "phase_slope": 0.05,
     "phase_fraction": 1.0,
     "eigenvalues": "signed",
     "decay": "head",
@@ -223,11 +224,12 @@ class Hyperparameters:
 
 
 def hyperparameters(parameters: int, tokens: int) -> Hyperparameters:
-    """The rule for every arm alike. Muon's step has a fixed spectral size, so its rate does not depend on the width
+    """The rule for every arm alike, set by the sweep in LOG.md at 100k parameters.
 
-    (Jordan et al., Muon, 2024); AdamW rates for embedding and head fall with the width as D^-1/2 from their value at
-    D = 64. `tokens` is taken for rules that need the budget; this one does not.
+    Muon's step has a fixed spectral size, so its rate does not depend on the width (Jordan et al., Muon, 2024); AdamW
+    rates for embedding and head fall with the width as D^-1/2 from their value at D = 64. `tokens` is for rules that
+    need the budget; this one does not.
     """
     width = shape(parameters)["hidden_size"]
     scale = (width / 64) ** -0.5
-    return Hyperparameters(matrix_lr=0.02, embedding_lr=0.1 * scale, head_lr=0.01 * scale, vector_lr=0.01)
+    return Hyperparameters(matrix_lr=0.04, embedding_lr=0.2 * scale, head_lr=0.02 * scale, vector_lr=0.02)

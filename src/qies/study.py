@@ -77,8 +77,8 @@ def estimate(study: StudyConfig) -> list[float]:
     return out
 
 
-SECONDS_PER_TOKEN = 1.2e-5
-SECONDS_PER_FLOP = 9e-12
+SECONDS_PER_TOKEN = 6e-5
+SECONDS_PER_FLOP = 1e-11
 
 
 def clock(seconds: float) -> str:

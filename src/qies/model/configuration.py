@@ -21,8 +21,10 @@ class QiesConfig(PreTrainedConfig):
         position: "rope", "learned" (with the gpt2 block only) or "none"; rope_theta; attention_conv_size: taps of the short convolution, 0 for none.
     Entanglement layers:
         mode: "real" or "complex" projector and values;
-        phase: "selective" (theta_t = phase_max * tanh(low-rank map of x_t), zero at the start), "fixed" (a learned
-        constant per channel) or "none"; phase_rank; phase_max in radians a token; phase_fraction: the share of a
+        phase: "selective" (theta_t = phase_max tanh(phase_slope a_t / phase_max) with a_t a low-rank map of
+        x_t, zero at the start), "fixed" (a learned constant per channel in place of a_t) or "none"; phase_rank;
+        phase_max in radians a token; phase_slope in radians a unit of a_t: how fast phases are learned;
+        phase_fraction: the share of a
         head's complex channels that rotates;
         eigenvalues: where lambda = 1 - beta lives: "unit" [0,1], "signed" [-1,1], "disc" (complex mode only);
         decay: one alpha a "head" or a complex "channel"; conv_size: taps of the short convolution, 0 for none.
@@ -52,6 +54,7 @@ class QiesConfig(PreTrainedConfig):
     phase: str = "selective"
     phase_rank: int = 8
     phase_max: float = 3.141592653589793
+    phase_slope: float = 0.05
     phase_fraction: float = 1.0
     eigenvalues: str = "signed"
     decay: str = "head"

@@ -100,7 +100,7 @@ class Entanglement(nn.Module):
         angle = self.phase_bias.float()
         if config.phase == "selective":
             angle = angle + self.phase_up(self.phase_down(x)).float()
-        theta = config.phase_max * torch.tanh(angle)
+        theta = config.phase_max * torch.tanh(angle * (config.phase_slope / config.phase_max))
         theta = theta.expand(*x.shape[:2], -1).unflatten(-1, (self.heads, config.rotating))
         return F.pad(theta, (0, self.channels - config.rotating))
 
