@@ -18,10 +18,10 @@ study: $(CORE)  ## the main job: train QIES beside the transformer on real text,
 	.venv/bin/qies study --preset quick
 
 test: $(TEST)  ## the test suite
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope
 
 test-all: $(TEST)  ## the test suite with the slow checks
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m ""
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope -m ""
 
 check: $(DEV)  ## ruff and mypy
 	.venv/bin/ruff check src tests
