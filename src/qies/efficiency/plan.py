@@ -13,9 +13,7 @@ from qies.presets import count_parameters, parse_size
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv:2203.15556
 
 
-def plan_model(
-    values: Mapping[str, Any], arm: str, size: str, tokens: int | None, seq_len: int
-) -> dict[str, Any]:
+def plan_model(values: Mapping[str, Any], arm: str, size: str, tokens: int | None, seq_len: int) -> dict[str, Any]:
     """Parameters, FLOPs, tokens and memory in bytes of the model that `values` (presets.settings) describe.
 
     Training memory is weights, gradients and optimizer state in fp32, without activations: Muon keeps one number a
@@ -30,8 +28,10 @@ def plan_model(
     inner = values["num_attention_heads"] * k
     state = kinds.count("linear_attention") * 4 * inner * k
     taps = max(values["conv_size"] - 1, 0), max(values["attention_conv_size"] - 1, 0)
-    conv = sum(n * t * 4 * values["hidden_size"] for n, t in zip(
-        (kinds.count("linear_attention"), kinds.count("full_attention")), taps, strict=True))
+    conv = sum(
+        n * t * 4 * values["hidden_size"]
+        for n, t in zip((kinds.count("linear_attention"), kinds.count("full_attention")), taps, strict=True)
+    )
     return {
         "arm": arm,
         "size": size,
