@@ -5,6 +5,7 @@ INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt --ed
 CORE := .venv/.core
 TEST := .venv/.test
 DEV := .venv/.dev
+EVAL := .venv/.eval
 
 .PHONY: help env study test test-all check clean
 .DEFAULT_GOAL := help
@@ -20,7 +21,7 @@ study: $(CORE)  ## the main job: train QIES beside the transformer on real text,
 test: $(TEST)  ## the test suite
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope
 
-test-all: $(TEST)  ## the test suite with the slow checks
+test-all: $(EVAL)  ## the test suite with the slow checks
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope -m ""
 
 check: $(DEV)  ## ruff and mypy
@@ -43,6 +44,10 @@ $(CORE): .venv/bin/python pyproject.toml constraints.txt
 
 $(TEST): $(CORE)
 	$(INSTALL) '.[test]'
+	@touch $@
+
+$(EVAL): $(TEST)
+	$(INSTALL) '.[test,eval]'
 	@touch $@
 
 $(DEV): $(TEST)

@@ -189,17 +189,17 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Next-token logits [B,T,V], soft-capped, and the loss.
 
-        labels [B,T] are the inputs themselves, shifted here; `shift_labels` [B,T] are given already shifted.
+        labels [B,T] are the inputs themselves, shifted here; `shift_labels` [B,T] (a keyword) come already shifted.
         -100 is ignored. The loss is their mean, or their sum over `num_items_in_batch` where the trainer
         accumulates gradients. While training with labels the logits are not kept (`logits` is None): the loss
         comes straight from the hidden states.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # not in the signature: Trainer would expect it in every batch
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,0 +1,175 @@
+"""At home in transformers: Trainer, pipeline, adapters, resizing, attention implementations."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+
+from qies.model import QiesConfig, QiesForCausalLM
+
+ARMS = {
+    "qies": {},
+    "complex": {"mode": "complex", "eigenvalues": "disc"},
+    "transformer": {"layer_types": ["full_attention"] * 4, "position": "rope"},
+    "gpt2": {
+        "block": "gpt2", "position": "learned", "layer_types": ["full_attention"] * 4, "logit_softcap": 0.0,
+        "tie_word_embeddings": True, "max_position_embeddings": 128,
+    },
+}  # fmt: skip
+
+
+def build(name: str, **more) -> QiesForCausalLM:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "hidden_size": 32, "head_dim": 16, "intermediate_size": 40}
+    return QiesForCausalLM(QiesConfig(**{**shape, **ARMS[name], **more}))
+
+
+class Rows(torch.utils.data.Dataset):
+    """Sixty-four rows that count upwards, so that there is something to learn."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        ids = (torch.arange(24) + i) % 97
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def trainer(model, folder, **more):
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=4,
+        logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, seed=0, **more,
+    )  # fmt: skip
+    return Trainer(model=model, args=arguments, train_dataset=Rows())
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_trainer_learns_and_resumes_to_the_same_weights(name, tmp_path):
+    whole = trainer(build(name), tmp_path / "whole")
+    whole.train()
+    losses = [row["loss"] for row in whole.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    again = trainer(build(name), tmp_path / "whole")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_trainer_accumulates_to_the_loss_of_the_whole_batch(tmp_path):
+    one = trainer(build("qies"), tmp_path / "one")
+    one.train()
+    two = Trainer(
+        model=build("qies"), train_dataset=Rows(),
+        args=TrainingArguments(
+            output_dir=str(tmp_path / "two"), max_steps=8, per_device_train_batch_size=2,
+            gradient_accumulation_steps=2, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True,
+            disable_tqdm=True, seed=0, save_strategy="no",
+        ),
+    )  # fmt: skip
+    two.train()
+    a, b = ([row["loss"] for row in t.state.log_history if "loss" in row] for t in (one, two))
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_evaluation_gives_logits_and_the_same_loss(tmp_path):
+    model = build("qies")
+    result = trainer(model, tmp_path).evaluate(Rows())
+    model.eval()
+    ids = torch.stack([Rows()[i]["input_ids"] for i in range(64)])
+    assert result["eval_loss"] == pytest.approx(model(ids, labels=ids).loss.item(), abs=1e-4)
+
+
+def test_pipeline_generates_text(shards, tmp_path):
+    tokenizer = shards.tokenizer()
+    model = build("qies", vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    pipe = pipeline("text-generation", model=loaded, tokenizer=AutoTokenizer.from_pretrained(tmp_path))
+    prompts = ["Ada wrote", "Bell measured the phase and then"]
+    alone = [pipe(p, max_new_tokens=4, do_sample=False)[0]["generated_text"] for p in prompts]
+    together = pipe(prompts, max_new_tokens=4, do_sample=False, batch_size=2)
+    assert [t[0]["generated_text"] for t in together] == alone
+    assert all(t.startswith(p) for t, p in zip(alone, prompts, strict=True))
+
+
+@pytest.mark.parametrize("name", ["qies", "gpt2"])
+@pytest.mark.parametrize("size", [90, 120])
+def test_embeddings_resize(name, size):
+    model = build(name).eval()
+    ids = torch.randint(0, 80, (1, 9))
+    before = model(ids).logits
+    model.resize_token_embeddings(size, mean_resizing=False)
+    after = model(ids).logits
+    assert after.shape[-1] == size and model.config.vocab_size == size
+    assert torch.allclose(after[..., :90], before[..., :90], atol=1e-6)
+
+
+def test_tied_embeddings_stay_tied_through_a_file(tmp_path):
+    model = build("qies", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["qies", "transformer", "gpt2"])
+@torch.no_grad()
+def test_eager_and_sdpa_agree(name):
+    ids = torch.randint(0, 97, (2, 21))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    out = []
+    for kind in ("sdpa", "eager"):
+        model = build(name).eval()
+        model.set_attn_implementation(kind)
+        out.append(model(ids, attention_mask=mask, output_attentions=kind == "eager"))
+    real = mask.bool()
+    assert torch.allclose(out[0].logits[real], out[1].logits[real], atol=1e-5)
+    weights = out[1].attentions[-1]
+    assert weights.shape == (2, model.config.num_attention_heads, 21, 21)
+    assert torch.allclose(weights[1].sum(-1), torch.ones(()))
+
+
+def test_bf16_model_trains_and_reloads_in_bf16(tmp_path):
+    model = build("qies").to(torch.bfloat16)
+    ids = torch.randint(0, 97, (2, 16))
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_lora_adapts_every_projection(tmp_path):
+    import peft
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    model = peft.get_peft_model(build("qies"), peft.LoraConfig(target_modules=names, r=2, task_type="CAUSAL_LM"))
+    ids = torch.arange(24)[None] % 97
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    still = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.abs().sum() > 0]
+    # Output projections start at zero, so what lies before them has no gradient yet.
+    assert [n for n in still if "o_proj" in n or "down_proj" in n] == []
+    model.eval()
+    adapted = model(input_ids=ids).logits
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(ids).logits, adapted, atol=1e-4)
+
+
+@pytest.mark.slow  # lm-eval is an extra: make test-all installs it
+@torch.no_grad()
+def test_lm_eval_sees_the_same_model_at_every_batch_size(shards):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models import huggingface
+
+    model = build("qies", vocab_size=len(shards.tokenizer())).eval()
+    texts = [("Ada", " wrote the phase"), ("", "Bell forgot"), ("Curie measured the long", " sequence 3 times.")]
+    asked = [Instance("loglikelihood", {}, t, i) for i, t in enumerate(texts * 3)]
+    got = []
+    for size in (1, 8):
+        lm = huggingface.HFLM(pretrained=model, tokenizer=shards.tokenizer(), batch_size=size, device="cpu")
+        got.append([value for value, _ in lm.loglikelihood(asked, disable_tqdm=True)])
+    assert got[0] == pytest.approx(got[1], abs=1e-3)
