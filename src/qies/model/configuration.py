@@ -36,7 +36,7 @@ class QiesConfig(PreTrainedConfig):
     """
 
     model_type = "qies"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer wants a list)
 
     vocab_size: int = 4096
     hidden_size: int = 64
