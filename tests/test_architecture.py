@@ -72,7 +72,7 @@ def test_light_modules_import_no_torch(module):
 
 def test_auto_classes_know_the_model_whichever_is_imported_first():
     check = (
-        "from transformers import AutoConfig, AutoModelForCausalLM as A; c = AutoConfig.for_model('qies', vocab_size=9);"
+        "from transformers import AutoConfig as C, AutoModelForCausalLM as A; c = C.for_model('qies', vocab_size=9);"
         "assert type(A.from_config(c)).__name__ == 'QiesForCausalLM'"
     )
     orders = (

@@ -52,9 +52,7 @@ def evaluate(f, args, mode, dtype=None):
     gen = torch.Generator().manual_seed(1)
     wo, ws = (torch.randn(x.shape, generator=gen, dtype=torch.float64).to(x.dtype) for x in (o, final))
     ((o * wo).sum() + (final * ws).sum()).backward()
-    results = {"o": o, "state": final} | {
-        f"d{n}": x.grad for n, x in zip(NAMES, args, strict=True) if x is not None
-    }
+    results = {"o": o, "state": final} | {f"d{n}": x.grad for n, x in zip(NAMES, args, strict=True) if x is not None}
     return {name: x.detach().double() for name, x in results.items()}
 
 

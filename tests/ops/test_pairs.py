@@ -14,9 +14,7 @@ def test_pairs_are_complex_numbers(m, seed):
     torch.testing.assert_close(to_complex(to_pair(z)), z)
     torch.testing.assert_close(to_complex(times_i(to_pair(z))), 1j * z)
     torch.testing.assert_close(to_complex(rotate(to_pair(z), phase)), z * torch.exp(1j * phase))
-    torch.testing.assert_close(
-        to_complex(unit(to_pair(z))), z / torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    )
+    torch.testing.assert_close(to_complex(unit(to_pair(z))), z / torch.linalg.vector_norm(z, dim=-1, keepdim=True))
 
 
 def test_the_pair_may_lie_on_any_axis():

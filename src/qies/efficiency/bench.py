@@ -67,9 +67,9 @@ def op_rivals(B: int, T: int, H: int, K: int, V: int) -> dict[str, Callable[[], 
     beta = torch.rand(B, T, H, generator=make).requires_grad_()
     decay = (-torch.rand(B, T, H, generator=make) / 100).requires_grad_()
     theta = leaf(B, T, H, K // 2, dtype=torch.float32)
-    heads_first = [leaf(B, H, T, K) for _ in range(3)]
+    qh, kh, vh = (leaf(B, H, T, K) for _ in range(3))
     go, go_heads = torch.randn(B, T, H, V).bfloat16(), torch.randn(B, H, T, V).bfloat16()
-    leaves = [q, k, v, beta, decay, theta, *heads_first]
+    leaves = [q, k, v, beta, decay, theta, qh, kh, vh]
 
     def run(forward: Callable[[], Tensor], grad: Tensor) -> Callable[[], None]:
         def call() -> None:
@@ -88,7 +88,7 @@ def op_rivals(B: int, T: int, H: int, K: int, V: int) -> dict[str, Callable[[], 
         "entangle": run(lambda: entangle(q, k, v, beta, decay, theta)[0], go),
         "entangle, no phase": run(lambda: entangle(q, k, v, beta, decay, None)[0], go),
         "transformers gated delta rule": run(rule, go),
-        "causal SDPA": run(lambda: F.scaled_dot_product_attention(*heads_first, is_causal=True), go_heads),
+        "causal SDPA": run(lambda: F.scaled_dot_product_attention(qh, kh, vh, is_causal=True), go_heads),
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -29,7 +31,7 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> Tensor:
     return (position_ids[..., None].float() * theta**-half)[:, :, None]
 
 
-def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal_mask: Tensor | None, **kwargs):
+def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, causal_mask: Tensor | None, **kwargs):
     """Attention by the implementation the configuration names: q [B,H,T,K], k, v [B,H,S,K] -> o [B,T,H,K] and the
     weights [B,H,T,S] where it gives them. `causal_mask` None means plain causal order."""
     name = module.config._attn_implementation

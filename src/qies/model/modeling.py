@@ -161,7 +161,7 @@ class QiesModel(QiesPreTrainedModel):
 
     def _embed(self, embeds: Tensor, position_ids: Tensor | None) -> Tensor:
         """What enters the first block, [B,T,D]: normalised embeddings, or GPT-2's sum with learned positions."""
-        if self.embed_positions is None:
+        if self.embed_positions is None or position_ids is None:
             return self.norm(embeds)
         if int(position_ids.max()) >= self.config.max_position_embeddings:
             raise ValueError(f"The text is longer than the {self.config.max_position_embeddings} learned positions.")

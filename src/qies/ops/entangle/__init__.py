@@ -81,8 +81,6 @@ def _check(q, k, v, beta, log_alpha, theta, state, mode, backend) -> None:
     for name, (x, shapes) in allowed.items():
         if x is not None and tuple(x.shape) not in shapes:
             expected = " or ".join(str(list(s)) for s in shapes)
-            raise UserError(
-                f"{name} is {list(x.shape)} but with q {list(q.shape)} it must be {expected}; reshape it."
-            )
+            raise UserError(f"{name} is {list(x.shape)} but with q {list(q.shape)} it must be {expected}; reshape it.")
     if backend == "step" and T != 1:
         raise UserError(f"backend 'step' advances one token but T = {T}; use backend='auto'.")

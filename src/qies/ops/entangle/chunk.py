@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qies.ops.entangle.decay import ChannelDecay, HeadDecay
 from qies.ops.entangle.naive import working_dtype
 from qies.ops.entangle.products import Products
-from qies.ops.entangle.tile import TURN, Shape, Tile
+from qies.ops.entangle.tile import TURN, Shape, Tile, workspace
 from qies.ops.pairs import rotate
 
-CHUNK_ROWS = 64
-TILE = 1 << 16  # elements of one [G, N, R, K] tensor: a handful of them fit in a core's second-level cache
+CHUNK_ROWS = 32
+TILE = 1 << 16  # elements of the tensor [N, R, K] of a tile
 
 
 def entangle_chunk(
@@ -51,15 +50,9 @@ def entangle_chunk(
     return _Chunked.apply(*inputs, r, low, keep)
 
 
-def tiled(x: Tensor, span: Span, b: int) -> Tensor:
-    """An input `[B, T, H, ..]` over a span as a view `[columns, chunks, b, H, C, ..]`."""
-    x = x[:, span.start : span.stop].unflatten(1, (-1, span.C)).unflatten(0, (-1, b))
-    return x.permute(0, 2, 1, 4, 3, *range(5, x.ndim))
-
-
-def grid(x: Tensor) -> list[tuple[Tensor, ...]]:
-    """Views of everything by column and chunk."""
-    return [column.unbind(0) for column in x.unbind(0)]
+FAINT = 32.0  # damping of a token beyond e^-32 is damping to nothing, also in float64
+ANCHOR = 16  # chunks after which running sums of gradients start anew from the state, so that rounding does not add up
+CALM = 80.0  # damping within a chunk is at most e^-80: rescaled by its root nothing over- or underflows in float32
 
 
 class Span(NamedTuple):
@@ -73,12 +66,99 @@ class Span(NamedTuple):
 def spans(T: int, C: int) -> list[Span]:
     """Whole chunks, then one that is as short as what is left."""
     whole = T - T % C
-    return [s for s in (Span(0, whole, C), Span(whole, T, T - whole)) if s.C and s.stop > s.start]
+    return [s for s in (Span(0, whole, C), Span(whole, T, T - whole)) if s.stop > s.start]
+
+
+def calm(log_alpha: Tensor, C: int) -> int:
+    """The longest chunk, C halved as often as it takes, in which damping stays above e^-CALM everywhere."""
+    damping = log_alpha.detach().clamp(-FAINT, 0).neg()
+    while C > 1 and any(
+        damping[:, s.start : s.stop].unflatten(1, (-1, s.C)).sum(2, dtype=torch.float32).amax() > CALM
+        for s in spans(log_alpha.shape[1], C)
+    ):
+        C = (C + 1) // 2
+    return C
+
+
+def tame(theta: Tensor) -> Tensor:
+    """theta, or if it has turns to lose theta without them: sums of small angles stay exact enough in float32."""
+    low, high = theta.aminmax()
+    if max(-low, high) <= TURN:
+        return theta
+    turns = theta.double() / TURN
+    return ((turns - turns.round()) * TURN).to(theta.dtype if theta.dtype == torch.float64 else torch.float32)
 
 
 def rows_a_tile(B: int, elements: int) -> int:
     """The largest divisor of the batch whose rows fit in a tile."""
     return max((b for b in range(1, B + 1) if B % b == 0 and b * elements <= TILE), default=1)
+
+
+def tiled(x: Tensor, span: Span, b: int) -> Tensor:
+    """An input `[B, T, H, ..]` over a span as a view `[columns, chunks, b, H, C, ..]`."""
+    x = x[:, span.start : span.stop].unflatten(1, (-1, span.C)).unflatten(0, (-1, b))
+    return x.permute(0, 2, 1, 4, 3, *range(5, x.ndim))
+
+
+def grid(x: Tensor | None) -> list[tuple[Any, ...]]:
+    """Views of everything by column and chunk."""
+    return [] if x is None else [column.unbind(0) for column in x.unbind(0)]
+
+
+class Damping:
+    """The decays of a span, by column and chunk.
+
+    With g the running sum of log_alpha in a chunk and c half its last value: `read` e^{g - c}, `undo` e^{2(c - g)} and
+    `enter`, which takes the state from the scale it left the chunk before in to this chunk's.
+    """
+
+    def __init__(self, log_alpha: Tensor, span: Span, b: int, dtype: torch.dtype):
+        self.source = tiled(log_alpha, span, b)
+        self.per_head = log_alpha.ndim == 3
+        self.dtype = dtype
+        total = self.source.to(dtype).clamp(min=-FAINT).sum(4).flatten(2, 3)
+        if self.per_head:
+            total = total.unsqueeze(-1)
+            g = self.source.to(dtype).clamp(min=-FAINT).cumsum(-1).flatten(2, 3).unsqueeze(-1)
+            c = g[..., -1:, :] / 2
+            self.reads, self.undos = (g - c).exp().unsqueeze(3), (2 * (c - g)).exp()
+        else:
+            total = torch.cat([total, total], -1)
+        half = (total / 2).unsqueeze(-2)
+        self.leave = half[:, -1].exp()  # [columns, N, 1, 1 or K]
+        self.enters = (half + torch.cat([torch.zeros_like(half[:, :1]), half[:, :-1]], 1)).exp()
+
+    def at(self, i: int, j: int) -> tuple[Tensor, Tensor, Tensor]:
+        """read `[N, 1, C, 1 or K]`, undo `[N, C, 1 or K]`, enter `[N, 1, 1 or K]`."""
+        if self.per_head:
+            return self.reads[i, j], self.undos[i, j], self.enters[i, j]
+        g = self.source[i, j].to(self.dtype).clamp(min=-FAINT).cumsum(2).flatten(0, 1)
+        read = (g - g[:, -1:] / 2).exp_()
+        read = torch.cat([read, read], -1)
+        return read.unsqueeze(1), read.square().reciprocal_(), self.enters[i, j]
+
+
+    def gradient(self, dg: Tensor, passed: Tensor, out: Tensor) -> None:
+        """The gradient of log_alpha: the sum of dg over the tokens that follow and of what passes on to later ones.
+
+        dg `[columns, chunks, N, C, 1 or K]` is what a token's reads gain from a louder past less what its write loses;
+        passed `[columns, anchors, N, 1 or K]` is what passes at the end of every ANCHOR chunks.
+        """
+        if not self.per_head:
+            dg, passed = sum(dg.chunk(2, -1)), sum(passed.chunk(2, -1))
+        for n in range(passed.shape[1]):
+            part = slice(n * ANCHOR, (n + 1) * ANCHOR)
+            rest = dg[:, part].transpose(1, 2).flatten(2, 3)
+            rest = rest + (rest.sum(2, keepdim=True) - rest.cumsum(2)) + passed[:, n].unsqueeze(2)
+            rest = rest.unflatten(2, (-1, dg.shape[3])).transpose(1, 2)
+            out[:, part].copy_(rest.reshape(out[:, part].shape))
+        out.masked_fill_(self.source < -FAINT, 0)
+
+
+def through(Z: Tensor, dZ: Tensor) -> tuple[Tensor, Tensor]:
+    """What passes through a state `[.., V, K]`: the gradient of its loudness `[.., K]` and of its phase `[.., 1, m]`."""
+    (re, im), (dre, dim) = Z.chunk(2, -1), dZ.chunk(2, -1)
+    return (Z * dZ).sum(-2), (re * dim - im * dre).sum(-2, keepdim=True)
 
 
 class _Chunked(torch.autograd.Function):
@@ -87,109 +167,121 @@ class _Chunked(torch.autograd.Function):
         dtype = working_dtype(q, k, v, beta, log_alpha, theta, state)
         B, T, H, K = q.shape
         V = v.shape[-1] // r
-        C = min(T, CHUNK_ROWS // r)
+        C = calm(log_alpha, min(T, CHUNK_ROWS // r))
         b = rows_a_tile(B, H * C * r * max(K, V))
+        layout = Layout(b, C, V, r, low, dtype)
         o = torch.empty_like(v)
-        final = q.new_zeros(B, H, K, V, dtype=dtype) if state is None else state.to(dtype, copy=True)
-        phase = torch.zeros(B, H, 1, K // 2, dtype=torch.float64, device=q.device)
-        phases, states = phase.split(b), final.view(-1, b * H, K, V).unbind(0)
+        Z = q.new_zeros(B, H, V, K, dtype=dtype) if state is None else state.mT.to(dtype, copy=True).contiguous()
+        phase = q.new_zeros(B * H, 1, K // 2, dtype=dtype)
+        phases, states = phase.split(b * H), Z.view(-1, b * H, V, K).unbind(0)
+        if theta is not None:
+            theta = tame(theta)
         saved = []
         with Products(low, q.device) as product:
             for span in spans(T, C):
-                tile, decay, betas = prepare(span, b, V, r, beta, log_alpha, theta, product, q, dtype)
-                qs, ks, vs, os = (grid(tiled(x, span, b)) for x in (q, k, v, o))
-                thetas = None if theta is None else grid(tiled(theta, span, b))
-                kept = keeping(tile, betas.shape[:2], low, theta is not None)
+                tile, damping, betas = layout.prepare(span, q, beta, log_alpha, theta, product)
+                qs, ks, thetas = (grid(x if x is None else tiled(x, span, b)) for x in (q, k, theta))
+                vs, os = (grid(tiled(x.unflatten(-1, (r, V)), span, b)) for x in (v, o))
+                kept = layout.room(tile, *betas.shape[:4]) if keep else []
                 places = [grid(x) for x in kept]
                 for i, (S, turned) in enumerate(zip(states, phases, strict=True)):
+                    tile.Z.copy_(S)
                     for j in range(betas.shape[1]):
-                        norm, *rest = (x[i][j] for x in places)
-                        tile.load(qs[i][j], ks[i][j], norm)
-                        if thetas is not None:
+                        read, undo, enter = damping.at(i, j)
+                        norm = places[0][i][j] if keep else tile.k.new_empty(betas.shape[2], 2, span.C, 1)
+                        tile.load(qs[i][j], ks[i][j], read, norm)
+                        if theta is not None:
                             tile.rotate(thetas[i][j], turned)
-                        tile.write_along(betas[i, j])
-                        decay.select(i, j)
-                        decay.inside()
-                        decay.read(S)
-                        tile.read(vs[i][j], os[i][j])
+                        tile.write_along(betas[i, j], undo)
+                        tile.Z.mul_(enter)
+                        tile.forward(vs[i][j], os[i][j])
                         if keep:
-                            for place, x in zip(rest, tile.kept(S), strict=True):
-                                place.copy_(x)
-                        decay.write(S)
+                            places[1][i][j].copy_(tile.kept)
+                            places[2][i][j].copy_(tile.Z)
+                        tile.advance()
+                    torch.mul(tile.Z, damping.leave[i], out=S)
                 saved += kept
         if keep:
-            ctx.save_for_backward(q, k, v, beta, log_alpha, theta, state, phase, final.clone(), *saved)
-            ctx.layout = (C, b, r, low, dtype)
-        if theta is not None:
-            final = rotate(final, (phase * TURN).to(dtype).mT, -2)
-        return o, final
+            ctx.save_for_backward(q, k, v, beta, log_alpha, theta, state, phase, Z, *saved)
+            ctx.layout = layout
+        final = Z.mT if theta is None else rotate(Z, phase.view(B, H, 1, -1) * TURN).mT
+        return o, final.contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinal: Tensor):
-        q, k, v, beta, log_alpha, theta, state, phase, final, *saved = ctx.saved_tensors
-        final = final.clone()
-        C, b, r, low, dtype = ctx.layout
+        q, k, v, beta, log_alpha, theta, state, phase, Z, *saved = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        b, C, V, r, low, dtype = layout
         B, T, H, K = q.shape
-        V = v.shape[-1] // r
         dq, dk, dv, dbeta, dlog_alpha = (torch.empty_like(x) for x in (q, k, v, beta, log_alpha))
         dtheta = None if theta is None else torch.empty_like(theta)
-        dstate = dfinal.to(dtype)
-        if theta is None:
-            dstate = dstate.clone()
-        else:
-            dstate = rotate(dstate, -(phase * TURN).to(dtype).mT, -2)
-            (re, im), (dre, dim) = final.chunk(2, 2), dstate.chunk(2, 2)
-            laters = (re * dim - im * dre).sum(-1).view(-1, b * H, 1, K // 2).unbind(0)
-        dstates, afters = (x.view(-1, b * H, K, V).unbind(0) for x in (dstate, final))
+        dZ = dfinal.mT.to(dtype).contiguous()
+        dZ = dZ.clone() if theta is None else rotate(dZ, phase.view(B, H, 1, -1) * -TURN)
+        columns = (-1, b * H, V, K)
+        passing, laters = through(Z.view(columns), dZ.view(columns))
         with Products(low, q.device) as product:
             for span in reversed(spans(T, C)):
-                tile, decay, betas = prepare(span, b, V, r, beta, log_alpha, theta, product, q, dtype)
-                names = 7 if theta is not None else 6
-                kept, saved = saved[-names:], saved[:-names]
-                places = [grid(x) for x in kept]
-                dos, dqs, dks, dvs = (grid(tiled(x, span, b)) for x in (do, dq, dk, dv))
-                dthetas = None if dtheta is None else grid(tiled(dtheta, span, b))
+                tile, damping, betas = layout.prepare(span, q, beta, log_alpha, theta, product)
+                places, saved = [grid(x) for x in saved[-3:]], saved[:-3]
+                dqs, dks, dthetas = (grid(x if x is None else tiled(x, span, b)) for x in (dq, dk, dtheta))
+                dos, dvs = (grid(tiled(x.unflatten(-1, (r, V)), span, b)) for x in (do, dv))
                 dbetas = torch.empty_like(betas)
-                along = torch.empty(*betas.shape[:3], 2, span.C, 1, dtype=dtype, device=q.device)
-                for i, dS in enumerate(dstates):
-                    tile.after.copy_(afters[i])
+                along = betas.new_empty(*betas.shape[:3], 2, span.C)
+                passed = betas.new_empty(betas.shape[0], -(-betas.shape[1] // ANCHOR), b * H, K)
+                dg = None if damping.per_head else betas.new_empty(*betas.shape[:4], K)
+                for i, dS in enumerate(dZ.view(columns).unbind(0)):
+                    torch.mul(dS, damping.leave[i], out=tile.dZ)
+                    passed[i, -1] = passing[i]
                     for j in reversed(range(betas.shape[1])):
-                        norm, *rest = (x[i][j] for x in places)
-                        for place, x in zip(rest, tile.kept(tile.S), strict=True):
-                            x.copy_(place)
-                        tile.write_along(betas[i, j])
-                        decay.select(i, j)
-                        decay.write_back(dS)
-                        tile.read_back(dos[i][j], dvs[i][j])
-                        decay.backward(dS, tile.S, tile.after)
-                        tile.S, tile.after = tile.after, tile.S
-                        tile.write_back(betas[i, j], along[i, j], dbetas[i, j])
-                        if dthetas is not None:
+                        read, undo, enter = damping.at(i, j)
+                        tile.kept.copy_(places[1][i][j])
+                        tile.Z.copy_(places[2][i][j])
+                        tile.write_along(betas[i, j], undo)
+                        tile.backward(dos[i][j], dvs[i][j])
+                        if dg is not None:
+                            torch.sum(tile.x.pairs * tile.dx.pairs, 1, out=dg[i, j])
+                            dg[i, j].addcmul_(tile.w.pairs, tile.dw.pairs, value=-1)
+                        tile.write_back(betas[i, j], undo, along[i, j], dbetas[i, j])
+                        if theta is not None:
                             tile.rotate_back(dthetas[i][j], laters[i])
-                        tile.store(norm, dqs[i][j], dks[i][j])
-                    afters[i].copy_(tile.after)
-                decay.finish(tiled(dlog_alpha, span, b), along.squeeze(-1), (betas * dbetas).sum(-1))
-                view = tiled(dbeta, span, b)
-                view.copy_(dbetas.view(view.shape))
-        return dq, dk, dv, dbeta, dlog_alpha, dtheta, None if state is None else dstate, None, None, None
+                        tile.store(read, places[0][i][j], dqs[i][j], dks[i][j])
+                        if j % ANCHOR == 0:
+                            passing[i], laters[i] = through(tile.Z, tile.dZ)
+                            if j:
+                                passed[i, j // ANCHOR - 1] = passing[i]
+                        tile.dZ.mul_(enter)
+                    dS.copy_(tile.dZ)
+                if dg is None:
+                    dg = (along.sum(3) - 2 * (betas * dbetas).sum(-1)).unsqueeze(-1)
+                    passed = passed.sum(-1, keepdim=True)
+                damping.gradient(dg, passed, tiled(dlog_alpha, span, b))
+                target = tiled(dbeta, span, b)
+                target.copy_(dbetas.view(target.shape))
+        return dq, dk, dv, dbeta, dlog_alpha, dtheta, None if state is None else dZ.mT, None, None, None
 
 
-def prepare(span, b, V, r, beta, log_alpha, theta, product, q, dtype):
-    """The tile, the decay and beta `[columns, chunks, N, C, 1 or 2]` of a span."""
-    _, _, H, K = q.shape
-    like = torch.empty(0, dtype=dtype, device=q.device)
-    tile = Tile(Shape(b, H, span.C, K, V, r), theta is not None, product, like)
-    decay = (HeadDecay if log_alpha.ndim == 3 else ChannelDecay)(tile, tiled(log_alpha, span, b))
-    betas = tiled(beta, span, b).to(dtype).flatten(2, 3)
-    return tile, decay, (betas.unsqueeze(-1) if beta.ndim == 3 else betas).contiguous()
+class Layout(NamedTuple):
+    """How a call is cut: batch rows a tile, tokens a chunk, values, key rows a token; and its precision."""
 
+    b: int
+    C: int
+    V: int
+    r: int
+    low: bool
+    dtype: torch.dtype
 
-def keeping(tile: Tile, grid_shape, low: bool, phases: bool) -> list[Tensor]:
-    """Room for what the backward needs of every chunk: the norms, then the tile's `kept` in the products' precision."""
-    kept = tile.kept(tile.S)
-    dtype = torch.bfloat16 if low and tile.S.dtype == torch.float32 else tile.S.dtype
-    N, C = tile.shape.N, tile.shape.C
-    return [tile.S.new_empty(*grid_shape, N, 2, C, 1)] + [
-        torch.empty(*grid_shape, *x.shape, dtype=dtype, device=x.device) for x in kept
-    ]
+    def prepare(self, span, q, beta, log_alpha, theta, product) -> tuple[Tile, Damping, Tensor]:
+        """The tile, the damping and beta `[columns, chunks, N, C, 1 or 2]` of a span."""
+        H, K = q.shape[2:]
+        like = torch.empty(0, dtype=self.dtype, device=q.device)
+        tile = workspace.tile(Shape(self.b, H, span.C, K, self.V, self.r), theta is not None, product, like)
+        betas = tiled(beta, span, self.b).to(self.dtype).flatten(2, 3)
+        betas = betas.unsqueeze(-1) if beta.ndim == 3 else betas
+        return tile, Damping(log_alpha, span, self.b, self.dtype), betas.contiguous()
+
+    def room(self, tile: Tile, columns: int, chunks: int, N: int, C: int) -> list[Tensor]:
+        """For what the backward needs of every chunk: the norms, then the tile's `kept` in the products' precision."""
+        store = torch.bfloat16 if self.low and self.dtype == torch.float32 else self.dtype
+        norms = tile.k.new_empty(columns, chunks, N, 2, C, 1)
+        return [norms] + [x.new_empty(columns, chunks, *x.shape, dtype=store) for x in (tile.kept, tile.Z)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WORTH_ROUNDING = 2_500_000  # multiply-adds below which a plain float32 product is the faster one
+WORTH_ROUNDING = 6_000_000  # multiply-adds below which a plain float32 product is the faster one
 
 
 class Products:

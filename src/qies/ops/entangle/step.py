@@ -35,8 +35,6 @@ def entangle_step(
             D = beta[..., None, None] * E
         else:
             re, im = beta[..., None].unbind(-2)
-            D = torch.stack(
-                [re * E[..., 0, :] - im * E[..., 1, :], re * E[..., 1, :] + im * E[..., 0, :]], -2
-            )
+            D = torch.stack([re * E[..., 0, :] - im * E[..., 1, :], re * E[..., 1, :] + im * E[..., 0, :]], -2)
         S = S + K.mT @ D
         return (Q @ S).flatten(-2).unsqueeze(1).to(out_dtype), S

@@ -1,7 +1,7 @@
 """The arithmetic of one chunk, forward and backward, on buffers that are used again for every chunk.
 
 A tile is small enough for its buffers to stay near a core, where element-wise passes run several times faster, and
-queries and keys are stacked so that the products are few and large. README.md derives the formulas.
+queries stand above keys so that the products are few and large. README.md derives the formulas.
 
 Shapes: N = batch rows b times heads H, C tokens, r key rows a token (1 in real mode, 2 in complex mode), R = C r,
 K = 2m, V values. Pairs `[.., C, K]` are what the user gave; rows `[.., R, K]` are x, or x and Jx by turns.
@@ -9,6 +9,8 @@ K = 2m, V values. Pairs `[.., C, K]` are what the user gave; rows `[.., R, K]` a
 
 from __future__ import annotations
 
+import threading
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -30,30 +32,22 @@ class Shape(NamedTuple):
     V: int
     r: int
 
-    @property
-    def N(self) -> int:
-        return self.b * self.H
-
-    @property
-    def R(self) -> int:
-        return self.C * self.r
-
 
 class Pairs:
-    """A buffer of pairs `[N, .., C, K]`, its halves, and the rows `[N, .. R, K]` made from it in complex mode."""
+    """Pairs `[.., C, K]` with views of their halves, and the rows `[.., R, K]` made from them, in memory that is given.
 
-    def __init__(self, *shape: int, r: int, like: Tensor):
+    In real mode the pairs are the rows; in complex mode the rows are x and Jx by turns.
+    """
+
+    def __init__(self, rows: Tensor, r: int, pairs: Tensor | None = None):
         self.r = r
-        self.pairs = like.new_empty(shape)
-        self.re, self.im = self.pairs.chunk(2, -1)
-        both = self.pairs
+        self.pairs = rows
         if r == 2:
-            both = like.new_empty(*shape[:-1], 2, shape[-1])
-            self.own, self.turned = both.unbind(-2)
+            self.own, self.turned = rows.unflatten(-2, (-1, 2)).unbind(-2)
             self.own_re, self.own_im = self.own.chunk(2, -1)
             self.turned_re, self.turned_im = self.turned.chunk(2, -1)
-        self.rows = both.view(shape[0], -1, shape[-1])
-        self.rows_t = self.rows.mT
+            self.pairs = self.own.new_empty(self.own.shape) if pairs is None else pairs
+        self.re, self.im = self.pairs.chunk(2, -1)
 
     def spread(self) -> None:
         """Rows from pairs."""
@@ -69,96 +63,140 @@ class Pairs:
             torch.sub(self.own_im, self.turned_re, out=self.im)
 
 
-def turn(x: Pairs, cos: Tensor, sin: Tensor, sign: int, out: Pairs) -> None:
-    """out = (cos + i sign sin) x on the pairs."""
-    torch.mul(x.re, cos, out=out.re).addcmul_(x.im, sin, value=-sign)
-    torch.mul(x.im, cos, out=out.im).addcmul_(x.re, sin, value=sign)
+def carve(like: Tensor, sizes: list[tuple[int, ...]]) -> tuple[Tensor, list[Tensor]]:
+    """One piece of memory, and tensors of these sizes in it one behind the other."""
+    counts = [prod(size) for size in sizes]
+    memory = like.new_empty(sum(counts))
+    return memory, [part.view(size) for part, size in zip(memory.split(counts), sizes, strict=True)]
+
+
+def share(like: Tensor, tenants: list[list[tuple[int, ...]]]) -> list[list[Tensor]]:
+    """Tensors of these sizes for each tenant, all tenants in the same memory."""
+    memory = like.new_empty(max(sum(map(prod, sizes)) for sizes in tenants))
+    layouts = []
+    for sizes in tenants:
+        counts = [prod(size) for size in sizes]
+        parts = memory[: sum(counts)].split(counts)
+        layouts.append([part.view(size) for part, size in zip(parts, sizes, strict=True)])
+    return layouts
 
 
 class Tile:
-    """Buffers and arithmetic of one chunk; `like` gives the working dtype and the device."""
+    """Buffers and arithmetic of one chunk; `like` gives the working dtype and the device.
 
-    def __init__(self, shape: Shape, phases: bool, product: Products, like: Tensor):
+    Of everything damped the tile holds a rescaled form: reads x e^{g - c} and writes w e^{c - g}, where g is the running
+    sum of log_alpha inside the chunk and c half its last value. A read at i and a write at j <= i then multiply to what
+    is left between them, e^{g_i - g_j}, by themselves. `calm` in chunk.py keeps the exponents small.
+    """
+
+    product: Products
+
+    def __init__(self, shape: Shape, phases: bool, like: Tensor):
         b, H, C, K, V, r = shape
-        N, R, new = shape.N, shape.R, like.new_empty
-        self.shape, self.product, self.r = shape, product, r
-        # unit queries and keys, as they come and turned back by the running phase
-        self.x = Pairs(N, 2, C, K, r=r, like=like)
-        self.raw = Pairs(N, 2, C, K, r=r, like=like) if phases else self.x
-        self.raw_q, self.raw_k = self.raw.pairs.view(b, H, 2, C, K).unbind(2)
-        self.k = self.x.pairs[:, 1]
-        self.k_re, self.k_im = self.k.chunk(2, -1)
+        N, R, new = b * H, C * r, like.new_empty
+        self.r = r
+
+        def user(x: Tensor) -> Tensor:
+            """Rows `[N, R, V]` as the user's values lie, `[b, H, C, r, V]`."""
+            return x.unflatten(1, (C, r)).unflatten(0, (b, H))
+
+        # what the backward needs of a chunk is one piece of memory, copied at once
+        sizes = {"x": (N, 2, C, K), "P": (N, R, R), "Xt": (N, R, R), "E": (N, R, V)}
+        if phases:
+            sizes["circle"] = (2, N, 1, C, K // 2)
+        self.kept, kept = carve(like, list(sizes.values()))
+        x, self.P, self.Xt, self.E = kept[:4]
+        # what is never needed at the same time shares memory: the nearer cache is small
+        (dx_rows,), (D, Y) = share(like, [[(N, 2 * R, K)], [(N, R, V), (N, R, V)]])
+        tenants = [[(N, 2 * R, V)], [(N, 2, C, K // 2)], [(N, 2, C, K)], [(N, C, K)]]
+        (F_rows,), (self.half,), (self.both,), (self.one,) = share(like, tenants)
+        # queries and keys, unit vectors turned back by the running phase, and their gradients
+        self.x_rows, self.dx_rows = x.view(N, 2 * C, K) if r == 1 else new(N, 2 * R, K), dx_rows
+        self.x = Pairs(self.x_rows.view(N, 2, R, K), r, x)
+        self.dx = Pairs(self.dx_rows.view(N, 2, R, K), r)
+        self.q_in, self.k_in = self.x.pairs.unflatten(0, (b, H)).unbind(2)
+        self.dq_out, self.dk_out = self.dx.pairs.unflatten(0, (b, H)).unbind(2)
+        self.k, self.k_re, self.k_im = (z[:, 1] for z in (self.x.pairs, self.x.re, self.x.im))
         self.k_turned = self.x.turned[:, 1] if r == 2 else None
-        self.w = Pairs(N, C, K, r=r, like=like)  # beta times the keys: what is written along
-        # M: what queries and keys see of the chunk's writes, then its gradient; P: a copy of the queries' part
-        self.M = new(N, 2, R, R)
-        self.M_q, self.M_k = self.M.unbind(1)
-        self.M_rows = self.M.view(N, 2 * R, R)
-        self.M_t = self.M_rows.mT
-        self.P, self.Xt = new(N, R, R), new(N, R, R)  # Xt: the inverse, transposed
+        self.dk = self.dx.pairs[:, 1]
+        # the chunk's writes, w = beta k, and the state's, which is held transposed: Z [N, V, K]
+        self.w_rows, self.dw_rows = new(N, R, K), new(N, R, K)
+        self.w, self.dw = Pairs(self.w_rows, r), Pairs(self.dw_rows, r)
+        self.Z, self.dZ = new(N, V, K), new(N, V, K)
+        # what reads see of writes, M of the chunk's and F of the state's; then the gradients of both
+        self.M_rows, self.F_rows = new(N, 2 * R, R), F_rows
+        self.M, self.F = self.M_rows.view(N, 2, R, R), self.F_rows.view(N, 2, R, V)
+        (self.M_q, self.M_k), (self.F_q, self.F_k) = self.M.unbind(1), self.F.unbind(1)
+        self.F_user = user(self.F_q)
+        self.w_t, self.Z_t, self.dZ_t, self.M_t, self.F_t = (
+            x.mT for x in (self.w_rows, self.Z, self.dZ, self.M_rows, self.F_rows)
+        )
+        ones = torch.ones(C, C, dtype=like.dtype, device=like.device)
+        self.present, self.past = (torch.kron(z, ones.new_ones(r, r)) for z in (ones.tril(), ones.tril(-1)))
+        self.masks = torch.stack([self.present, self.past])
+        # P: what queries see of the chunk's writes; Xt: the inverse of I + (what keys see of them), transposed
         self.P_t, self.X = self.P.mT, self.Xt.mT
         self.eye = torch.eye(R, dtype=like.dtype, device=like.device).expand(N, R, R)
-        # F: what queries and keys see of the state, then the gradients of their readings
-        self.F = new(N, 2, R, V)
-        self.F_q, self.F_k = self.F.unbind(1)
-        self.F_rows = self.F.view(N, 2 * R, V)
-        self.F_user = self.F.view(b, H, 2, C, r * V)[:, :, 0]
-        self.E, self.D, self.Y = (new(N, R, V) for _ in range(3))  # E: the values written along w; D, Y: scratch
-        self.E_t = self.E.mT
-        self.D_user, self.Y_user = (z.view(b, H, C, r * V) for z in (self.D, self.Y))
-        self.S, self.after, self.scratch = (new(N, K, V) for _ in range(3))
-        self.dx, self.dw = Pairs(N, 2, C, K, r=r, like=like), Pairs(N, C, K, r=r, like=like)
-        self.dk = self.dx.pairs[:, 1]
-        self.gradient = self.raw if phases else self.dx
-        self.dq_user, self.dk_user = self.gradient.pairs.view(b, H, 2, C, K).unbind(2)
+        # E: the values written along w; D and Y are scratch
+        self.D, self.Y, self.E_t = D, Y, self.E.mT
+        self.D_user, self.Y_user = user(self.D), user(self.Y)
         if phases:
-            self.turns = new(b, H, C, K // 2, dtype=torch.float64)
-            self.circle = new(2, N, 1, C, K // 2)
-            self.cos, self.sin = self.circle
-            self.angle = self.sin.view(self.turns.shape)
-            self.dtheta, self.sums = new(N, C, K // 2), new(N, C, K // 2)
-            self.dtheta_user = self.dtheta.view(self.turns.shape)
+            m = K // 2
+            self.angle, self.dtheta = new(N, C, m), new(N, C, m)
+            self.angle_in, self.dtheta_out = (x.view(b, H, C, m) for x in (self.angle, self.dtheta))
+            self.circle = kept[4]
+            self.cos, self.sin = self.circle.squeeze(2)
+            # products with these sum over the tokens up to and from each one
+            self.before, self.behind = (z.expand(N, C, C) for z in (ones.tril(), ones.triu()))
 
-    def kept(self, S: Tensor) -> list[Tensor]:
-        """What the backward needs of a chunk besides the norms; S is the state it started from."""
-        return [self.x.pairs, self.P, self.Xt, self.E, S, *([self.circle] if self.raw is not self.x else [])]
-
-    def load(self, q: Tensor, k: Tensor, norm: Tensor) -> None:
-        """Unit queries and keys into `raw` from views `[b, H, C, K]`, their factors into norm `[N, 2, C, 1]`."""
-        self.raw_q.copy_(q)
-        self.raw_k.copy_(k)
-        torch.linalg.vector_norm(self.raw.pairs, dim=-1, keepdim=True, out=norm).square_().add_(EPS).rsqrt_()
-        self.raw.pairs.mul_(norm)
+    def load(self, q: Tensor, k: Tensor, read: Tensor, norm: Tensor) -> None:
+        """Unit queries and keys times e^{g - c} into x from views `[b, H, C, K]`; 1 / length into norm."""
+        self.q_in.copy_(q)
+        self.k_in.copy_(k)
+        torch.linalg.vector_norm(self.x.pairs, dim=-1, keepdim=True, out=norm).square_().add_(EPS).rsqrt_()
+        self.x.pairs.mul_(norm * read)
 
     def rotate(self, theta: Tensor, phase: Tensor) -> None:
-        """`raw` into `x`, turned back by the running phase, which is advanced: `[b, H, 1, m]` turns modulo one."""
-        turns = self.turns.copy_(theta).cumsum(2)
-        torch.add(phase, turns, alpha=1 / TURN, out=self.turns)
-        phase.copy_(self.turns.frac_()[:, :, -1:])
-        torch.mul(self.turns, TURN, out=self.angle)
-        torch.cos(self.sin, out=self.cos)
-        self.sin.sin_()
-        turn(self.raw, self.cos, self.sin, -1, self.x)
+        """x turned back by the running phase, which is advanced: `[N, 1, m]` in turns, modulo one."""
+        self.angle_in.copy_(theta)
+        torch.baddbmm(phase, self.before, self.angle, alpha=1 / TURN, out=self.dtheta).frac_()
+        phase.copy_(self.dtheta[:, -1:])
+        torch.mul(self.dtheta, TURN, out=self.angle)
+        torch.cos(self.angle, out=self.cos)
+        torch.sin(self.angle, out=self.sin)
+        self.turn(self.x, -1)
 
-    def write_along(self, beta: Tensor) -> None:
-        """w = beta k for beta `[N, C, 1 or 2]`, and the rows of both."""
-        self.times_beta(beta, self.k, self.k_re, self.k_im, 1)
+    def turn(self, x: Pairs, sign: int) -> None:
+        """x times cos + i sign sin, in place."""
+        cos, sin = self.circle
+        torch.mul(x.re, sin, out=self.half)
+        x.re.mul_(cos).addcmul_(x.im, sin, value=-sign)
+        x.im.mul_(cos).add_(self.half, alpha=sign)
+
+    def write_along(self, beta: Tensor, undo: Tensor) -> None:
+        """w = beta k for beta `[N, C, 1 or 2]`, undo = e^{2(c - g)} making a write of a read; and the rows of both."""
+        if beta.shape[-1] == 1:
+            torch.mul(self.k, beta * undo, out=self.w.pairs)
+        else:
+            self.times_beta(beta, self.k, self.k_re, self.k_im, 1)
+            self.w.pairs.mul_(undo)
         self.x.spread()
         self.w.spread()
 
     def times_beta(self, beta: Tensor, x: Tensor, re: Tensor, im: Tensor, sign: int) -> None:
-        """w = beta x, or conj(beta) x for sign -1."""
-        if beta.shape[-1] == 1:
-            torch.mul(x, beta, out=self.w.pairs)
-        else:
-            c, s = beta.chunk(2, -1)
-            torch.mul(re, c, out=self.w.re).addcmul_(im, s, value=-sign)
-            torch.mul(im, c, out=self.w.im).addcmul_(re, s, value=sign)
+        """w = beta x for a pair beta, or conj(beta) x for sign -1."""
+        c, s = beta.chunk(2, -1)
+        torch.mul(re, c, out=self.w.re).addcmul_(im, s, value=-sign)
+        torch.mul(im, c, out=self.w.im).addcmul_(re, s, value=sign)
 
-    def read(self, v: Tensor, o: Tensor) -> None:
-        """From M and F the inverse Xt, what is written E, and the outputs."""
-        self.P.copy_(self.M_q)
-        # float32 or wider, whatever the products are: the inverse of parallel keys does not forgive rounding
+    def forward(self, v: Tensor, o: Tensor) -> None:
+        """From x, w and Z: the outputs, and P, Xt and E."""
+        self.product(self.x_rows, self.w_t, self.M_rows)
+        self.product(self.x_rows, self.Z_t, self.F_rows)
+        torch.mul(self.M_q, self.present, out=self.P)
+        if self.r == 2:
+            self.M_k.mul_(self.past)
+        # never rounded, whatever the products are: the inverse of many parallel keys does not forgive it
         self.Xt.copy_(torch.linalg.solve_triangular(self.M_k, self.eye, upper=False, unitriangular=True).mT)
         self.D_user.copy_(v)
         self.D.sub_(self.F_k)
@@ -166,42 +204,81 @@ class Tile:
         self.product(self.P, self.E, self.D).add_(self.F_q)
         o.copy_(self.D_user)
 
-    def read_back(self, do: Tensor, dv: Tensor) -> None:
-        """From D, the gradient of E through the state, F = [do, -dv], and dv."""
+    def advance(self) -> None:
+        """Z after the chunk."""
+        self.product(self.E_t, self.w_rows, self.Z, add=True)
+
+    def backward(self, do: Tensor, dv: Tensor) -> None:
+        """From what `kept` says, w, do and dZ after the chunk: dv, dx, dw and dZ before it."""
         self.F_user.copy_(do)
+        self.product(self.w_rows, self.dZ_t, self.D)
         self.product(self.P_t, self.F_q, self.D, add=True)
         self.product(self.Xt, self.D, self.Y)
         dv.copy_(self.Y_user)
         torch.neg(self.Y, out=self.F_k)
+        self.product(self.F_rows, self.E_t, self.M_rows)
+        self.M.mul_(self.masks)
+        self.product(self.F_rows, self.Z, self.dx_rows)
+        self.product(self.M_rows, self.w_rows, self.dx_rows, add=True)
+        self.product(self.E, self.dZ, self.dw_rows)
+        self.product(self.M_t, self.x_rows, self.dw_rows, add=True)
+        self.product(self.F_t, self.x_rows, self.dZ, add=True)
+        self.dx.fold()
+        self.dw.fold()
 
-    def write_back(self, beta: Tensor, along: Tensor, dbeta: Tensor) -> None:
-        """dx completed, dbeta `[N, C, 1 or 2]`, and `along` `[N, 2, C, 1]`: x . dx for all that x does.
+    def write_back(self, beta: Tensor, undo: Tensor, along: Tensor, dbeta: Tensor) -> None:
+        """dx completed, dbeta `[N, C, 1 or 2]`, and `along` `[N, 2, C]`: x . dx for all that x does.
 
         Keys also write, w = beta k, and what is along a unit vector is no gradient of its direction.
         """
         x, dx, dw = self.x.pairs, self.dx.pairs, self.dw.pairs
-        torch.linalg.vecdot(self.k, dw, out=dbeta[..., 0])
-        if beta.shape[-1] == 1:
-            self.dk.addcmul_(dw, beta)
+        if undo.shape[-1] > 1 or beta.shape[-1] > 1:
+            dw.mul_(undo)
+            torch.sum(torch.mul(self.k, dw, out=self.one), -1, out=dbeta[..., 0])
         else:
-            torch.linalg.vecdot(self.k_turned, dw, out=dbeta[..., 1])
+            torch.sum(torch.mul(self.k, dw, out=self.one), -1, out=dbeta[..., 0]).mul_(undo[..., 0])
+            beta = beta * undo
+        if beta.shape[-1] == 2:
+            torch.sum(torch.mul(self.k_turned, dw, out=self.one), -1, out=dbeta[..., 1])
             self.times_beta(beta, dw, self.dw.re, self.dw.im, -1)
             self.dk.add_(self.w.pairs)
-        torch.linalg.vecdot(x, dx, out=along[..., 0])
-        dx.addcmul_(x, along, value=-1)
+        else:
+            self.dk.addcmul_(dw, beta)
+        torch.sum(torch.mul(x, dx, out=self.both), -1, out=along)
+        dx.addcmul_(x, along.unsqueeze(-1) * undo.unsqueeze(1), value=-1)
 
     def rotate_back(self, dtheta: Tensor, later: Tensor) -> None:
-        """dx into `raw`, turned forth; dtheta, the sum of what follows, whose total so far is `later` `[N, 1, m]`."""
+        """dx turned forth; dtheta, the sum of what follows, of which what later chunks give is `later` `[N, 1, m]`."""
         x, dx = self.x, self.dx
-        torch.sum((x.im * dx.re).addcmul_(x.re, dx.im, value=-1), 1, out=self.dtheta)
-        torch.cumsum(self.dtheta, 1, out=self.sums)
-        later.add_(self.sums[:, -1:])
-        self.dtheta.sub_(self.sums).add_(later)
-        dtheta.copy_(self.dtheta_user)
-        turn(dx, self.cos, self.sin, 1, self.raw)
+        both = torch.mul(x.im, dx.re, out=self.half).addcmul_(x.re, dx.im, value=-1)
+        torch.add(both[:, 0], both[:, 1], out=self.angle)
+        torch.baddbmm(later, self.behind, self.angle, out=self.dtheta)
+        later.copy_(self.dtheta[:, :1])
+        dtheta.copy_(self.dtheta_out)
+        self.turn(dx, 1)
 
-    def store(self, norm: Tensor, dq: Tensor, dk: Tensor) -> None:
+    def store(self, read: Tensor, norm: Tensor, dq: Tensor, dk: Tensor) -> None:
         """The gradients of the queries and keys that came."""
-        self.gradient.pairs.mul_(norm)
-        dq.copy_(self.dq_user)
-        dk.copy_(self.dk_user)
+        self.dx.pairs.mul_(norm * read)
+        dq.copy_(self.dq_out)
+        dk.copy_(self.dk_out)
+
+
+class _Workspace(threading.local):
+    """The tiles a thread used last, so that a layer finds the buffers of the layer before still in its cache."""
+
+    def __init__(self) -> None:
+        self.tiles: dict[tuple, Tile] = {}
+
+    def tile(self, shape: Shape, phases: bool, product: Products, like: Tensor) -> Tile:
+        key = (shape, phases, like.dtype, like.device, torch.is_inference_mode_enabled())
+        tile = self.tiles.pop(key, None) or Tile(shape, phases, like)
+        tile.product = product
+        if type(tile.Z) is Tensor:  # not a stand-in of a tracer
+            self.tiles[key] = tile
+        while len(self.tiles) > 4:
+            del self.tiles[next(iter(self.tiles))]
+        return tile
+
+
+workspace = _Workspace()
