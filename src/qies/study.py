@@ -192,9 +192,10 @@ def samples_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]) -> 
 
 def result_table(study: StudyConfig, records: list[dict[str, Any]]) -> Table:
     """Held-out bits a byte by arm and size, with throughput and peak memory: the terminal's summary."""
-    table = Table(title=f"study {study.name}: held-out bits a byte (loss in nats a token)")
-    table.add_column("arm")
-    for column in (*study.sizes, "tokens/s", "peak MiB"):
+    title = f"study {study.name}: held-out bits a byte (loss in nats a token), throughput, peak memory"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("arm", no_wrap=True)
+    for column in (*study.sizes, "tokens/s", "MiB"):
         table.add_column(column, justify="right")
     for arm in study.arms:
         own = [r for r in records if r["arm"] == arm]

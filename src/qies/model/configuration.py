@@ -18,7 +18,8 @@ class QiesConfig(PreTrainedConfig):
         block: "qies" (this project's: RMSNorm without gain, ReLU^2, mixer slot) or "gpt2" (LayerNorm, GELU, biases,
         learned positions up to max_position_embeddings; attention layers only, and most options below do not apply).
     Attention layers:
-        position: "rope", "learned" (with the gpt2 block only) or "none"; rope_theta; attention_conv_size: taps of the short convolution, 0 for none.
+        position: "rope", "learned" (with the gpt2 block only) or "none"; rope_theta; attention_conv_size: taps of the
+        short convolution, 0 for none.
     Entanglement layers:
         mode: "real" or "complex" projector and values;
         phase: "selective" (theta_t = phase_max tanh(phase_slope a_t / phase_max) with a_t a low-rank map of
