@@ -130,7 +130,7 @@ class StudyConfig:
         )
 
     def runs(self) -> list[RunConfig]:
-        """Every run of the grid, smallest size first and arms side by side, so that a partial study compares."""
+        """Every run of the grid, by size, seed and arm."""
         from qies import presets
 
         step = self.train.seq_len * self.train.batch_size

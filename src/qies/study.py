@@ -77,7 +77,7 @@ def estimate(study: StudyConfig) -> list[float]:
     return out
 
 
-SECONDS_PER_TOKEN = 6e-5
+SECONDS_PER_TOKEN = 8e-5
 SECONDS_PER_FLOP = 1e-11
 
 
@@ -107,8 +107,11 @@ def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[s
     )
     if todo:
         workers = study.workers or ladder.cores()
+        # The longest first, so that no core waits for one last long run.
+        cost = dict(zip(map(configs.content_hash, planned), estimate(study), strict=True))
+        longest_first = sorted(planned, key=lambda c: -cost[configs.content_hash(c)])
         with _Watch(study, todo, workers, console) as watch:
-            ladder.execute(planned, root, data, workers=workers, event=watch.event)
+            ladder.execute(longest_first, root, data, workers=workers, event=watch.event)
     records = [r for c in planned if (r := runs.read(ladder.run_folder(root, c))) is not None]
     analyse(study, folder, records, console)
     return records
