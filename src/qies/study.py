@@ -52,16 +52,16 @@ def claim(study: StudyConfig, folder: Path) -> None:
 def plan_table(study: StudyConfig) -> Table:
     """Every run with its parameters, tokens, FLOPs and estimated time, from configuration alone."""
     table = Table(title=f"study {study.name}: {len(study.runs())} runs", box=box.SIMPLE_HEAD)
-    for column in ("run", "arm", "size", "seed", "N", "tokens", "FLOPs", "est. time"):
+    for column in ("run", "arm", "size", "seed", "N", "tokens", "FLOPs", "time"):
         table.add_column(column, justify="left" if column in ("run", "arm") else "right", no_wrap=True)
     for config, seconds in zip(study.runs(), estimate(study), strict=True):
         record = runs.plan(config, study.data.vocab_size)
         n, tokens = record["params"]["non_embedding"], record["tokens"]
         table.add_row(
-            record["config_hash"][:8], config.arm, config.size, str(config.seed), f"{n:,}", f"{tokens:,}",
+            record["config_hash"][:8], config.arm, config.size, str(config.seed), f"{n:,}", f"{tokens / 1e6:.2f}M",
             f"{record['flops']:.2e}", clock(seconds),
         )  # fmt: skip
-    table.caption = "N: parameters without embedding and head"
+    table.caption = "N: parameters without embedding and head; time: estimated"
     return table
 
 
