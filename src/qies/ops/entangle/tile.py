@@ -84,9 +84,7 @@ def share(like: Tensor, tenants: list[list[tuple[int, ...]]]) -> list[list[Tenso
 class Tile:
     """Buffers and arithmetic of one chunk; `like` gives the working dtype and the device.
 
-    Of everything damped the tile holds a rescaled form: reads x e^{g - c} and writes w e^{c - g}, where g is the running
-    sum of log_alpha inside the chunk and c half its last value. A read at i and a write at j <= i then multiply to what
-    is left between them, e^{g_i - g_j}, by themselves. `calm` in chunk.py keeps the exponents small.
+    What it holds is rescaled as damping.py explains: reads x e^{g - c}, writes w e^{c - g}, the state S e^{c}.
     """
 
     product: Products
@@ -101,15 +99,13 @@ class Tile:
             return x.unflatten(1, (C, r)).unflatten(0, (b, H))
 
         # what the backward needs of a chunk is one piece of memory, copied at once
-        sizes = {"x": (N, 2, C, K), "P": (N, R, R), "Xt": (N, R, R), "E": (N, R, V)}
-        if phases:
-            sizes["circle"] = (2, N, 1, C, K // 2)
-        self.kept, kept = carve(like, list(sizes.values()))
-        x, self.P, self.Xt, self.E = kept[:4]
+        m = K // 2 if phases else 0
+        sizes: list[tuple[int, ...]] = [(N, 2, C, K), (N, R, R), (N, R, R), (N, R, V), (2, N, 1, C, m)]
+        self.kept, (x, self.P, self.Xt, self.E, self.circle) = carve(like, sizes)
         # what is never needed at the same time shares memory: the nearer cache is small
         (dx_rows,), (D, Y) = share(like, [[(N, 2 * R, K)], [(N, R, V), (N, R, V)]])
-        tenants = [[(N, 2 * R, V)], [(N, 2, C, K // 2)], [(N, 2, C, K)], [(N, C, K)]]
-        (F_rows,), (self.half,), (self.both,), (self.one,) = share(like, tenants)
+        alone: list[tuple[int, ...]] = [(N, 2 * R, V), (N, 2, C, K // 2), (N, 2, C, K), (N, C, K)]
+        (F_rows,), (self.half,), (self.both,), (self.one,) = share(like, [[size] for size in alone])
         # queries and keys, unit vectors turned back by the running phase, and their gradients
         self.x_rows, self.dx_rows = x.view(N, 2 * C, K) if r == 1 else new(N, 2 * R, K), dx_rows
         self.x = Pairs(self.x_rows.view(N, 2, R, K), r, x)
@@ -117,7 +113,7 @@ class Tile:
         self.q_in, self.k_in = self.x.pairs.unflatten(0, (b, H)).unbind(2)
         self.dq_out, self.dk_out = self.dx.pairs.unflatten(0, (b, H)).unbind(2)
         self.k, self.k_re, self.k_im = (z[:, 1] for z in (self.x.pairs, self.x.re, self.x.im))
-        self.k_turned = self.x.turned[:, 1] if r == 2 else None
+        self.k_turned = self.x.turned[:, 1] if r == 2 else self.k  # Jk, where keys are complex
         self.dk = self.dx.pairs[:, 1]
         # the chunk's writes, w = beta k, and the state's, which is held transposed: Z [N, V, K]
         self.w_rows, self.dw_rows = new(N, R, K), new(N, R, K)
@@ -141,10 +137,8 @@ class Tile:
         self.D, self.Y, self.E_t = D, Y, self.E.mT
         self.D_user, self.Y_user = user(self.D), user(self.Y)
         if phases:
-            m = K // 2
             self.angle, self.dtheta = new(N, C, m), new(N, C, m)
             self.angle_in, self.dtheta_out = (x.view(b, H, C, m) for x in (self.angle, self.dtheta))
-            self.circle = kept[4]
             self.cos, self.sin = self.circle.squeeze(2)
             # products with these sum over the tokens up to and from each one
             self.before, self.behind = (z.expand(N, C, C) for z in (ones.tril(), ones.triu()))
