@@ -139,9 +139,7 @@ def test_strides_and_the_incoming_gradient():
     hidden, weight, targets = inputs(20, 6, 12)
     slanted = hidden.T.contiguous().T, weight.T.contiguous().T
     expected = value_and_grads(lambda *a: 3 * definition(*a), hidden, weight, targets)
-    torch.testing.assert_close(
-        value_and_grads(lambda *a: 3 * linear_cross_entropy(*a), *slanted, targets), expected
-    )
+    torch.testing.assert_close(value_and_grads(lambda *a: 3 * linear_cross_entropy(*a), *slanted, targets), expected)
 
 
 def test_a_frozen_operand_gets_no_gradient():

@@ -10,6 +10,10 @@ from qies.entanglement.measures import (
 )
 
 __all__ = [
-    "entropy_ceiling", "page_entropy", "participation_ratio", "renyi2_entropy", "schmidt_spectrum",
+    "entropy_ceiling",
+    "page_entropy",
+    "participation_ratio",
+    "renyi2_entropy",
+    "schmidt_spectrum",
     "von_neumann_entropy",
 ]

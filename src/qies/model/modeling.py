@@ -83,7 +83,6 @@ class QiesPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Entanglement):
             module.reset_controls()
 
-
     def _init_gpt2(self, module: nn.Module) -> None:
         """GPT-2's rule: N(0, 0.02), residual projections smaller by sqrt(2 L), biases zero."""
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -157,7 +156,6 @@ class QiesModel(QiesPreTrainedModel):
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
-
 
     def _embed(self, embeds: Tensor, position_ids: Tensor | None) -> Tensor:
         """What enters the first block, [B,T,D]: normalised embeddings, or GPT-2's sum with learned positions."""

@@ -70,7 +70,8 @@ class Layout(NamedTuple):
     @staticmethod
     def of(q: Tensor, v: Tensor, log_alpha: Tensor, r: int, low: bool, dtype: torch.dtype) -> Layout:
         (B, T, H, K), V = q.shape, v.shape[-1] // r
-        C = calm(log_alpha, min(T, min(max(K // 2, 32), 64) // r))
+        rows = 64 if 64 * B * H * max(K, V) <= TILE // 2 else 32  # few heads: fewer, longer steps
+        C = calm(log_alpha, min(T, rows // r))
         fits = TILE // (H * C * r * max(K, V))
         b = max((n for n in range(1, B + 1) if B % n == 0 and n <= fits), default=1)
         return Layout(b, C, V, r, low, dtype)
