@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "qies"
-# A module may import from its own tier and from those before it (DESIGN.md, section 2). FLOPs are arithmetic on the
+# A module may import from its own tier and from those before it. FLOPs are arithmetic on the
 # presets, and the objective is arithmetic on the ops that the model's loss needs.
 TIERS = [
     {"errors", "_register", "terminal"},

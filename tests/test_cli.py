@@ -45,6 +45,14 @@ def test_help(verb, capsys):
         (["plan", "phase=selectiv"], "selective"),
         (["data", "build", "bultin", "--out", "OUT"], "builtin"),
         (["data", "build", "builtin", "--out", "OUT", "--vocab-size", "3"], "above 256"),
+        (["plan", "head_dim=15"], "even"),
+        (["plan", "hidden_size=0"], "at least 1"),
+        (["plan", "--tokens", "0"], "at least 1"),
+        (["plan", "eigenvalues=disc"], "complex"),
+        (["plan", "nonsense=1"], "Known"),
+        (["train", "--out", "OUT", "train.lr_scale=.inf"], "finite"),
+        (["train", "--out", "OUT", "--arm", "gpt2", "train.seq_len=2048"], "beyond the 1024 positions"),
+        (["study", "--preset", "quick", "--out", "OUT", "model.eigenvalues=disc"], "complex"),
         (["generate", "absent", "--prompt", "x"], "No model in absent"),
         (["report", "absent"], "absent"),
     ],
@@ -56,6 +64,26 @@ def test_bad_input_is_one_line_and_two(argv, words, tmp_path, capsys, monkeypatc
     assert captured.err.count("\n") == 1 and captured.err.startswith("qies: ")
     assert words in captured.err
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(shard_folder, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "mine.pt").write_text("precious")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    assert call("train", "--data", str(shard_folder), "--size", "50k", "--tokens", "8192", "--out", str(tmp_path)) == 2
+    assert "no run but other files" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.name != ".lock") == before
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
+def test_overrides_may_stand_anywhere(capsys, tmp_path):
+    hashes = []
+    for order in (["seeds=[3]", "--preset", "quick", "--dry-run", "sizes=[50k]", "--json"],
+                  ["--json", "--dry-run", "--preset", "quick", "seeds=[3]", "sizes=[50k]"]):  # fmt: skip
+        assert call("study", *order) == 0
+        hashes.append([r["config_hash"] for r in json.loads(capsys.readouterr().out)])
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 3
 
 
 def test_plan_prints_the_contract_as_json(capsys):

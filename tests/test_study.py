@@ -109,10 +109,29 @@ def test_a_study_killed_in_the_middle_ends_as_the_undisturbed_one(finished, sett
 def test_a_run_whose_process_dies_is_failed_and_the_others_go_on(settings, shard_folder, tmp_path, monkeypatch):
     good = RunConfig(arm="no_phase", size="50k", tokens=128, data=settings.data, train=settings.train)
     bad = configs.from_dict(RunConfig, configs.to_dict(good) | {"model": {"head_dim": 15}, "seed": 1})
+    monkeypatch.setattr(
+        runs, "plan", lambda config, vocab: {"schema": 1, "config_hash": "x"}
+    )  # the plan would refuse it
     records = ladder.execute([bad, good], tmp_path, shard_folder, workers=1)
-    assert [r["status"] for r in records] == ["done"]
-    log = (ladder.run_folder(tmp_path, bad) / "error.log").read_text()
-    assert "head_dim is 15" in log
+    assert [r["status"] for r in records] == ["failed", "done"]
+    assert "head_dim is 15" in records[0]["error"]
+
+
+def test_a_study_killed_while_it_reads_its_corpus_is_known_again(settings, tmp_path):
+    """What such a kill leaves: the claim and a half-built data folder."""
+    study_folder = tmp_path / "out"
+    (study_folder / "data").mkdir(parents=True)
+    (study_folder / "data" / ".building").touch()
+    configs.save(settings, study_folder / "study.yaml")
+    study.claim(settings, study_folder)
+    study.claim(configs.from_dict(StudyConfig, configs.to_dict(settings) | {"workers": 1}), study_folder)
+
+
+def test_a_bad_corpus_leaves_no_claim_behind(settings, tmp_path):
+    empty = configs.replace_data(settings, str(tmp_path / "nothing"))
+    with pytest.raises(UserError):
+        study.run_study(empty, tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out" / "study.yaml").exists()
 
 
 def test_slots_read_each_row_once_and_start_again_after_a_resume(tmp_path):

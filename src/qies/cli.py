@@ -18,7 +18,7 @@ Overrides = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY=V
 
 
 def study(
-    what: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[STUDY.yaml] [KEY=VALUE ...]")] = (),
+    overrides: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[STUDY.yaml] [KEY=VALUE ...]")] = (),
     /,
     preset: str | None = None,
     out: Path | None = None,
@@ -36,7 +36,7 @@ def study(
         qies study my.yaml --out results/mine seeds=[0,1,2] train.seq_len=256
 
     Args:
-        what: A study file, and dotted overrides of its keys.
+        overrides: A study file, and dotted overrides of its keys.
         preset: A study that comes with the package: quick.
         out: Where results go; by default results/NAME.
         dry_run: Print every run with parameters, FLOPs, tokens and estimated time, and stop.
@@ -45,14 +45,15 @@ def study(
     from qies import config, ladder, runs
     from qies import study as studies
 
-    files = [w for w in what if "=" not in w]
-    overrides = [w for w in what if "=" in w]
+    files = [w for w in overrides if "=" not in w]
+    changes = [w for w in overrides if "=" in w]
     if len(files) + (preset is not None) != 1:
         raise UserError("Give one study: a STUDY.yaml or --preset quick.")
     if preset is not None:
-        chosen = studies.preset(preset, tuple(overrides))
+        chosen = studies.preset(preset, tuple(changes))
     else:
-        chosen = config.load(config.StudyConfig, files[0], overrides)
+        chosen = config.load(config.StudyConfig, files[0], changes)
+    chosen = config.replace_data(chosen, chosen.data.source)
     folder = out or Path("results") / chosen.name
     console = Console(stderr=json)
     if dry_run:
@@ -97,7 +98,7 @@ def plan(
 
     Args:
         overrides: Model fields to replace.
-        arm: qies, transformer, no_phase, fixed_phase or complex.
+        arm: qies, transformer, gpt2, no_phase, fixed_phase or complex.
         size: Non-embedding parameters, from 20k to 20b.
         tokens: Training tokens; by default 20 a parameter.
         vocab_size: Tokens in the vocabulary.
@@ -107,6 +108,9 @@ def plan(
     from qies import config, presets
     from qies.efficiency.plan import plan_model, plan_text
 
+    for name, number in (("tokens", tokens or 1), ("vocab-size", vocab_size), ("seq-len", seq_len)):
+        if number < 1 or tokens == 0:
+            raise UserError(f"--{name} must be at least 1.")
     values = presets.settings(arm, size, vocab_size, **config.merge({}, overrides))
     result = plan_model(values, arm, size, tokens, seq_len)
     show(json, result, lambda: Console().print(plan_text(result)))
@@ -171,7 +175,7 @@ def train(
         overrides: Dotted keys of the run's configuration.
         out: The run's folder (required).
         config: A YAML file of a run; the other options replace its values.
-        arm: qies, transformer, no_phase, fixed_phase or complex.
+        arm: qies, transformer, gpt2, no_phase, fixed_phase or complex.
         size: Non-embedding parameters, such as 100k.
         data: "builtin", a text file, folder or glob, or a folder that `qies data build` wrote.
         tokens: Training tokens.
@@ -185,7 +189,7 @@ def train(
     from qies import config as configs
     from qies import runs
     from qies.data.shards import build_shards, open_shards
-    from qies.train.loop import check_data
+    from qies.train.loop import check_data, claim
     from qies.train.loop import train as train_run
 
     if out is None:
@@ -196,12 +200,12 @@ def train(
         chosen = configs.load(configs.RunConfig, config, [*flags, *overrides])
     else:
         chosen = configs.from_dict(configs.RunConfig, configs.merge({}, [*flags, *overrides]))
-    if data is not None:
-        chosen = configs.replace_data(chosen, data)
+    chosen = configs.replace_data(chosen, data or chosen.data.source)
     if not resume and runs.read(out) is not None:
         raise UserError(f"{out} holds a run already; leave --no-resume out or give another --out.")
     built = Path(chosen.data.source)
     runs.plan(chosen, chosen.data.vocab_size)
+    claim(chosen, out)
     if not (built / "manifest.json").is_file():
         built = out / "data"
         build_shards(chosen.data, built)

@@ -5,10 +5,13 @@ A key or a value that is not known is an error that names the nearest right one;
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import json
+import math
+import os
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -21,6 +24,7 @@ import yaml
 from qies.errors import UserError, nearest
 
 C = TypeVar("C")
+R = TypeVar("R", "RunConfig", "StudyConfig")
 
 
 @dataclass(frozen=True)
@@ -210,12 +214,14 @@ def merge(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 
 
 def save(config: Any, path: Path) -> None:
-    """Write a configuration as YAML."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write a configuration as YAML, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(partial, path)
 
 
-def replace_data(config: RunConfig, source: str) -> RunConfig:
-    """`config` on another corpus: a source's name or path, or a folder of shards, whose own settings then hold."""
+def replace_data(config: R, source: str) -> R:
+    """A run or study on another corpus: a source's name or path, or a folder of shards with its own settings."""
     manifest = Path(source) / "manifest.json"
     if manifest.is_file():
         try:
@@ -260,18 +266,16 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is float and isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-3 as text
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)  # YAML 1.1 reads 1e-3 as text
     if kind is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where} must be of type {kind.__name__}, not {value!r}.")
-    if kind is float and value != value:
-        raise UserError(f"{where} must be a number, not NaN.")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{where} must be a finite number, not {value}.")
     return value
 
 

@@ -50,8 +50,11 @@ def continue_text(
     if decoding not in DECODINGS:
         hint = nearest(decoding, DECODINGS) or f" Known: {', '.join(DECODINGS)}."
         raise UserError(f"Unknown value '{decoding}' for decoding.{hint}")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    for name, number in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
+        if number < 1:
+            raise UserError(f"{name} is {number}; it must be at least 1.")
+    if not temperature > 0:
+        raise UserError(f"temperature is {temperature}; it must be positive (use --decoding greedy for 0).")
     how = (
         {"do_sample": True, "temperature": temperature, "top_k": top_k}
         if decoding == "sample"

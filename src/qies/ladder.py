@@ -18,6 +18,7 @@ from qies.config import RunConfig, content_hash
 from qies.errors import UserError
 
 POLL_SECONDS = 0.25
+PATIENCE = 7 * 86_400.0  # seconds a run's process waits for another controller's that trains the same run
 
 
 def run_folder(root: Path, config: RunConfig) -> Path:
@@ -105,9 +106,11 @@ def _settle(slot: Slot) -> str:
     """The status a run's process left behind, written down if it could not do so itself."""
     record = runs.read(slot.folder)
     if record is None or record["status"] not in ("done", "diverged"):
-        code = slot.process.exitcode
-        if record is not None:
-            runs.write(slot.folder, record | {"status": "failed", "error": f"its process ended with code {code}"})
+        log = slot.folder / "error.log"
+        words = log.read_text().strip().splitlines()[-1] if log.is_file() else "it wrote no error.log"
+        error = f"its process ended with code {slot.process.exitcode}: {words}"
+        record = record or runs.plan(slot.config, slot.config.data.vocab_size)
+        runs.write(slot.folder, record | {"status": "failed", "error": error})
         return "failed"
     return record["status"]
 
@@ -121,7 +124,7 @@ def _work(config: RunConfig, data: Path, folder: Path, threads: int) -> None:
 
     torch.set_num_threads(threads)
     try:
-        train(config, open_shards(data), folder)
+        train(config, open_shards(data), folder, patience=PATIENCE)
     except Interrupted as e:
         sys.exit(e.code)
     except Exception as e:

@@ -111,16 +111,15 @@ def settings(arm: str, size: str, vocab_size: int, **overrides: Any) -> dict[str
         raise UserError(f"Unknown value '{arm}' for arm.{nearest(arm, ARMS) or f' Known: {chr(44).join(ARMS)}.'}")
     for key, value in overrides.items():
         if key not in MODEL_FIELDS:
-            raise UserError(f"Unknown key 'model.{key}'.{nearest(key, MODEL_FIELDS)}")
+            raise UserError(
+                f"Unknown key 'model.{key}'.{nearest(key, MODEL_FIELDS) or f' Known: {chr(44).join(MODEL_FIELDS)}.'}"
+            )
         default = MODEL_FIELDS[key]
         kind = int if default is None else type(default)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             overrides[key] = float(value)
         elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UserError(f"model.{key} must be of type {kind.__name__}, not {value!r}.")
-        elif value not in CHOICES.get(key, (value,)):
-            hint = nearest(str(value), CHOICES[key]) or f" Known: {', '.join(CHOICES[key])}."
-            raise UserError(f"Unknown value '{value}' for model.{key}.{hint}")
     target = parse_size(size)
     everywhere = ARMS[arm].get("attention_everywhere", False)
     values = {**MODEL_FIELDS, **shape(target)}
@@ -133,9 +132,41 @@ def settings(arm: str, size: str, vocab_size: int, **overrides: Any) -> dict[str
     ]
     values["vocab_size"] = vocab_size
     values["phase_rank"] = overrides.get("phase_rank", max(8, values["hidden_size"] // 16))
+    if problem := inconsistent(values):
+        raise UserError(problem)
     if values["intermediate_size"] is None:
         values["intermediate_size"] = _mlp_width(values, target, size, arm)
     return values
+
+
+def inconsistent(values: Mapping[str, Any]) -> str | None:
+    """What is wrong with a model's values taken together, in one sentence, or None."""
+    for name, options in CHOICES.items():
+        if values[name] not in options:
+            hint = nearest(str(values[name]), options) or f" Known: {', '.join(options)}."
+            return f"Unknown value '{values[name]}' for model.{name}.{hint}"
+    least = dict.fromkeys(("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim", "vocab_size"), 1)
+    least |= {"attention_conv_size": 0, "conv_size": 0, "phase_rank": 1, "max_position_embeddings": 1}
+    for name, smallest in least.items():
+        if values[name] < smallest:
+            return f"model.{name} is {values[name]}; it must be at least {smallest}."
+    if values["head_dim"] % 2:
+        return f"model.head_dim is {values['head_dim']}; it must be even (Re and Im halves)."
+    if not 0 <= values["phase_fraction"] <= 1:
+        return f"model.phase_fraction is {values['phase_fraction']}; it must lie in [0, 1]."
+    for name in ("phase_max", "phase_slope", "rope_theta", "rms_norm_eps"):
+        if not values[name] > 0:
+            return f"model.{name} is {values[name]}; it must be positive."
+    if values["eigenvalues"] == "disc" and values["mode"] != "complex":
+        return 'model.eigenvalues="disc" needs model.mode="complex".'
+    if (values["block"] == "gpt2") != (values["position"] == "learned"):
+        return 'model.block="gpt2" and model.position="learned" go together.'
+    kinds = values["layer_types"]
+    if len(kinds) != values["num_hidden_layers"]:
+        return f"model.layer_types names {len(kinds)} layers, but there are {values['num_hidden_layers']}."
+    if values["block"] == "gpt2" and "linear_attention" in kinds:
+        return 'model.block="gpt2" holds attention layers only.'
+    return None
 
 
 def _mlp_width(values: dict[str, Any], target: int, size: str, arm: str) -> int:

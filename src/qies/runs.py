@@ -29,6 +29,11 @@ def plan(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     from qies.efficiency.flops import CONVENTION, training_flops_per_token
 
     values = presets.settings(config.arm, config.size, vocab_size, **config.model)
+    if values["position"] == "learned" and config.train.seq_len > values["max_position_embeddings"]:
+        raise UserError(
+            f"train.seq_len is {config.train.seq_len}, beyond the {values['max_position_embeddings']} positions that "
+            f"arm {config.arm} learns; shorten it or raise model.max_position_embeddings."
+        )
     per_token = training_flops_per_token(values, config.train.seq_len)
     tokens = config.steps * config.train.seq_len * config.train.batch_size
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def claim(study: StudyConfig, folder: Path) -> None:
             before = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             raise UserError(f"{path} cannot be read; give another --out or delete that folder.") from None
-        changes = configs.differences(before if isinstance(before, dict) else {}, configs.to_dict(study))
+        before = before if isinstance(before, dict) else {}
+        # How many runs stand side by side changes no result.
+        changes = configs.differences(before | {"workers": 0}, configs.to_dict(study) | {"workers": 0})
         if changes:
             raise UserError(
                 f"{folder} holds a different study ({'; '.join(changes)}); give another --out or delete it."
@@ -95,12 +98,20 @@ def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[s
     planned = study.runs()
     for config in planned:  # every bad setting shows before anything is spent
         runs.plan(config, study.data.vocab_size)
-    root, data = folder / "runs", folder / "data"
-    with console.status(f"corpus {study.data.source}"):
-        build_shards(study.data, data)
-    check_data(open_shards(data), study.train)
-    if not (folder / "study.yaml").exists():
+    root, data = folder / "runs", data_folder(study, folder)
+    new = not (folder / "study.yaml").exists()
+    if new:  # before anything else, so that a study killed while it reads its corpus is known again
+        folder.mkdir(parents=True, exist_ok=True)
         configs.save(study, folder / "study.yaml")
+    try:
+        if data == folder / "data":
+            with console.status(f"corpus {study.data.source}"):
+                build_shards(study.data, data)
+        check_data(open_shards(data), study.train)
+    except UserError:
+        if new:  # a bad corpus leaves no claim behind
+            (folder / "study.yaml").unlink()
+        raise
     todo = [c for c in planned if not ladder.finished(ladder.run_folder(root, c))]
     console.print(
         f"{len(planned) - len(todo)} of {len(planned)} runs are done already." if len(todo) < len(planned) else ""
@@ -117,6 +128,12 @@ def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[s
     return records
 
 
+def data_folder(study: StudyConfig, folder: Path) -> Path:
+    """Where the study's shards are: the source itself if it is a folder of shards, else below the study."""
+    source = Path(study.data.source)
+    return source if (source / "manifest.json").is_file() else folder / "data"
+
+
 def analyse(study: StudyConfig, folder: Path, records: list[dict[str, Any]], console: Console) -> None:
     """Fits, entanglement and samples, each into its own JSON file."""
     done = [r for r in records if r["status"] == "done"]
@@ -124,7 +141,7 @@ def analyse(study: StudyConfig, folder: Path, records: list[dict[str, Any]], con
     stamp = sorted(r["config_hash"] for r in done)
     for name, make in (("entanglement", entanglement_of), ("samples", samples_of)):
         path = folder / f"{name}.json"
-        before = yaml.safe_load(path.read_text()) if path.is_file() else {}
+        before = json.loads(path.read_text()) if path.is_file() else {}
         if before.get("runs") != stamp:
             with console.status(name):
                 runs.write_json(path, make(study, folder, done) | {"runs": stamp})
@@ -160,7 +177,7 @@ def entanglement_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]
     from qies.decoding import load_model
     from qies.entanglement.capture import capture_states, entropies
 
-    shards = open_shards(folder / "data")
+    shards = open_shards(data_folder(study, folder))
     length = study.train.seq_len
     whole = [b[:, :-1] for b in val_batches(shards, length, 8, max_tokens=16 * length) if b.shape[1] == length + 1]
     if not whole:

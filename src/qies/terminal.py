@@ -28,6 +28,8 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
     if args and not args[0].startswith("-") and args[0] not in verbs:
         hint = nearest(args[0], verbs) or f" Known: {', '.join(verbs)}."
         return _complain(f"Unknown verb '{args[0]}'.{hint}")
+    if args and args[0] in verbs and "overrides" in inspect.signature(verbs[args[0]]).parameters:
+        args = [args[0], *_overrides_last(verbs[args[0]], args[1:])]
     try:
         call = _parse(verbs, args, description)
         call()
@@ -60,6 +62,21 @@ def _parse(verbs: Verbs, args: list[str], description: str) -> Callable[[], None
             raise
         raise UserError(_one_line(errors.getvalue(), verbs, args)) from None
     return called[0]
+
+
+def _overrides_last(verb: Callable[..., None], args: list[str]) -> list[str]:
+    """The arguments with options first and files and KEY=VALUE overrides after them, wherever they stood."""
+    flags = {p.replace("_", "-") for p, v in inspect.signature(verb).parameters.items() if v.annotation == "bool"}
+    options, others, rest = [], [], iter(args)
+    for word in rest:
+        if not word.startswith("-"):
+            others.append(word)
+            continue
+        options.append(word)
+        name = word.lstrip("-").replace("_", "-")
+        if "=" not in word and name.removeprefix("no-") not in flags and name not in (*flags, "help", "h"):
+            options += [value for value in [next(rest, None)] if value is not None]
+    return [*options, *others]
 
 
 def _defer(verb: Callable[..., None], called: list[Callable[[], None]]) -> Callable[..., None]:

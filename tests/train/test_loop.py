@@ -182,6 +182,20 @@ def test_a_run_with_too_many_bad_steps_diverges(config, shards, tmp_path, monkey
     assert len(runs.steps(tmp_path)) == 4
 
 
+def test_a_run_in_which_no_step_is_finite_diverges(config, shards, tmp_path, monkeypatch):
+    Spoiled(monkeypatch, "loss", set(range(10)))
+    record = loop.train(config, shards, tmp_path)
+    assert record["status"] == "diverged" and "no step" in record["error"]
+
+
+def test_a_run_that_failed_once_keeps_no_trace_of_it(config, shards, tmp_path):
+    failed = runs.plan(config, shards.manifest.vocab_size) | {"status": "failed", "error": "killed"}
+    runs.write(tmp_path, failed)
+    (tmp_path / "error.log").write_text("killed")
+    record = loop.train(config, shards, tmp_path)
+    assert record["status"] == "done" and "error" not in record and not (tmp_path / "error.log").exists()
+
+
 @pytest.mark.parametrize("file", ["tensors.safetensors", "meta.json", "seal.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_a_damaged_checkpoint_is_passed_over(file, damage, tmp_path):

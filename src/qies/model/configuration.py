@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from qies.errors import nearest
-from qies.presets import CHOICES
+from qies.presets import inconsistent
 
 
 class QiesConfig(PreTrainedConfig):
@@ -75,25 +74,8 @@ class QiesConfig(PreTrainedConfig):
                 "full_attention" if (i + 1) % 4 == 0 or i == self.num_hidden_layers - 1 else "linear_attention"
                 for i in range(self.num_hidden_layers)
             ]
-        for name, options in CHOICES.items():
-            value = getattr(self, name)
-            if value not in options:
-                hint = nearest(value, options) or f" Known: {', '.join(options)}."
-                raise ValueError(f"Unknown value '{value}' for model.{name}.{hint}")
-        if self.eigenvalues == "disc" and self.mode != "complex":
-            raise ValueError('model.eigenvalues="disc" needs model.mode="complex".')
-        if (self.block == "gpt2") != (self.position == "learned"):
-            raise ValueError('model.block="gpt2" and model.position="learned" go together.')
-        if self.block == "gpt2" and "linear_attention" in self.layer_types:
-            raise ValueError('model.block="gpt2" holds attention layers only.')
-        if self.head_dim % 2:
-            raise ValueError(f"model.head_dim is {self.head_dim}; it must be even (Re and Im halves).")
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"model.layer_types names {len(self.layer_types)} layers, but there are {self.num_hidden_layers}."
-            )
-        if not 0 <= self.phase_fraction <= 1:
-            raise ValueError(f"model.phase_fraction is {self.phase_fraction}; it must lie in [0, 1].")
+        if problem := inconsistent(vars(self)):
+            raise ValueError(problem)
         super().__post_init__(**kwargs)
 
     @property

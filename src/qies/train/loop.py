@@ -71,15 +71,17 @@ def build_model(config: RunConfig, vocab_size: int) -> QiesForCausalLM:
     return QiesForCausalLM(QiesConfig(**values))
 
 
-def train(config: RunConfig, shards: Shards, folder: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig, shards: Shards, folder: Path, *, progress: Progress | None = None, patience: float = 30.0
+) -> dict[str, Any]:
     """Train one run in `folder` and return its record; a finished run is returned as it is, an unfinished one resumed.
 
     Writes run.json, metrics.jsonl (a row a step), checkpoints while it runs, and `model/` (safetensors and
     tokenizer) at the end. Raises UserError when `folder` holds another run or other data, Interrupted after
-    SIGTERM or SIGINT once the state is saved.
+    SIGTERM or SIGINT once the state is saved. Another process in the same folder is waited for, `patience` seconds.
     """
     keep_memory()
-    with runs.lock(folder):
+    with runs.lock(folder, patience):
         record = open_run(config, shards, folder)
         if record["status"] in ("done", "diverged"):
             return record
@@ -87,18 +89,31 @@ def train(config: RunConfig, shards: Shards, folder: Path, *, progress: Progress
             return _Run(config, shards, folder, record, progress, stop).go()
 
 
-def open_run(config: RunConfig, shards: Shards, folder: Path) -> dict[str, Any]:
-    """The record in `folder` if it is this run's, or a new one. Raises UserError when it is another's."""
+def claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """The record in `folder` if it is this run's, None if the folder is free. Raises UserError when it holds anything
+    else, so that nothing of another's is overwritten."""
     record = runs.read(folder)
     if record is None:
-        record = runs.plan(config, shards.manifest.vocab_size) | {"data": shards.identity()}
-        return record
+        if folder.exists() and (other := {p.name for p in folder.iterdir()} - {".lock", "data", "error.log"}):
+            raise UserError(
+                f"{folder} holds no run but other files ({', '.join(sorted(other)[:3])}); give another --out."
+            )
+        return None
     if record["config_hash"] != content_hash(config):
         changes = "; ".join(differences(record["config"], to_dict(config)))
         raise UserError(f"{folder} holds another run ({changes}); give another --out or delete it.")
-    if "data" in record and record["data"]["hash"] != shards.hash:
+    return record
+
+
+def open_run(config: RunConfig, shards: Shards, folder: Path) -> dict[str, Any]:
+    """The record in `folder` if it is this run's, or a new one. Raises UserError when it is another's."""
+    record = claim(config, folder)
+    if record is None:
+        record = runs.plan(config, shards.manifest.vocab_size) | {"data": shards.identity()}
+        runs.write(folder, record)
+    if record.setdefault("data", shards.identity())["hash"] != shards.hash:
         raise UserError(f"{folder} was trained on other data (hash {record['data']['hash']}); give another --out.")
-    return record | {"data": shards.identity()}
+    return record
 
 
 class _Run:
@@ -120,6 +135,8 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         self._resume()
+        self.record.pop("error", None)  # of an attempt that failed
+        (self.folder / "error.log").unlink(missing_ok=True)
         self._write("running")
         self.model.train()
         while self.step < self.config.steps:
@@ -164,7 +181,7 @@ class _Run:
     def _resume(self) -> None:
         found = checkpoint.newest(self.checkpoints)
         if found is None:
-            runs.truncate_steps(self.folder, 0) if self.folder.exists() else None
+            runs.truncate_steps(self.folder, 0)
             return
         tensors, meta = found
         with torch.no_grad():
@@ -181,6 +198,9 @@ class _Run:
         checkpoint.save(self.checkpoints, self.step, tensors, {"skipped": self.skipped, "seconds": self.seconds})
 
     def _finish(self) -> dict[str, Any]:
+        last = [r["loss"] for r in runs.steps(self.folder) if r["loss"] is not None][-50:]
+        if not last:
+            return self._write("diverged", error="no step had a finite loss and gradient")
         metrics: dict[str, Any] = held_out_loss(
             self.model,
             self.shards,
@@ -191,7 +211,6 @@ class _Run:
         )
         if not math.isfinite(metrics["val_loss"]):
             return self._write("diverged", error="the held-out loss is not finite")
-        last = [r["loss"] for r in runs.steps(self.folder)[-50:] if r["loss"] is not None]
         metrics["train_loss"] = sum(last) / len(last)
         self.model.save_pretrained(self.folder / "model")
         self.shards.tokenizer().save_pretrained(self.folder / "model")
