@@ -80,6 +80,8 @@ def test_auto_classes_know_the_model_whichever_is_imported_first():
         "import transformers.models.auto.configuration_auto, qies",
         "import transformers.models.auto.modeling_auto, qies",
         "from qies import QiesForCausalLM",
+        "import qies, transformers.models.qwen3_next.modeling_qwen3_next",
+        "import qies, transformers.modeling_layers",
     )
     started = [subprocess.Popen([sys.executable, "-c", f"{first}; {check}"]) for first in orders]
     assert [p.wait() for p in started] == [0] * len(orders)

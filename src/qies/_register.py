@@ -19,13 +19,18 @@ def _configuration(module: ModuleType) -> None:
 
 
 def _models(module: ModuleType) -> None:
-    if "qies.model.modeling" not in sys.modules:  # else it is what imports the Auto classes, and registers itself
+    layers = sys.modules.get("transformers.modeling_layers")
+    half = layers is not None and not hasattr(layers, "GradientCheckpointingLayer")
+    # Our model needs these layers whole; they import the Auto classes on their way, and then this is called again.
+    # And if our model is what is being imported, it registers itself.
+    if not half and "qies.model.modeling" not in sys.modules:
         importlib.import_module("qies.model.modeling")
 
 
 _AFTER = {
     "transformers.models.auto.configuration_auto": _configuration,
     "transformers.models.auto.modeling_auto": _models,
+    "transformers.modeling_layers": _models,
 }
 
 
