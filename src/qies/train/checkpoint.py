@@ -13,6 +13,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from qies.data.files import sync
+
 PREFIX = "step-"
 log = logging.getLogger(__name__)
 
@@ -30,11 +32,11 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, An
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(partial.iterdir())}
     (partial / "seal.json").write_text(json.dumps({"files": files}))
     for path in (*partial.iterdir(), partial):
-        _fsync(path)
+        sync(path)
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
-    _fsync(folder)
+    sync(folder)
     for old in sorted(folder.glob(f"{PREFIX}*"))[:-keep]:
         shutil.rmtree(old)
     return final
@@ -71,11 +73,3 @@ def broken(path: Path) -> str | None:
         if digest != files.get(name):
             return f"{name} does not match its sha256"
     return None
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
