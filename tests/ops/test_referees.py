@@ -10,6 +10,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 )
 
 from qies.ops.entangle import entangle_chunk, entangle_naive
+from qies.ops.entangle.fused import entangle_fused
 
 
 def gated_delta_rule(referee):
@@ -30,7 +31,7 @@ def gated_delta_rule(referee):
 
 
 @pytest.mark.parametrize("referee", [torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule])
-@pytest.mark.parametrize("ours", [entangle_naive, entangle_chunk])
+@pytest.mark.parametrize("ours", [entangle_naive, entangle_chunk, entangle_fused])
 @pytest.mark.parametrize("T", [5, 64, 131])
 def test_agrees_with_transformers(referee, ours, T):
     args = inputs(2, T, 3, 4, 5, phase=False, seed=T)

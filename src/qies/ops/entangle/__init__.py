@@ -1,17 +1,20 @@
-"""The entanglement op: one contract, three ways to compute it. README.md beside it derives the fast one."""
+"""The entanglement op: one contract, several ways to compute it. README.md beside it derives the fast ones."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from qies.errors import UserError, nearest
 from qies.ops.entangle.chunk import entangle_chunk
-from qies.ops.entangle.naive import entangle_naive
+from qies.ops.entangle.naive import entangle_naive, working_dtype
 from qies.ops.entangle.step import entangle_step
 
 __all__ = ["BACKENDS", "MODES", "entangle", "entangle_chunk", "entangle_naive", "entangle_step"]
 
-BACKENDS = ("auto", "naive", "chunk", "step")
+BACKENDS = ("auto", "naive", "chunk", "fused", "step")
 MODES = ("real", "complex")
 
 
@@ -42,20 +45,33 @@ def entangle(
         state: Psi before the first token, `[B, H, 2m, V]`, rows Re | Im; V counts complex channels in complex
             mode. None is zero.
         mode: "real" or "complex".
-        backend: "naive" (the recurrence), "chunk" (parallel inside chunks), "step" (T = 1 only), "auto".
+        backend: "naive" (the recurrence); "chunk" (parallel inside chunks, any device and dtype); "fused" (the same as
+            one kernel for the CPU, in float32); "step" (T = 1 only); "auto" chooses among the last three.
 
     Returns:
         o, shaped and typed like v; and the state after the last token, in float64 when an input is, else
-        float32. Differentiable in every tensor argument, by "chunk" once.
+        float32. Differentiable in every tensor argument, by "fused" once.
 
     Raises:
         UserError: shapes that do not fit, an empty sequence, an unknown mode or backend.
     """
     _check(q, k, v, beta, log_alpha, theta, state, mode, backend)
     if backend == "auto":
-        backend = "step" if q.shape[1] == 1 else "chunk"
+        fast = "fused" if _fits_kernel(q, k, v, beta, log_alpha, theta, state) else "chunk"
+        backend = "step" if q.shape[1] == 1 else fast
+    if backend == "fused":
+        from qies.ops.entangle.fused import entangle_fused  # numba is imported when it is needed
+
+        return entangle_fused(q, k, v, beta, log_alpha, theta, state, mode)
     run = {"naive": entangle_naive, "chunk": entangle_chunk, "step": entangle_step}[backend]
     return run(q, k, v, beta, log_alpha, theta, state, mode)
+
+
+def _fits_kernel(*inputs: Any) -> bool:
+    """Whether the kernel takes these: real CPU memory (not a tracer's stand-in), and nothing to be done in float64."""
+    given = [x for x in inputs if x is not None]
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in given)
+    return plain and working_dtype(*given) == torch.float32 and not torch.compiler.is_compiling()
 
 
 def _check(q, k, v, beta, log_alpha, theta, state, mode, backend) -> None:
@@ -82,5 +98,7 @@ def _check(q, k, v, beta, log_alpha, theta, state, mode, backend) -> None:
         if x is not None and tuple(x.shape) not in shapes:
             expected = " or ".join(str(list(s)) for s in shapes)
             raise UserError(f"{name} is {list(x.shape)} but with q {list(q.shape)} it must be {expected}; reshape it.")
+    if backend == "fused" and q.device.type != "cpu":
+        raise UserError(f"backend 'fused' runs on the CPU but q is on {q.device}; use backend='auto'.")
     if backend == "step" and T != 1:
         raise UserError(f"backend 'step' advances one token but T = {T}; use backend='auto'.")

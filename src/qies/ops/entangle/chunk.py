@@ -1,27 +1,21 @@
-"""The chunkwise form: parallel inside chunks, a scan over them, and a backward written by hand. README.md derives it.
+"""The chunkwise form in torch operations, for any device and dtype: parallel inside chunks, a scan over their states.
 
-Nothing as large as the state is kept per token. Of each chunk the backward keeps the unit keys and queries, the
-triangular inverse, the values written and the state the chunk started from, in bfloat16 where that is asked for.
-
-The batch is cut into columns of a few rows and the time into chunks; a tile (tile.py) is one chunk of one column.
+README.md derives it. On the processor in float32 `fused` is the same form, several times faster.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from qies.ops.entangle.damping import ANCHOR, Damping, calm, through
-from qies.ops.entangle.naive import working_dtype
-from qies.ops.entangle.products import Products
-from qies.ops.entangle.spans import Span, grid, spans, tiled
-from qies.ops.entangle.tile import TURN, Shape, Tile, workspace
-from qies.ops.pairs import rotate
+from qies.ops.entangle.naive import beta_block, key_rows, value_rows, working_dtype
+from qies.ops.pairs import rotate, unit
 
-TILE = 1 << 16  # elements of the keys of a tile: its dozen buffers of that size stay near the core
+CHUNK = 64  # key rows: tokens, or half as many in complex mode
+CALM = 60.0  # a chunk damps to e^-60 at most: its rescaled halves are far from over- and underflow in float32
+FAINT = 40.0  # inside a chunk a token that damps beyond e^-40 damps to e^-40: nothing, to the rounding of float64
+TURN = 2 * torch.pi
 
 
 def entangle_chunk(
@@ -34,159 +28,75 @@ def entangle_chunk(
     state: Tensor | None = None,
     mode: str = "real",
 ) -> tuple[Tensor, Tensor]:
-    """`entangle` in chunks; same shapes and returns. Once differentiable.
-
-    Under CPU bfloat16 autocast, or when v is bfloat16, large products may round their operands to bfloat16 and what is
-    kept for the backward is bfloat16; sums, decay, phase, the inverse and the carried state are float32 or wider.
-    """
-    device = q.device.type
-    low = v.dtype == torch.bfloat16
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device) == torch.bfloat16
-    inputs = (q, k, v, beta, log_alpha, theta, state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return _Chunked.apply(*inputs, 1 if mode == "real" else 2, low, keep)
-
-
-def tame(theta: Tensor) -> Tensor:
-    """theta less its whole turns if it has any: sums of small angles stay exact in float32."""
-    low, high = theta.aminmax()
-    if max(-low, high) <= TURN:
-        return theta
-    turns = theta.double() / TURN
-    return ((turns - turns.round()) * TURN).to(working_dtype(theta))
-
-
-class Layout(NamedTuple):
-    """How a call is cut: batch rows a column, tokens a chunk, values, key rows a token; and in what precision."""
-
-    b: int
-    C: int
-    V: int
-    r: int
-    low: bool
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(q: Tensor, v: Tensor, log_alpha: Tensor, r: int, low: bool, dtype: torch.dtype) -> Layout:
-        (B, T, H, K), V = q.shape, v.shape[-1] // r
-        rows = 64 if 64 * B * H * max(K, V) <= TILE // 2 else 32  # few heads: fewer, longer steps
-        C = calm(log_alpha, min(T, rows // r))
-        fits = TILE // (H * C * r * max(K, V))
-        b = max((n for n in range(1, B + 1) if B % n == 0 and n <= fits), default=1)
-        return Layout(b, C, V, r, low, dtype)
-
-    def views(self, x: Tensor | None, span: Span, values: bool = False) -> list[tuple[Any, ...]]:
-        """Of an input `[B, T, H, ..]`, or of values `[B, T, H, rV]`, by column and chunk: `[b, H, C, .. or r, V]`."""
-        if x is None:
-            return []
-        return grid(tiled(x.unflatten(-1, (self.r, self.V)) if values else x, span, self.b))
-
-    def prepare(
-        self, span: Span, q: Tensor, beta: Tensor, log_alpha: Tensor, phases: bool, product: Products
-    ) -> tuple[Tile, Damping, Tensor]:
-        """The tile, the damping and beta `[columns, chunks, N, C, 1 or 2]` of a span."""
-        H, K = q.shape[2:]
-        like = torch.empty(0, dtype=self.dtype, device=q.device)
-        tile = workspace.tile(Shape(self.b, H, span.C, K, self.V, self.r), phases, product, like)
-        betas = tiled(beta, span, self.b).to(self.dtype).flatten(2, 3)
-        betas = betas.unsqueeze(-1) if beta.ndim == 3 else betas
-        return tile, Damping(log_alpha, span, self.b, self.dtype), betas.contiguous()
-
-    def room(self, tile: Tile, columns: int, chunks: int) -> list[Tensor]:
-        """For what the backward needs of every chunk: the lengths, the tile's `kept` and the state before it."""
-        store = torch.bfloat16 if self.low and self.dtype == torch.float32 else self.dtype
-        lengths = tile.x.pairs.new_empty(columns, chunks, *tile.x.pairs.shape[:-1], 1)
-        return [lengths] + [x.new_empty(columns, chunks, *x.shape, dtype=store) for x in (tile.kept, tile.Z)]
-
-
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q, k, v, beta, log_alpha, theta, state, r: int, low: bool, keep: bool):
-        dtype = working_dtype(q, k, v, beta, log_alpha, theta, state)
-        layout = Layout.of(q, v, log_alpha, r, low, dtype)
-        (B, T, H, K), V, N = q.shape, layout.V, layout.b * q.shape[2]
-        o = torch.empty_like(v)
-        Z = q.new_zeros(B, H, V, K, dtype=dtype) if state is None else state.mT.to(dtype, copy=True).contiguous()
-        phase = q.new_zeros(B, H, 1, K // 2, dtype=dtype)
-        tamed = None if theta is None else tame(theta)
-        saved: list[Tensor] = []
-        with Products(low, q.device) as product:
-            for span in spans(T, layout.C):
-                tile, damping, betas = layout.prepare(span, q, beta, log_alpha, theta is not None, product)
-                qs, ks, thetas = (layout.views(x, span) for x in (q, k, tamed))
-                vs, os = (layout.views(x, span, values=True) for x in (v, o))
-                columns, chunks = betas.shape[:2]
-                kept = layout.room(tile, columns if keep else 1, chunks if keep else 1)
-                lengths, tiles, states = (grid(x) for x in kept)
-                for i, (S, turned) in enumerate(zip(Z.view(-1, N, V, K), phase.view(-1, N, 1, K // 2), strict=True)):
-                    tile.Z.copy_(S)
-                    for j in range(chunks):
-                        at = (i, j) if keep else (0, 0)
-                        read, undo, enter = damping.at(i, j)
-                        tile.load(qs[i][j], ks[i][j], read, lengths[at[0]][at[1]])
-                        if theta is not None:
-                            tile.rotate(thetas[i][j], turned)
-                        tile.write_along(betas[i, j], undo)
-                        tile.Z.mul_(enter)
-                        tile.forward(vs[i][j], os[i][j])
-                        if keep:
-                            tiles[i][j].copy_(tile.kept)
-                            states[i][j].copy_(tile.Z)
-                        tile.advance()
-                    torch.mul(tile.Z, damping.leave[i], out=S)
-                saved += kept
-        if keep:
-            ctx.save_for_backward(q, k, v, beta, log_alpha, theta, state, phase, Z, *saved)
-            ctx.layout = layout
-        final = Z if theta is None else rotate(Z, phase * TURN)
-        return o, final.mT.contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, dfinal: Tensor):
-        q, k, v, beta, log_alpha, theta, state, phase, Z, *saved = ctx.saved_tensors
-        layout: Layout = ctx.layout
-        T, K, V, N = q.shape[1], q.shape[3], layout.V, layout.b * q.shape[2]
-        dq, dk, dv, dbeta, dlog_alpha = (torch.empty_like(x) for x in (q, k, v, beta, log_alpha))
-        dtheta = None if theta is None else torch.empty_like(theta)
-        dZ = dfinal.mT.to(layout.dtype, copy=True).contiguous()
+    """`entangle` in chunks; same shapes and returns."""
+    dtype = working_dtype(q, k, v, beta, log_alpha, theta, state)
+    (B, T, H, K), out_dtype = q.shape, v.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, beta, log_alpha = (x.to(dtype) for x in (q, k, v, beta, log_alpha))
+        q, k = unit(q), unit(k)
         if theta is not None:
-            dZ = rotate(dZ, phase * -TURN)
-        passing, later = through(Z.view(-1, N, V, K), dZ.view(-1, N, V, K))
-        with Products(layout.low, q.device) as product:
-            for span in reversed(spans(T, layout.C)):
-                tile, damping, betas = layout.prepare(span, q, beta, log_alpha, theta is not None, product)
-                lengths, tiles, states = (grid(x) for x in saved[-3:])
-                del saved[-3:]
-                dqs, dks, dthetas = (layout.views(x, span) for x in (dq, dk, dtheta))
-                dos, dvs = (layout.views(x, span, values=True) for x in (do, dv))
-                columns, chunks = betas.shape[:2]
-                dbetas = torch.empty_like(betas)
-                along = betas.new_empty(columns, chunks, N, 2, span.C)
-                passed = betas.new_empty(columns, -(-chunks // ANCHOR), N, K)
-                for i, dS in enumerate(dZ.view(-1, N, V, K)):
-                    torch.mul(dS, damping.leave[i], out=tile.dZ)
-                    passed[i, -1] = passing[i]
-                    for j in reversed(range(chunks)):
-                        read, undo, enter = damping.at(i, j)
-                        tile.kept.copy_(tiles[i][j])
-                        tile.Z.copy_(states[i][j])
-                        tile.write_along(betas[i, j], undo)
-                        tile.backward(dos[i][j], dvs[i][j])
-                        damping.balance(i, j, tile)
-                        tile.write_back(betas[i, j], undo, along[i, j], dbetas[i, j])
-                        if theta is not None:
-                            tile.rotate_back(dthetas[i][j], later[i])
-                        tile.store(read, lengths[i][j], dqs[i][j], dks[i][j])
-                        if j % ANCHOR == 0:
-                            passing[i], later[i] = through(tile.Z, tile.dZ)
-                            if j:
-                                passed[i, j // ANCHOR - 1] = passing[i]
-                        tile.dZ.mul_(enter)
-                    dS.copy_(tile.dZ)
-                written = (betas * dbetas).sum(-1)
-                damping.gradient(along.sum(3) - 2 * written, passed, tiled(dlog_alpha, span, layout.b))
-                target = tiled(dbeta, span, layout.b)
-                target.copy_(dbetas.view(target.shape))
-        return dq, dk, dv, dbeta, dlog_alpha, dtheta, None if state is None else dZ.mT, None, None, None
+            phase = running_phase(theta, dtype)
+            q, k = rotate(q, -phase), rotate(k, -phase)
+        Q, keys, values = key_rows(q, mode), key_rows(k, mode), value_rows(v, mode)
+        r = keys.shape[-2]
+        writes = beta_block(beta, values).mT @ keys
+        C = calm(log_alpha, min(T, CHUNK // r))
+        read, write, enter, leave = damping(chunks(log_alpha, C))
+        Q, keys, writes, values = (chunks(x, C) for x in (Q, keys, writes, values))  # [n, B, H, C, r, ..]
+        Q, keys, writes = Q * read, keys * read, writes * write
+        Q, keys, writes, values = (x.flatten(-3, -2) for x in (Q, keys, writes, values))  # [n, B, H, C r, ..]
+
+        present = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+        present, past = (x.repeat_interleave(r, 0).repeat_interleave(r, 1) for x in (present, present.tril(-1)))
+        seen = (keys @ writes.mT).masked_fill(~past, 0)
+        P = (Q @ writes.mT).masked_fill(~present, 0)
+        solved = torch.linalg.solve_triangular(seen, torch.cat([values, keys], -1), upper=False, unitriangular=True)
+        U, W = solved.split([values.shape[-1], K], -1)
+
+        S = v.new_zeros(B, H, K, values.shape[-1]) if state is None else state.to(dtype)
+        outputs = []
+        for i in range(len(U)):
+            S = enter[i] * S
+            E = U[i] - W[i] @ S
+            outputs.append(Q[i] @ S + P[i] @ E)
+            S = leave[i] * (S + writes[i].mT @ E)
+        o = torch.stack(outputs, 1).unflatten(3, (C, r)).transpose(2, 3)  # [B, n, C, H, r, V]
+        o = o.flatten(1, 2)[:, :T].flatten(-2)
+        if theta is not None:
+            S = rotate(S, phase[:, -1].unsqueeze(-1), dim=-2)
+        return o.to(out_dtype), S
+
+
+def chunks(x: Tensor, C: int) -> Tensor:
+    """`[B, T, H, ..]` as `[n, B, H, C, ..]`, padded with tokens of zeros, which do nothing."""
+    x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, -x.shape[1] % C])
+    return x.unflatten(1, (-1, C)).permute(1, 0, 3, 2, *range(4, x.ndim + 1))
+
+
+def running_phase(theta: Tensor, dtype: torch.dtype) -> Tensor:
+    """The running sum of theta over tokens, less its whole turns: exact however large the angles and long the text."""
+    turns = (theta.double() / TURN).cumsum(1)
+    return ((turns - turns.round()) * TURN).to(dtype)
+
+
+def calm(log_alpha: Tensor, C: int) -> int:
+    """The longest chunk, C halved as often as it takes, whose tokens after the first damp to e^-CALM at most."""
+    damped = log_alpha.detach().clamp(-FAINT, 0).neg()
+    while C > 1 and chunks(damped, C)[:, :, :, 1:].sum(3).amax() > CALM:
+        C = (C + 1) // 2
+    return C
+
+
+def damping(log_alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How rows are rescaled so that every product carries its own decay, from `[n, B, H, C(, m)]`.
+
+    With g the running sum without the first token's, which acts on the state alone, and c half its last value: reads
+    e^{g - c} and writes e^{c - g} `[n, B, H, C, 1, 1 or 2m]`; the state before by e^{c} and the first token's decay,
+    after by e^{c} `[n, B, H, 1 or 2m, 1]`.
+    """
+    log_alpha = log_alpha.unsqueeze(-1) if log_alpha.ndim == 4 else torch.cat([log_alpha, log_alpha], -1)
+    first, rest = log_alpha[..., :1, :], log_alpha[..., 1:, :].clamp(min=-FAINT)
+    g = torch.cat([torch.zeros_like(first), rest], -2).cumsum(-2)
+    c = g[..., -1:, :] / 2
+    read, write = ((x.exp()).unsqueeze(-2) for x in (g - c, c - g))
+    return read, write, (c + first).exp().mT, c.exp().mT

@@ -1,0 +1,114 @@
+"""The chunk form as one kernel for the processor: compiled by numba, every buffer of a chunk in its cache.
+
+README.md in the folder above derives the formulas; `chunk.py` there is the same form in torch operations.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qies.ops.autograd import first_order
+from qies.ops.entangle.fused.lanes import LANES
+from qies.ops.entangle.fused.sweep import backward, forward, plan
+from qies.ops.entangle.fused.tile import Sizes, tile_of
+
+
+def entangle_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_alpha: Tensor,
+    theta: Tensor | None,
+    state: Tensor | None = None,
+    mode: str = "real",
+) -> tuple[Tensor, Tensor]:
+    """`entangle` on CPU, in float32 whatever comes (bfloat16 included); same shapes and returns. Once differentiable.
+
+    The backward keeps the state before every 32 key rows and nothing else as large.
+    """
+    inputs = (q, k, v, beta, log_alpha, theta, state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return _Fused.apply(*inputs, 1 if mode == "real" else 2, keep)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, v, beta, log_alpha, theta, state, r: int, keep: bool):
+        B, T, H, K = q.shape
+        m, V = K // 2, v.shape[-1] // r
+        decays, betas = (1 if x.ndim == 3 else x.shape[-1] for x in (log_alpha, beta))
+        sizes = Sizes(T, H, m, V, r, decays, betas, theta is not None, *(-(-n // LANES) * LANES for n in (K, V)))
+        inputs = (q, k, v, beta, log_alpha, theta)
+        arrays = [flat(x) for x in inputs]
+        first, starts = plan(arrays[4], sizes, B)
+        slots = len(starts) if keep else 0
+        kept, phases = torch.empty(slots * K * V), np.empty(slots * m)
+        o = torch.empty(v.shape, dtype=working(v))
+        last = torch.zeros(B, H, K, V) if state is None else state.float().clone(memory_format=torch.contiguous_format)
+
+        def part(begin: int, end: int) -> None:
+            tile = tile_of(sizes.k, sizes.v, m)
+            forward(*arrays, flat(last), flat(o), sizes, *tile, begin, end, first, starts, flat(kept), phases)
+
+        in_parts(part, B * H)
+        if keep:
+            ctx.save_for_backward(*inputs, kept)
+            ctx.rest = sizes, first, starts, phases, None if state is None else state.dtype
+        return o.to(v.dtype), last
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, do: Tensor, dlast: Tensor):
+        *inputs, kept = ctx.saved_tensors
+        sizes, first, starts, phases, state_dtype = ctx.rest
+        grads = [None if x is None else torch.empty(x.shape, dtype=working(x)) for x in inputs]
+        dstate = dlast.float().clone(memory_format=torch.contiguous_format)
+        arrays = [flat(x) for x in (*inputs, do, dstate, *grads)]
+
+        def part(begin: int, end: int) -> None:
+            tile = tile_of(sizes.k, sizes.v, sizes.m)
+            backward(*arrays, sizes, *tile, begin, end, first, starts, flat(kept), phases)
+
+        in_parts(part, len(first) - 1)
+        grads = [g if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
+        return *grads, None if state_dtype is None else dstate.to(state_dtype), None, None
+
+
+def working(x: Tensor) -> torch.dtype:
+    """The dtype in which the kernel takes x: bfloat16 as it is, all else as float32."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+
+
+def flat(x: Tensor | None) -> np.ndarray:
+    """All numbers of x in order, for numba: bfloat16 as its bits in uint16. None is empty."""
+    if x is None:
+        return np.empty(0, np.float32)
+    x = x.detach().to(working(x)).contiguous().view(-1)
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def in_parts(part: Callable[[int, int], None], units: int) -> None:
+    """part(begin, end) over all units, on as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), units)
+    if threads == 1:
+        return part(0, units)
+    edges = [units * i // threads for i in range(threads + 1)]
+    for _ in _pool(threads).map(part, edges[:-1], edges[1:]):
+        pass  # raises what a part raised
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "entangle")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool but not its threads

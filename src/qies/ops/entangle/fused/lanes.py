@@ -1,0 +1,270 @@
+"""Single-core building blocks for the fused kernel: what LLVM needs to be told to keep a matrix tile in registers.
+
+Everything works on flat float32 arrays by offset (`x + i * stride`), so that a kernel's buffers are one piece of
+memory and no views are made inside loops. Nothing is bounds-checked: sizes are the caller's, multiples of ROWS and
+LANES. The vectors are LLVM's, so every processor that numba supports runs this; LANES and ROWS fit those with 32
+vector registers of 512 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.caching import FunctionCache
+from numba.extending import intrinsic, overload
+
+LANES = 16  # floats in a vector
+ROWS = 8  # rows of a matrix tile held in registers: ROWS x 2 accumulators
+OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
+
+_I64, _F32 = ir.IntType(64), ir.FloatType()
+_VEC = ir.VectorType(_F32, LANES)
+
+
+def _data(context, builder, kind, array):
+    return context.make_array(kind)(context, builder, array).data
+
+
+class _Vectors:
+    """Loads, stores and broadcasts of float32 vectors at offsets of one array."""
+
+    def __init__(self, builder, data) -> None:
+        self.builder, self.data = builder, data
+        self.fma_of = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_VEC, [_VEC] * 3), f"llvm.fma.v{LANES}f32"
+        )
+
+    def at(self, offset, step=None, count: int = 0):
+        """offset + step * count."""
+        return offset if count == 0 else self.builder.add(offset, self.builder.mul(step, _I64(count)))
+
+    def _pointer(self, offset):
+        return self.builder.bitcast(self.builder.gep(self.data, [offset]), _VEC.as_pointer())
+
+    def load(self, offset):
+        value = self.builder.load(self._pointer(offset))
+        value.align = 4
+        return value
+
+    def store(self, value, offset) -> None:
+        self.builder.store(value, self._pointer(offset)).align = 4
+
+    def splat(self, scalar):
+        undefined = ir.Constant(_VEC, ir.Undefined)
+        first = self.builder.insert_element(undefined, scalar, ir.IntType(32)(0))
+        return self.builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), LANES), None))
+
+    def broadcast(self, offset):
+        return self.splat(self.builder.load(self.builder.gep(self.data, [offset])))
+
+    def fma(self, a, b, c):
+        return self.builder.call(self.fma_of, [a, b, c])
+
+
+def _micro(columns: int):
+    """The product of a ROWS x n by an n x (columns * LANES) matrix, accumulated in registers."""
+
+    @intrinsic
+    def micro(typing_context, x, a, row, column, b, b_row, c, c_row, n, sign, add):
+        signature = types.void(x, *[types.int64] * 8, types.float32, types.boolean)
+
+        def codegen(context, builder, sig, args):
+            array, a, row, column, b, b_row, c, c_row, n, sign, add = args
+            vectors = _Vectors(builder, _data(context, builder, sig.args[0], array))
+            cells = [(i, j) for i in range(ROWS) for j in range(columns)]
+            sums = {cell: cgutils.alloca_once(builder, _VEC) for cell in cells}  # LLVM makes registers of them
+            for acc in sums.values():
+                builder.store(ir.Constant(_VEC, None), acc)
+            starts = [vectors.at(a, row, i) for i in range(ROWS)]
+            with cgutils.for_range(builder, n, intp=_I64) as loop:
+                line = builder.add(b, builder.mul(b_row, loop.index))
+                rights = [vectors.load(builder.add(line, _I64(j * LANES))) for j in range(columns)]
+                skip = builder.mul(column, loop.index)
+                lefts = [vectors.broadcast(builder.add(start, skip)) for start in starts]
+                for (i, j), acc in sums.items():
+                    builder.store(vectors.fma(lefts[i], rights[j], builder.load(acc)), acc)
+            scale = vectors.splat(sign)
+            places = {(i, j): builder.add(vectors.at(c, c_row, i), _I64(j * LANES)) for i, j in cells}
+            with builder.if_else(add) as (adding, replacing):
+                with adding:
+                    for cell, place in places.items():
+                        vectors.store(vectors.fma(scale, builder.load(sums[cell]), vectors.load(place)), place)
+                with replacing:
+                    for cell, place in places.items():
+                        vectors.store(builder.fmul(scale, builder.load(sums[cell])), place)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return micro
+
+
+_wide, _narrow = _micro(2), _micro(1)
+
+# What `gemm` may know of A: all of it counts, or only what stands on and below, or on and above, its diagonal blocks.
+FULL, LOWER, UPPER = 0, 1, 2
+
+
+@njit(**OPTIONS)
+def gemm(x, c, c_row, a, a_row, a_column, b, b_row, rows, columns, inner, sign, add, shape):
+    """C = sign A B, or C + sign A B with `add`: A `[rows, inner]` with any strides, B and C with unit columns.
+
+    rows: a multiple of ROWS; columns: of LANES. `shape` tells which blocks of A are known to be zero.
+    """
+    for i in range(0, rows, ROWS):
+        start = min(i, inner) if shape == UPPER else 0
+        n = (min(i + ROWS, inner) if shape == LOWER else inner) - start
+        left, right, out = a + i * a_row + start * a_column, b + start * b_row, c + i * c_row
+        j = 0
+        while j + 2 * LANES <= columns:
+            _wide(x, left, a_row, a_column, right + j, b_row, out + j, c_row, n, sign, add)
+            j += 2 * LANES
+        if j < columns:
+            _narrow(x, left, a_row, a_column, right + j, b_row, out + j, c_row, n, sign, add)
+
+
+@intrinsic
+def _transpose_block(typing_context, x, to, to_row, source, source_row):
+    """LANES x LANES numbers transposed in registers: four rounds of interleaving rows i and i + LANES/2."""
+
+    def codegen(context, builder, sig, args):
+        array, to, to_row, source, source_row = args
+        vectors = _Vectors(builder, _data(context, builder, sig.args[0], array))
+        rows = [vectors.load(vectors.at(source, source_row, i)) for i in range(LANES)]
+        half = LANES // 2
+        picks = [[(i // 2) + first + (LANES if i % 2 else 0) for i in range(LANES)] for first in (0, half)]
+        masks = [ir.Constant(ir.VectorType(ir.IntType(32), LANES), pick) for pick in picks]
+        for _ in range(LANES.bit_length() - 1):
+            rows = [builder.shuffle_vector(rows[i // 2], rows[i // 2 + half], masks[i % 2]) for i in range(LANES)]
+        for i, row in enumerate(rows):
+            vectors.store(row, vectors.at(to, to_row, i))
+        return context.get_dummy_value()
+
+    return types.void(x, *[types.int64] * 4), codegen
+
+
+@njit(**OPTIONS)
+def transpose(x, to, to_row, source, source_row, rows, columns):
+    """B^T into `to`, for B `[rows, columns]`, both multiples of LANES."""
+    for i in range(0, rows, LANES):
+        for j in range(0, columns, LANES):
+            _transpose_block(x, to + j * to_row + i, to_row, source + i * source_row + j, source_row)
+
+
+@intrinsic
+def _raw(typing_context, x, i):
+    """x[i] of an array that is never written while it is read: told to LLVM, so that loops may use vectors."""
+
+    def codegen(context, builder, sig, args):
+        value = builder.load(builder.gep(_data(context, builder, sig.args[0], args[0]), [args[1]], inbounds=True))
+        value.set_metadata("invariant.load", builder.module.add_metadata([]))
+        return value
+
+    return x.dtype(x, types.int64), codegen
+
+
+@intrinsic
+def get(typing_context, x, i):
+    """x[i], without the test for negative i."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(builder.gep(_data(context, builder, sig.args[0], args[0]), [args[1]], inbounds=True))
+
+    return x.dtype(x, types.int64), codegen
+
+
+@intrinsic
+def put(typing_context, x, i, value):
+    """x[i] = value, without the test for negative i."""
+
+    def codegen(context, builder, sig, args):
+        builder.store(args[2], builder.gep(_data(context, builder, sig.args[0], args[0]), [args[1]], inbounds=True))
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, x.dtype), codegen
+
+
+class _Cache(FunctionCache):
+    """Compiled code on disk that is made anew when any file of the kernel changes.
+
+    numba looks at the file of the compiled function alone, though the code of all that it calls is in it.
+    """
+
+    sources = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+
+    def _index_key(self, *args):
+        return (*super()._index_key(*args), self.sources)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """`function` compiled by numba on first use, and kept on disk for the next process."""
+    compiled = njit(**OPTIONS)(function)
+    compiled._cache = _Cache(function)
+    return compiled
+
+
+def read(x, i):
+    """x[i] of an input in float32; uint16 holds the bits of bfloat16."""
+
+
+def write(x, i, value):
+    """x[i] = value (float32) of an output; rounded to nearest even where x is uint16, bfloat16's bits."""
+
+
+@overload(read, jit_options=OPTIONS)
+def _read(x, i):
+    if x.dtype == types.uint16:
+        return lambda x, i: np.uint32(np.uint32(_raw(x, i)) << 16).view(np.float32)
+    return lambda x, i: np.float32(_raw(x, i))
+
+
+@overload(write, jit_options=OPTIONS)
+def _write(x, i, value):
+    if x.dtype == types.uint16:
+
+        def rounded(x, i, value):
+            bits = np.float32(value).view(np.uint32)
+            even = np.uint32(np.uint32(bits + 0x7FFF) + ((bits >> 16) & 1)) >> 16
+            put(x, i, np.uint16(even) if value == value else np.uint16(0x7FC0))
+
+        return rounded
+    return lambda x, i, value: put(x, i, value)
+
+
+@njit(**OPTIONS)
+def exp(x):
+    """e^x in float32 for x <= 60, to its rounding; 0 below -87.
+
+    Its range is reduced in float64; then Taylor's series. Without branches, so that loops of it become vectors.
+    """
+    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
+    n = max(n, np.float32(-126))
+    y = np.float32(np.float64(x) - np.float64(n) * 0.6931471805599453)
+    p = y * np.float32(1 / 5040) + np.float32(1 / 720)
+    p = ((p * y + np.float32(1 / 120)) * y + np.float32(1 / 24)) * y + np.float32(1 / 6)
+    p = ((p * y + np.float32(1 / 2)) * y + np.float32(1)) * y + np.float32(1)
+    power = np.int32((np.int32(n) + 127) << 23).view(np.float32)
+    return p * power if x > np.float32(-87) else np.float32(0)
+
+
+@njit(**OPTIONS)
+def cos_sin(turns):
+    """cos and sin of 2 pi turns in float32, for turns (float64) in [0, 1]: Taylor's series up to a quarter turn."""
+    x = np.float32(turns - 1.0 if turns > 0.5 else turns)
+    far = abs(x) > np.float32(0.25)
+    x = ((np.float32(0.5) if x > 0 else np.float32(-0.5)) - x) if far else x
+    y = x * np.float32(2 * np.pi)
+    z = y * y
+    s = (z * np.float32(-1 / 39916800) + np.float32(1 / 362880)) * z + np.float32(-1 / 5040)
+    s = ((s * z + np.float32(1 / 120)) * z + np.float32(-1 / 6)) * z + np.float32(1)
+    c = (z * np.float32(1 / 479001600) + np.float32(-1 / 3628800)) * z + np.float32(1 / 40320)
+    c = ((c * z + np.float32(-1 / 720)) * z + np.float32(1 / 24)) * z + np.float32(-1 / 2)
+    c = c * z + np.float32(1)
+    return (-c if far else c), s * y

@@ -1,0 +1,140 @@
+"""Whole sequences, chunk by chunk. A unit of work is one head of one batch row: unit = b H + h.
+
+Chunks are cut where damping asks for it, unit by unit, so that strong damping in one head costs no other. Between
+chunks only the state is kept, in the gauge without phase; the backward makes the rest again by the forward's code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from qies.ops.entangle.fused.lanes import OPTIONS, cos_sin, get, kernel, put, read
+from qies.ops.entangle.fused.pull import pull, settle, sum_up, through, turn_back
+from qies.ops.entangle.fused.push import advance, outputs, prepare
+from qies.ops.entangle.fused.tile import RANGE, rescale
+
+CALM = 60.0  # a chunk damps to e^-60 at most: its rescaled halves are far from over- and underflow in float32
+
+
+@njit(**OPTIONS)
+def cut(log_alpha, s, b, h, start):
+    """Where the chunk of head h that starts at token `start` ends: when it is full, or before it damps too much.
+
+    The first token's damping acts on the state alone, so it may be of any size.
+    """
+    stop, total = start + 1, np.float32(0)
+    while stop < s.T and stop - start < RANGE // s.r:
+        at = ((b * s.T + stop) * s.H + h) * s.decays
+        strongest = np.float32(0)
+        for i in range(s.decays):
+            strongest = min(strongest, read(log_alpha, at + i))
+        total -= strongest
+        if total > CALM:
+            break
+        stop += 1
+    return stop
+
+
+@kernel
+def plan(log_alpha, s, B):
+    """`first` `[B H + 1]`: where a unit's chunk starts begin in `starts`, which ends each unit's with T."""
+    first = np.zeros(B * s.H + 1, np.int64)
+    for unit in range(B * s.H):
+        t, count = 0, 1
+        while t < s.T:
+            t = cut(log_alpha, s, unit // s.H, unit % s.H, t)
+            count += 1
+        first[unit + 1] = first[unit] + count
+    starts = np.empty(first[-1], np.int64)
+    for unit in range(B * s.H):
+        t = 0
+        for slot in range(first[unit], first[unit + 1]):
+            starts[slot] = t
+            t = cut(log_alpha, s, unit // s.H, unit % s.H, t) if t < s.T else t
+    return first, starts
+
+
+@njit(**OPTIONS)
+def copy_state(x, to, state, at, s):
+    """The state `[2m, V]` at `state[at:]` into `[k, v]`, padded with zeros."""
+    for i in range(s.k * s.v):
+        put(x, to + i, np.float32(0))
+    for c in range(2 * s.m):
+        for j in range(s.V):
+            put(x, to + c * s.v + j, read(state, at + c * s.V + j))
+
+
+@njit(**OPTIONS)
+def keep_state(x, source, state, at, s):
+    """The inverse of `copy_state`."""
+    for c in range(2 * s.m):
+        for j in range(s.V):
+            put(state, at + c * s.V + j, get(x, source + c * s.v + j))
+
+
+@njit(**OPTIONS)
+def turn_state(x, state, turns, sign, s):
+    """A state `[k, v]` times e^{2 pi i turns}, or its inverse for sign -1."""
+    for c in range(s.m):
+        cos, sin = cos_sin(turns[c])
+        sin *= sign
+        row, other = state + c * s.v, state + (c + s.m) * s.v
+        for j in range(s.v):
+            re, im = get(x, row + j), get(x, other + j)
+            put(x, row + j, re * cos - im * sin)
+            put(x, other + j, re * sin + im * cos)
+
+
+@kernel
+def forward(q, k, v, beta, log_alpha, theta, state, o, s, t, floats, begin, end, first, starts, kept, phases):
+    """Units from `begin` to `end`: the outputs into o, the last state into `state` in place of the first.
+
+    Unless `kept` is empty, the state before every chunk and after the last goes there, `[slots, 2m, V]`, and the phase
+    there into `phases` `[slots, m]`, in turns.
+    """
+    x, turns = np.zeros(floats, np.float32), np.zeros(s.m, np.float64)
+    area = 2 * s.m * s.V
+    for unit in range(begin, end):
+        b, h = unit // s.H, unit % s.H
+        copy_state(x, t.S, state, unit * area, s)
+        turns[:] = 0
+        for slot in range(first[unit], first[unit + 1]):
+            if len(kept):
+                keep_state(x, t.S, kept, slot * area, s)
+                phases[slot * s.m : (slot + 1) * s.m] = turns
+            if slot + 1 < first[unit + 1]:
+                tokens = starts[slot + 1] - starts[slot]
+                prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns, b, h, starts[slot], tokens)
+                outputs(x, t, s, o, b, h, starts[slot], tokens)
+                advance(x, t, s, tokens)
+        if s.phases:
+            turn_state(x, t.S, turns, np.float32(1), s)
+        keep_state(x, t.S, state, unit * area, s)
+
+
+@kernel
+def backward(q, k, v, beta, log_alpha, theta, do, dstate, dq, dk, dv, dbeta, dlog_alpha, dtheta,
+             s, t, floats, begin, end, first, starts, kept, phases):  # fmt: skip
+    """Units from `begin` to `end`: every gradient; `dstate`, of the last state, becomes that of the first."""
+    x, turns = np.zeros(floats, np.float32), np.zeros(s.m, np.float64)
+    area = 2 * s.m * s.V
+    for unit in range(begin, end):
+        b, h, last = unit // s.H, unit % s.H, first[unit + 1] - 1
+        copy_state(x, t.G, dstate, unit * area, s)
+        if s.phases:
+            turn_state(x, t.G, phases[last * s.m : (last + 1) * s.m], np.float32(-1), s)
+        for slot in range(last - 1, first[unit] - 1, -1):
+            tokens = starts[slot + 1] - starts[slot]
+            through(x, t, s, tokens, kept, (slot + 1) * area, s.V)
+            copy_state(x, t.S, kept, slot * area, s)
+            turns[:] = phases[slot * s.m : (slot + 1) * s.m]
+            prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns, b, h, starts[slot], tokens)
+            rescale(x, t.G, t.leave, s)
+            pull(x, t, s, do, dv, b, h, starts[slot], tokens)
+            settle(x, t, s, beta, dbeta, b, h, starts[slot], tokens)
+            turn_back(x, t, s, t.q, t.dq, dq, 0, b, h, starts[slot], tokens)
+            turn_back(x, t, s, t.k, t.dk, dk, 1, b, h, starts[slot], tokens)
+            sum_up(x, t, s, dlog_alpha, dtheta, b, h, starts[slot], tokens)
+            rescale(x, t.G, t.enter, s)
+        keep_state(x, t.G, dstate, unit * area, s)
