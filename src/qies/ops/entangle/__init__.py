@@ -1,4 +1,4 @@
-"""The entanglement op: one contract, three ways to compute it. README.md beside it derives the fast one."""
+"""The entanglement op: one contract, four ways to compute it. README.md beside it derives the fast ones."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from torch import Tensor
 
 from qies.errors import UserError, nearest
 from qies.ops.entangle.chunk import entangle_chunk
+from qies.ops.entangle.fla import entangle_fla, obstacle
 from qies.ops.entangle.naive import entangle_naive
 from qies.ops.entangle.step import entangle_step
 
-__all__ = ["BACKENDS", "MODES", "entangle", "entangle_chunk", "entangle_naive", "entangle_step"]
+__all__ = ["BACKENDS", "MODES", "entangle", "entangle_chunk", "entangle_fla", "entangle_naive", "entangle_step"]
 
-BACKENDS = ("auto", "naive", "chunk", "step")
+BACKENDS = ("auto", "naive", "chunk", "step", "fla")
 MODES = ("real", "complex")
 
 
@@ -42,20 +43,23 @@ def entangle(
         state: Psi before the first token, `[B, H, 2m, V]`, rows Re | Im; V counts complex channels in complex
             mode. None is zero.
         mode: "real" or "complex".
-        backend: "naive" (the recurrence), "chunk" (parallel inside chunks), "step" (T = 1 only), "auto".
+        backend: "naive" (the recurrence), "chunk" (parallel inside chunks), "step" (T = 1 only),
+            "fla" (CUDA kernels of flash-linear-attention, in half precision), "auto" (for T = 1 "step"; else "fla"
+            where half precision is asked for, the package is there and expresses the case; else "chunk").
 
     Returns:
         o, shaped and typed like v; and the state after the last token, in float64 when an input is, else
-        float32. Differentiable in every tensor argument, by "chunk" once.
+        float32. Differentiable in every tensor argument, by "chunk" and "fla" once.
 
     Raises:
-        UserError: shapes that do not fit, an empty sequence, an unknown mode or backend.
+        UserError: shapes that do not fit, an empty sequence, an unknown mode or backend, a backend that cannot do this.
     """
     _check(q, k, v, beta, log_alpha, theta, state, mode, backend)
+    inputs = (q, k, v, beta, log_alpha, theta, state)
     if backend == "auto":
-        backend = "step" if q.shape[1] == 1 else "chunk"
-    run = {"naive": entangle_naive, "chunk": entangle_chunk, "step": entangle_step}[backend]
-    return run(q, k, v, beta, log_alpha, theta, state, mode)
+        backend = "step" if q.shape[1] == 1 else "chunk" if obstacle(*inputs) else "fla"
+    run = {"naive": entangle_naive, "chunk": entangle_chunk, "step": entangle_step, "fla": entangle_fla}[backend]
+    return run(*inputs, mode)
 
 
 def _check(q, k, v, beta, log_alpha, theta, state, mode, backend) -> None:
