@@ -9,12 +9,13 @@ from torch import Tensor
 
 from qies.errors import UserError, nearest
 from qies.ops.entangle.chunk import entangle_chunk
+from qies.ops.entangle.fla import entangle_fla, obstacle
 from qies.ops.entangle.naive import entangle_naive, working_dtype
 from qies.ops.entangle.step import entangle_step
 
-__all__ = ["BACKENDS", "MODES", "entangle", "entangle_chunk", "entangle_naive", "entangle_step"]
+__all__ = ["BACKENDS", "MODES", "entangle", "entangle_chunk", "entangle_fla", "entangle_naive", "entangle_step"]
 
-BACKENDS = ("auto", "naive", "chunk", "fused", "step")
+BACKENDS = ("auto", "naive", "chunk", "fused", "step", "fla")
 MODES = ("real", "complex")
 
 
@@ -46,25 +47,27 @@ def entangle(
             mode. None is zero.
         mode: "real" or "complex".
         backend: "naive" (the recurrence); "chunk" (parallel inside chunks, any device and dtype); "fused" (the same as
-            one kernel for the CPU, in float32); "step" (T = 1 only); "auto" chooses among the last three.
+            one kernel for the CPU, in float32); "fla" (CUDA kernels of flash-linear-attention, in half precision);
+            "step" (T = 1 only); "auto" (for T = 1 "step"; else "fla" or "fused" where they can; else "chunk").
 
     Returns:
         o, shaped and typed like v; and the state after the last token, in float64 when an input is, else
-        float32. Differentiable in every tensor argument, by "fused" once.
+        float32. Differentiable in every tensor argument, by "fused" and "fla" once.
 
     Raises:
-        UserError: shapes that do not fit, an empty sequence, an unknown mode or backend.
+        UserError: shapes that do not fit, an empty sequence, an unknown mode or backend, a backend that cannot do this.
     """
     _check(q, k, v, beta, log_alpha, theta, state, mode, backend)
+    inputs = (q, k, v, beta, log_alpha, theta, state)
     if backend == "auto":
-        fast = "fused" if _fits_kernel(q, k, v, beta, log_alpha, theta, state) else "chunk"
+        fast = "fla" if obstacle(*inputs) is None else "fused" if _fits_kernel(*inputs) else "chunk"
         backend = "step" if q.shape[1] == 1 else fast
     if backend == "fused":
         from qies.ops.entangle.fused import entangle_fused  # numba is imported when it is needed
 
-        return entangle_fused(q, k, v, beta, log_alpha, theta, state, mode)
-    run = {"naive": entangle_naive, "chunk": entangle_chunk, "step": entangle_step}[backend]
-    return run(q, k, v, beta, log_alpha, theta, state, mode)
+        return entangle_fused(*inputs, mode)
+    run = {"naive": entangle_naive, "chunk": entangle_chunk, "step": entangle_step, "fla": entangle_fla}[backend]
+    return run(*inputs, mode)
 
 
 def _fits_kernel(*inputs: Any) -> bool:
