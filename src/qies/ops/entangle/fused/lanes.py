@@ -68,8 +68,30 @@ class _Vectors:
         return self.builder.call(self.fma_of, [a, b, c])
 
 
+def _product(builder, vectors, a, row, column, b, b_row, n, columns: int):
+    """A B for A `[ROWS, n]` with strides row, column and B `[n, columns * LANES]`, as registers by (row, vector)."""
+    sums = {(i, j): cgutils.alloca_once(builder, _VEC) for i in range(ROWS) for j in range(columns)}
+    for acc in sums.values():  # LLVM makes registers of them
+        builder.store(ir.Constant(_VEC, None), acc)
+    starts = [vectors.at(a, row, i) for i in range(ROWS)]
+    with cgutils.for_range(builder, n, intp=_I64) as loop:
+        line = builder.add(b, builder.mul(b_row, loop.index))
+        rights = [vectors.load(builder.add(line, _I64(j * LANES))) for j in range(columns)]
+        skip = builder.mul(column, loop.index)
+        lefts = [vectors.broadcast(builder.add(start, skip)) for start in starts]
+        for (i, j), acc in sums.items():
+            builder.store(vectors.fma(lefts[i], rights[j], builder.load(acc)), acc)
+    return {cell: builder.load(acc) for cell, acc in sums.items()}
+
+
+def _places(builder, vectors, c, c_row, columns: int):
+    """The offsets of the tile of C that `_product` gives."""
+    lines = [vectors.at(c, c_row, i) for i in range(ROWS)]
+    return {(i, j): builder.add(lines[i], _I64(j * LANES)) for i in range(ROWS) for j in range(columns)}
+
+
 def _micro(columns: int):
-    """The product of a ROWS x n by an n x (columns * LANES) matrix, accumulated in registers."""
+    """C = sign A B, or C + sign A B, for one tile of ROWS x (columns * LANES)."""
 
     @intrinsic
     def micro(typing_context, x, a, row, column, b, b_row, c, c_row, n, sign, add):
@@ -78,27 +100,15 @@ def _micro(columns: int):
         def codegen(context, builder, sig, args):
             array, a, row, column, b, b_row, c, c_row, n, sign, add = args
             vectors = _Vectors(builder, _data(context, builder, sig.args[0], array))
-            cells = [(i, j) for i in range(ROWS) for j in range(columns)]
-            sums = {cell: cgutils.alloca_once(builder, _VEC) for cell in cells}  # LLVM makes registers of them
-            for acc in sums.values():
-                builder.store(ir.Constant(_VEC, None), acc)
-            starts = [vectors.at(a, row, i) for i in range(ROWS)]
-            with cgutils.for_range(builder, n, intp=_I64) as loop:
-                line = builder.add(b, builder.mul(b_row, loop.index))
-                rights = [vectors.load(builder.add(line, _I64(j * LANES))) for j in range(columns)]
-                skip = builder.mul(column, loop.index)
-                lefts = [vectors.broadcast(builder.add(start, skip)) for start in starts]
-                for (i, j), acc in sums.items():
-                    builder.store(vectors.fma(lefts[i], rights[j], builder.load(acc)), acc)
-            scale = vectors.splat(sign)
-            places = {(i, j): builder.add(vectors.at(c, c_row, i), _I64(j * LANES)) for i, j in cells}
+            sums = _product(builder, vectors, a, row, column, b, b_row, n, columns)
+            places, scale = _places(builder, vectors, c, c_row, columns), vectors.splat(sign)
             with builder.if_else(add) as (adding, replacing):
                 with adding:
                     for cell, place in places.items():
-                        vectors.store(vectors.fma(scale, builder.load(sums[cell]), vectors.load(place)), place)
+                        vectors.store(vectors.fma(scale, sums[cell], vectors.load(place)), place)
                 with replacing:
                     for cell, place in places.items():
-                        vectors.store(builder.fmul(scale, builder.load(sums[cell])), place)
+                        vectors.store(builder.fmul(scale, sums[cell]), place)
             return context.get_dummy_value()
 
         return signature, codegen
@@ -106,7 +116,39 @@ def _micro(columns: int):
     return micro
 
 
+def _eliminate(columns: int, order: int):
+    """C <- (I + D)^-1 (C - A B) for one tile, D `[ROWS, ROWS]` with the strides of A: strictly lower for order 1, whose
+    rows are solved from the first on, strictly upper for order -1, from the last."""
+
+    @intrinsic
+    def eliminate(typing_context, x, a, row, column, b, b_row, c, c_row, n, d):
+        signature = types.void(x, *[types.int64] * 9)
+
+        def codegen(context, builder, sig, args):
+            array, a, row, column, b, b_row, c, c_row, n, d = args
+            vectors = _Vectors(builder, _data(context, builder, sig.args[0], array))
+            sums = _product(builder, vectors, a, row, column, b, b_row, n, columns)
+            places, done = _places(builder, vectors, c, c_row, columns), []
+            rest = {cell: builder.fsub(vectors.load(place), sums[cell]) for cell, place in places.items()}
+            for i in range(ROWS)[::order]:
+                for p in done:
+                    known = vectors.broadcast(builder.add(vectors.at(d, row, i), builder.mul(column, _I64(p))))
+                    known = builder.fneg(known)
+                    for j in range(columns):
+                        rest[i, j] = vectors.fma(known, rest[p, j], rest[i, j])
+                for j in range(columns):
+                    vectors.store(rest[i, j], places[i, j])
+                done.append(i)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return eliminate
+
+
 _wide, _narrow = _micro(2), _micro(1)
+_wide_down, _narrow_down = _eliminate(2, 1), _eliminate(1, 1)
+_wide_up, _narrow_up = _eliminate(2, -1), _eliminate(1, -1)
 
 # What `gemm` may know of A: all of it counts, or only what stands on and below, or on and above, its diagonal blocks.
 FULL, LOWER, UPPER = 0, 1, 2
@@ -128,6 +170,33 @@ def gemm(x, c, c_row, a, a_row, a_column, b, b_row, rows, columns, inner, sign, 
             j += 2 * LANES
         if j < columns:
             _narrow(x, left, a_row, a_column, right + j, b_row, out + j, c_row, n, sign, add)
+
+
+@njit(**OPTIONS)
+def substitute(x, values, A, A_row, rows, columns):
+    """values <- (I + A)^-1 values for a strictly lower A: never an inverse, so many parallel keys lose no digits."""
+    for i in range(0, rows, ROWS):
+        out, left = values + i * columns, A + i * A_row
+        j = 0
+        while j + 2 * LANES <= columns:
+            _wide_down(x, left, A_row, 1, values + j, columns, out + j, columns, i, left + i)
+            j += 2 * LANES
+        if j < columns:
+            _narrow_down(x, left, A_row, 1, values + j, columns, out + j, columns, i, left + i)
+
+
+@njit(**OPTIONS)
+def substitute_back(x, values, A, A_row, rows, columns):
+    """values <- (I + A)^-T values."""
+    for i in range(rows - ROWS, -1, -ROWS):
+        out, diagonal, n = values + i * columns, A + i * A_row + i, rows - ROWS - i
+        left, right = diagonal + ROWS * A_row, out + ROWS * columns
+        j = 0
+        while j + 2 * LANES <= columns:
+            _wide_up(x, left, 1, A_row, right + j, columns, out + j, columns, n, diagonal)
+            j += 2 * LANES
+        if j < columns:
+            _narrow_up(x, left, 1, A_row, right + j, columns, out + j, columns, n, diagonal)
 
 
 @intrinsic

@@ -20,10 +20,11 @@ from qies.ops.entangle.fused.lanes import (
     get,
     put,
     read,
+    substitute_back,
     transpose,
     write,
 )
-from qies.ops.entangle.fused.tile import RANGE, fold, hand_out, hide, substitute_back, take_in, turn
+from qies.ops.entangle.fused.tile import RANGE, fold, hand_out, hide, take_in, turn
 
 
 @njit(**OPTIONS)
@@ -52,7 +53,7 @@ def pull(x, t, s, do, dv, b, h, start, tokens):
         put(x, t.outs + i, np.float32(0))
     gemm(x, t.D, s.v, t.P, 1, RANGE, t.outs, s.v, rows, s.v, n, one, False, UPPER)
     gemm(x, t.D, s.v, t.w, s.k, 1, t.G, s.v, rows, s.v, K, one, True, FULL)
-    substitute_back(x, t.D, t.A, rows, s.v)
+    substitute_back(x, t.D, t.A, RANGE, rows, s.v)
     hand_out(x, t.D, s, dv, b, h, start, n)
     transpose(x, t.Et, RANGE, t.E, s.v, RANGE, s.v)
     transpose(x, t.St, s.k, t.S, s.v, s.k, s.v)

@@ -21,9 +21,10 @@ from qies.ops.entangle.fused.lanes import (
     get,
     put,
     read,
+    substitute,
     transpose,
 )
-from qies.ops.entangle.fused.tile import RANGE, hand_out, hide, rescale, spread, substitute, take_in, turn
+from qies.ops.entangle.fused.tile import RANGE, hand_out, hide, rescale, spread, take_in, turn
 from qies.ops.pairs import EPS
 
 
@@ -133,13 +134,13 @@ def prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns, b, h, start, tokens
     load(x, t, s, t.q, q, 0, b, h, start, tokens)
     load(x, t, s, t.k, k, 1, b, h, start, tokens)
     along(x, t, s, beta, b, h, start, tokens)
-    take_in(x, t.D, s, v, b, h, start, n)
+    take_in(x, t.E, s, v, b, h, start, n)
     for i in range(n * s.k, rows * s.k):
         put(x, t.q + i, np.float32(0))
         put(x, t.k + i, np.float32(0))
         put(x, t.w + i, np.float32(0))
     for i in range(n * s.v, rows * s.v):
-        put(x, t.D + i, np.float32(0))
+        put(x, t.E + i, np.float32(0))
     rescale(x, t.S, t.enter, s)
     transpose(x, t.wt, RANGE, t.w, s.k, RANGE, s.k)
     columns = LANES if n <= LANES else RANGE
@@ -147,8 +148,8 @@ def prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns, b, h, start, tokens
     gemm(x, t.A, RANGE, t.k, s.k, 1, t.wt, RANGE, rows, columns, K, np.float32(1), False, FULL)
     hide(x, t.P, rows, s.r, s.r)
     hide(x, t.A, rows, s.r, 0)
-    gemm(x, t.D, s.v, t.k, s.k, 1, t.S, s.v, rows, s.v, K, np.float32(-1), True, FULL)
-    substitute(x, t.E, t.D, t.A, rows, s.v)
+    gemm(x, t.E, s.v, t.k, s.k, 1, t.S, s.v, rows, s.v, K, np.float32(-1), True, FULL)
+    substitute(x, t.E, t.A, RANGE, rows, s.v)
 
 
 @njit(**OPTIONS)

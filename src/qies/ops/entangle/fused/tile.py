@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from qies.ops.entangle.fused.lanes import FULL, LANES, OPTIONS, ROWS, gemm, get, put, read, write
+from qies.ops.entangle.fused.lanes import LANES, OPTIONS, get, put, read, write
 
 RANGE = 32  # rows of a chunk: tokens, or half as many in complex mode
 
@@ -128,40 +128,6 @@ def hide(x, square, rows, r, own):
         row = square + i * RANGE
         for j in range(i - i % r + own, RANGE):
             put(x, row + j, np.float32(0))
-
-
-@njit(**OPTIONS)
-def substitute(x, to, values, A, rows, v):
-    """(I + A)^-1 values for a strictly lower A, by blocks; never an inverse, so many parallel keys lose no digits."""
-    for i in range(rows * v):
-        put(x, to + i, get(x, values + i))
-    for i in range(0, rows, ROWS):
-        if i:
-            gemm(x, to + i * v, v, A + i * RANGE, RANGE, 1, to, v, ROWS, v, i, np.float32(-1), True, FULL)
-        for j in range(i + 1, i + ROWS):
-            for p in range(i, j):
-                less(x, to + j * v, to + p * v, get(x, A + j * RANGE + p), v)
-
-
-@njit(**OPTIONS)
-def substitute_back(x, values, A, rows, v):
-    """(I + A)^-T values, in place."""
-    for i in range(rows - ROWS, -1, -ROWS):
-        done = i + ROWS
-        if done < rows:
-            left = A + done * RANGE + i
-            gemm(x, values + i * v, v, left, 1, RANGE, values + done * v, v, ROWS, v, rows - done, np.float32(-1), True,
-                 FULL)  # fmt: skip
-        for j in range(i + ROWS - 2, i - 1, -1):
-            for p in range(j + 1, i + ROWS):
-                less(x, values + j * v, values + p * v, get(x, A + p * RANGE + j), v)
-
-
-@njit(**OPTIONS)
-def less(x, row, other, factor, v):
-    """row -= factor other."""
-    for c in range(v):
-        put(x, row + c, get(x, row + c) - factor * get(x, other + c))
 
 
 @njit(**OPTIONS)
