@@ -2,25 +2,8 @@
 
 import pytest
 import torch
+from tiny_models import ARMS, build
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
-
-from qies.model import QiesConfig, QiesForCausalLM
-
-ARMS = {
-    "qies": {},
-    "complex": {"mode": "complex", "eigenvalues": "disc"},
-    "transformer": {"layer_types": ["full_attention"] * 4, "position": "rope"},
-    "gpt2": {
-        "block": "gpt2", "position": "learned", "layer_types": ["full_attention"] * 4, "logit_softcap": 0.0,
-        "tie_word_embeddings": True, "max_position_embeddings": 128,
-    },
-}  # fmt: skip
-
-
-def build(name: str, **more) -> QiesForCausalLM:
-    torch.manual_seed(0)
-    shape = {"vocab_size": 97, "hidden_size": 32, "head_dim": 16, "intermediate_size": 40}
-    return QiesForCausalLM(QiesConfig(**{**shape, **ARMS[name], **more}))
 
 
 class Rows(torch.utils.data.Dataset):
