@@ -77,11 +77,12 @@ def test_generation_with_and_without_cache_agree(model, ids):
             a = model.generate(prompt, **kw, **how)
             b = model.generate(prompt, use_cache=False, **kw, **how)
             assert torch.equal(a, b)
-        samples = []
-        for cached in (True, False):
-            torch.manual_seed(3)
-            samples.append(model.generate(prompt, use_cache=cached, do_sample=True, **kw))
-        assert torch.equal(*samples)
+        for beams in (1, 2):
+            samples = []
+            for cached in (True, False):
+                torch.manual_seed(3)
+                samples.append(model.generate(prompt, use_cache=cached, do_sample=True, num_beams=beams, **kw))
+            assert torch.equal(*samples)
 
 
 def test_generation_goes_on_from_a_returned_cache(model, ids):

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 
 class StateLayer(LinearAttentionLayer):
     """One entanglement layer's memory: a state [B,H,2m,V] fp32 for each group of heads, and the convolution's last
     inputs [B,k-1,D]."""
 
-    is_compileable = False
+    is_compileable = is_croppable = False
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         _each_state(self, lambda t: t.repeat_interleave(repeats, dim=0))
@@ -31,6 +31,14 @@ class StateLayer(LinearAttentionLayer):
 class AttentionStateLayer(LinearAttentionAndFullAttentionLayer):
     """An attention layer's keys and values, and the last inputs of its short convolution if it has one."""
 
+    @property
+    def is_croppable(self) -> bool:
+        return not any(self.is_conv_states_initialized.values())
+
+    def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.has_previous_state[0] = True  # without a convolution nothing else would mark it
+        return super().update(*args, **kwargs)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         _each_state(self, lambda t: t.repeat_interleave(repeats, dim=0))
@@ -40,9 +48,9 @@ class AttentionStateLayer(LinearAttentionAndFullAttentionLayer):
         _each_state(self, lambda t: t[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        if any(self.is_conv_states_initialized.values()) and tokens_to_remove != 0:
+        if not self.is_croppable and tokens_to_remove != 0:
             raise ValueError("A layer with a short convolution cannot be cropped.")
-        super(LinearAttentionLayer, self).crop(tokens_to_remove)
+        DynamicLayer.crop(self, tokens_to_remove)
 
 
 class QiesCache(DynamicCache):
@@ -71,7 +79,8 @@ class QiesCache(DynamicCache):
         self.seen_tokens = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
+        for layer in sorted(self.layers, key=lambda layer: layer.is_croppable):  # a refusal comes before any change
+            layer.crop(tokens_to_remove)
         self.seen_tokens -= abs(tokens_to_remove)
 
     def state_bytes(self, *, entangled_only: bool = False) -> int:
