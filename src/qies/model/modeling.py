@@ -23,7 +23,7 @@ from qies.model.configuration import QiesConfig
 from qies.model.entanglement import Entanglement
 from qies.model.gpt2 import Gpt2Attention, Gpt2Block
 from qies.model.layers import MLP, ShortConv, linear
-from qies.objective import language_modelling
+from qies.objective import language_modelling, language_modelling_of_logits
 from qies.ops.norm import rms_norm
 
 MIXERS = {"full_attention": Attention, "linear_attention": Entanglement}
@@ -224,15 +224,15 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         loss = logits = None
         if labels is not None and shift_labels is None:
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        if shift_labels is not None:
+        if shift_labels is not None and type(self.lm_head) is nn.Linear:
             loss = language_modelling(
                 hidden, self.lm_head.weight, shift_labels, self.config.logit_softcap, num_items_in_batch
             )
+        elif shift_labels is not None:  # wrapped by an adapter such as LoRA, whose weight is not the whole head
+            loss = language_modelling_of_logits(self._logits(hidden), shift_labels, num_items_in_batch)
         if loss is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep]).float()
-            cap = self.config.logit_softcap
-            logits = cap * torch.tanh(logits / cap) if cap else logits
+            logits = self._logits(hidden[:, keep])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -240,6 +240,12 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """hidden [B,T,D] -> soft-capped logits [B,T,V] in fp32."""
+        logits = self.lm_head(hidden).float()
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     @contextmanager
     def read_state(self, on: bool = True) -> Iterator[None]:
