@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from qies import cli
+from qies import cli, presets
+from qies.model import QiesConfig, QiesForCausalLM
 
 
 def call(*argv: str) -> int:
@@ -46,6 +48,7 @@ def test_help(verb, capsys):
         (["data", "build", "bultin", "--out", "OUT"], "builtin"),
         (["data", "build", "builtin", "--out", "OUT", "--vocab-size", "3"], "above 256"),
         (["plan", "head_dim=15"], "even"),
+        (["plan", "register_heads=2", "register_channels=1"], "register_channels is 1; it must be at least 2"),
         (["plan", "hidden_size=0"], "at least 1"),
         (["plan", "--tokens", "0"], "at least 1"),
         (["plan", "eigenvalues=disc"], "complex"),
@@ -92,6 +95,18 @@ def test_plan_prints_the_contract_as_json(capsys):
     assert plan["params"]["total"] == plan["params"]["non_embedding"] + 2 * 4096 * plan["shape"]["hidden_size"]
     assert plan["flops"] == plan["flops_per_token"] * 1000
     assert plan["memory"]["weights"] == 4 * plan["params"]["total"]
+
+
+@pytest.mark.parametrize("arm", presets.ARMS)
+@pytest.mark.parametrize("size", ["50k", "10b"])
+def test_plan_counts_what_would_be_built(arm, size, capsys):
+    assert call("plan", "--arm", arm, "--size", size, "--json") == 0
+    told = json.loads(capsys.readouterr().out)["params"]
+    with torch.device("meta"):
+        model = QiesForCausalLM(QiesConfig(**presets.settings(arm, size, 4096)))
+    assert told["total"] == sum(p.numel() for p in model.parameters())
+    assert sum(n for group, n in told.items() if group not in ("non_embedding", "total")) == told["total"]
+    assert abs(told["non_embedding"] - presets.parse_size(size)) <= 0.01 * presets.parse_size(size)
 
 
 def test_dry_run_plans_every_run_and_spends_nothing(capsys, tmp_path):

@@ -23,10 +23,10 @@ def test_every_arm_of_a_size_has_n_parameters_to_within_one_percent(size):
     assert max(counts) - min(counts) <= 0.01 * target
 
 
-@pytest.mark.parametrize("size", ["50k", "400k", "25m", "1b", "10b"])
-@pytest.mark.parametrize("arm", presets.ARMS)
-def test_counts_by_group_are_those_of_the_built_model(arm, size):
-    values = presets.settings(arm, size, VOCAB)
+@pytest.mark.parametrize("size", presets.SIZES)
+@pytest.mark.parametrize(("arm", "overrides"), [*((arm, {}) for arm in presets.ARMS), ("qies", {"register_heads": 3})])
+def test_counts_by_group_are_those_of_the_built_model(arm, overrides, size):
+    values = presets.settings(arm, size, VOCAB, **overrides)
     counts = presets.count_parameters(values)
     groups = dict.fromkeys(("embedding", "head", "attention", "entanglement", "convolution", "mlp", "norm"), 0)
     for name, p in built(values).named_parameters():
@@ -53,6 +53,8 @@ def test_counts_by_group_are_those_of_the_built_model(arm, size):
         {"gate": "channel"}, {"gate": "none"}, {"decay": "channel"}, {"conv_size": 0}, {"attention_conv_size": 4},
         {"phase_fraction": 0.5}, {"tie_word_embeddings": True}, {"mode": "complex", "eigenvalues": "disc"},
         {"mode": "complex"}, {"phase_rank": 3}, {"num_hidden_layers": 6},
+        {"register_heads": 3}, {"register_heads": 1, "register_channels": 8, "phase": "none", "gate": "none"},
+        {"register_heads": 2, "decay": "channel", "gate": "channel", "phase": "fixed", "phase_fraction": 0.3},
     ],
 )  # fmt: skip
 def test_counts_follow_every_override(overrides):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from qies.ops.loss import linear_cross_entropy
@@ -18,9 +19,14 @@ def language_modelling(
     """
     flat, goal = hidden.flatten(0, -2), targets.flatten()
     mean = linear_cross_entropy(flat, weight, goal, softcap=softcap or None)
-    if count is None:
-        return mean
-    return mean * (goal != -100).sum() / count
+    return mean if count is None else mean * (goal != -100).sum() / count
+
+
+def language_modelling_of_logits(logits: Tensor, targets: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """The same from logits [..,V], for a head that is more than one matrix."""
+    goal = targets.flatten()
+    total = F.cross_entropy(logits.flatten(0, -2), goal, ignore_index=-100, reduction="sum")
+    return total / ((goal != -100).sum().clamp(min=1) if count is None else count)
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:

@@ -64,6 +64,8 @@ MODEL_FIELDS: dict[str, Any] = {
     "phase_slope": 0.05,
     "phase_fraction": 1.0,
     "eigenvalues": "signed",
+    "register_heads": 0,
+    "register_channels": 4,
     "decay": "head",
     "conv_size": 4,
     "gate": "head",
@@ -147,6 +149,7 @@ def inconsistent(values: Mapping[str, Any]) -> str | None:
             return f"Unknown value '{values[name]}' for model.{name}.{hint}"
     least = dict.fromkeys(("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim", "vocab_size"), 1)
     least |= {"attention_conv_size": 0, "conv_size": 0, "phase_rank": 1, "max_position_embeddings": 1}
+    least |= {"register_heads": 0, "register_channels": 2}  # one channel commutes with itself: no register
     for name, smallest in least.items():
         if values[name] < smallest:
             return f"model.{name} is {values[name]}; it must be at least {smallest}."
@@ -167,6 +170,54 @@ def inconsistent(values: Mapping[str, Any]) -> str | None:
     if values["block"] == "gpt2" and "linear_attention" in kinds:
         return 'model.block="gpt2" holds attention layers only.'
     return None
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """The heads of an entanglement layer that are alike: each holds one state Psi in C^{m x V}."""
+
+    heads: int
+    channels: int  # m, complex key channels of a head
+    values: int  # V, complex ones in complex mode
+    mode: str
+    eigenvalues: str
+    decays: int  # of all heads together, as every count below
+    phases: int
+    spans: tuple[int, int]  # tokens that the first and the last head remember before training
+
+    @property
+    def key_width(self) -> int:
+        return self.heads * 2 * self.channels
+
+    @property
+    def value_width(self) -> int:
+        return self.heads * self.values * (2 if self.mode == "complex" else 1)
+
+    @property
+    def betas(self) -> int:
+        return self.heads * (2 if self.eigenvalues == "disc" else 1)
+
+    @property
+    def state_size(self) -> int:
+        """Numbers in the states of one sequence."""
+        return self.heads * 2 * self.channels * self.values
+
+
+def head_groups(values: Mapping[str, Any]) -> tuple[HeadGroup, ...]:
+    """The groups of heads of an entanglement layer: memory heads, then register heads where there are any.
+
+    A register of m levels is complex with eigenvalues in the disc, so that tokens apply any gate of U(m) to it, and
+    V = m: its state has m rows, so m columns hold a whole U(m), and more would repeat them. It starts with the longest
+    memory, since a register that forgets loses its count.
+    """
+
+    def group(heads: int, m: int, v: int, mode: str, eigenvalues: str, spans: tuple[int, int]) -> HeadGroup:
+        decays = heads * (m if values["decay"] == "channel" else 1)
+        return HeadGroup(heads, m, v, mode, eigenvalues, decays, heads * round(values["phase_fraction"] * m), spans)
+
+    k, m, registers = values["head_dim"], values["register_channels"], values["register_heads"]
+    memory = group(values["num_attention_heads"], k // 2, k, values["mode"], values["eigenvalues"], (16, 4096))
+    return (memory, group(registers, m, m, "complex", "disc", (4096, 4096))) if registers else (memory,)
 
 
 def _mlp_width(values: dict[str, Any], target: int, size: str, arm: str) -> int:
@@ -197,16 +248,15 @@ def count_parameters(values: Mapping[str, Any]) -> dict[str, int]:
     gate = {"none": 0, "head": heads, "channel": inner}[values["gate"]]
     attention = 4 * d * inner + k + d * gate
 
-    wide = inner * (2 if values["mode"] == "complex" else 1)
-    gate = {"none": 0, "head": heads, "channel": wide}[values["gate"]]
-    beta = heads * (2 if values["eigenvalues"] == "disc" else 1)
-    decay = heads * (k // 2 if values["decay"] == "channel" else 1)
-    turning = heads * round(values["phase_fraction"] * (k // 2))
-    entanglement = 2 * d * inner + 2 * d * wide + d * (beta + decay + gate) + beta + 2 * decay
+    groups = head_groups(values)
+    wide = sum(g.value_width for g in groups)
+    gate = {"none": 0, "head": sum(g.heads for g in groups), "channel": wide}[values["gate"]]
+    beta, decay, phase = sum(g.betas for g in groups), sum(g.decays for g in groups), sum(g.phases for g in groups)
+    entanglement = 2 * d * (sum(g.key_width for g in groups) + wide) + d * (beta + decay + gate) + beta + 2 * decay
     if values["phase"] != "none":
-        entanglement += turning
+        entanglement += phase
     if values["phase"] == "selective":
-        entanglement += values["phase_rank"] * (d + turning)
+        entanglement += values["phase_rank"] * (d + phase)
 
     kinds = values["layer_types"]
     n_attention, n_entangled = kinds.count("full_attention"), kinds.count("linear_attention")

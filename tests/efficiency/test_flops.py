@@ -15,9 +15,9 @@ from qies.efficiency.plan import plan_model
 from qies.model import QiesConfig, QiesForCausalLM
 
 
-@pytest.mark.parametrize("arm", presets.ARMS)
-def test_one_token_costs_what_torch_counts(arm):
-    values = presets.settings(arm, "200k", 512)
+@pytest.mark.parametrize(("arm", "overrides"), [*((arm, {}) for arm in presets.ARMS), ("qies", {"register_heads": 4})])
+def test_one_token_costs_what_torch_counts(arm, overrides):
+    values = presets.settings(arm, "200k", 512, **overrides)
     model = QiesForCausalLM(QiesConfig(**values)).eval()
     ids = torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -44,6 +44,9 @@ def test_entanglement_is_linear_in_length_and_complex_costs_more():
     inside = 2 * CHUNK * k * 2 + CHUNK**2 / 3
     assert entanglement_flops(values, CHUNK) == heads * (inside + 6 * k * k)
     assert 2 < entanglement_flops({**values, "mode": "complex"}, CHUNK) / entanglement_flops(values, CHUNK) < 8
+    inside = 8 * CHUNK * (2 * 4 + 4) + 8 * CHUNK**2 / 3  # a register head: two rows a token, K = 8, V = 4
+    registers = entanglement_flops({**values, "register_heads": 3}, CHUNK) - entanglement_flops(values, CHUNK)
+    assert registers == pytest.approx(3 * (inside + 12 * 8 * 4))
 
 
 def test_plan_adds_up():

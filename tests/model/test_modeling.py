@@ -7,42 +7,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import VARIANTS, stirred
 
 from qies.model import QiesCache, QiesConfig, QiesForCausalLM
-
-VARIANTS = {
-    "qies": {},
-    "fixed_phase": {"phase": "fixed"},
-    "no_phase": {"phase": "none", "conv_size": 0},
-    "complex": {"mode": "complex", "eigenvalues": "disc"},
-    "channel": {"decay": "channel", "gate": "channel", "phase_fraction": 0.5, "eigenvalues": "unit"},
-    "transformer": {"layer_types": ["full_attention"] * 4, "position": "rope"},
-    "transformer_conv": {"layer_types": ["full_attention"] * 4, "position": "rope", "attention_conv_size": 4},
-    "recurrent": {"layer_types": ["linear_attention"] * 4, "gate": "none"},
-    "gpt2": {
-        "block": "gpt2",
-        "position": "learned",
-        "layer_types": ["full_attention"] * 4,
-        "logit_softcap": 0.0,
-        "max_position_embeddings": 64,
-    },
-    "tied": {"tie_word_embeddings": True, "logit_softcap": 0.0},
-}
-
-
-def build(name: str, seed: int = 0, **more) -> QiesForCausalLM:
-    torch.manual_seed(seed)
-    shape = {"vocab_size": 97, "hidden_size": 32, "head_dim": 16, "intermediate_size": 40}
-    model = QiesForCausalLM(QiesConfig(**{**shape, **VARIANTS[name], **more}))
-    with torch.no_grad():  # away from the zero-initialised outputs, so that every path matters
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model.eval()
 
 
 @pytest.fixture(params=VARIANTS, scope="module")
 def model(request):
-    return build(request.param)
+    return stirred(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +77,12 @@ def test_generation_with_and_without_cache_agree(model, ids):
             a = model.generate(prompt, **kw, **how)
             b = model.generate(prompt, use_cache=False, **kw, **how)
             assert torch.equal(a, b)
-        samples = []
-        for cached in (True, False):
-            torch.manual_seed(3)
-            samples.append(model.generate(prompt, use_cache=cached, do_sample=True, **kw))
-        assert torch.equal(*samples)
+        for beams in (1, 2):
+            samples = []
+            for cached in (True, False):
+                torch.manual_seed(3)
+                samples.append(model.generate(prompt, use_cache=cached, do_sample=True, num_beams=beams, **kw))
+            assert torch.equal(*samples)
 
 
 def test_generation_goes_on_from_a_returned_cache(model, ids):
@@ -128,7 +101,7 @@ def test_generation_goes_on_from_a_returned_cache(model, ids):
 
 @torch.no_grad()
 def test_the_entangled_state_does_not_grow(ids):
-    model = build("qies")
+    model = stirred("qies")
     cache = QiesCache(model.config)
     sizes = []
     for _ in range(3):
@@ -145,12 +118,12 @@ def test_a_foreign_cache_is_refused(ids):
     from transformers import DynamicCache
 
     with pytest.raises(ValueError, match="QiesCache"):
-        build("qies")(ids, past_key_values=DynamicCache())
+        stirred("qies")(ids, past_key_values=DynamicCache())
 
 
 @torch.no_grad()
 def test_read_state_switches_every_read_out_off_and_back(ids):
-    model = build("qies")
+    model = stirred("qies")
     on = model(ids).logits
     with model.read_state(False):
         off = model(ids).logits
@@ -158,7 +131,7 @@ def test_read_state_switches_every_read_out_off_and_back(ids):
             assert torch.equal(model(ids).logits, on)
     assert torch.equal(model(ids).logits, on)
     assert not torch.allclose(on, off)
-    silent = build("qies")
+    silent = stirred("qies")
     for layer in silent.model.layers[:3]:
         layer.mixer.o_proj.weight.zero_()
     assert torch.allclose(off, silent(ids).logits, atol=1e-6)
@@ -183,21 +156,10 @@ def test_every_parameter_learns(model, ids):
     model.train()
     model.zero_grad()
     model(ids, labels=ids).loss.backward()
-    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    still = [n for n, p in model.named_parameters() if p.grad is None or not 0 < p.grad.abs().sum() < torch.inf]
     model.zero_grad()
     model.eval()
     assert still == []
-
-
-def test_gradient_checkpointing_changes_no_gradient(ids):
-    grads = []
-    for on in (False, True):
-        model = build("qies").train()
-        if on:
-            model.activation_checkpointing_enable()
-        model(ids, labels=ids).loss.backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
 
 
 def test_a_new_model_starts_as_the_identity_with_uniform_predictions():
@@ -217,7 +179,7 @@ def test_arms_differ_only_in_their_mixers_at_the_start():
 
 
 def test_saved_and_loaded_through_the_auto_classes(tmp_path, ids):
-    model = build("complex")
+    model = stirred("complex")
     model.save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.glob("*.safetensors")]
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
@@ -233,12 +195,12 @@ def test_saved_and_loaded_through_the_auto_classes(tmp_path, ids):
 
 @torch.no_grad()
 def test_bf16_weights_keep_state_and_controls_in_fp32(ids):
-    model = build("qies").to(torch.bfloat16)
+    model = stirred("qies").to(torch.bfloat16)
     cache = QiesCache(model.config)
     logits = model(ids, past_key_values=cache).logits
     assert logits.dtype == torch.float32 and torch.isfinite(logits).all()
     assert cache.layers[0].recurrent_states[0].dtype == torch.float32
-    controls = model.model.layers[0].mixer.events(torch.randn(1, 5, 32).bfloat16())[3:]
+    controls = model.model.layers[0].mixer.events(torch.randn(1, 5, 32).bfloat16())[0][3:]
     assert {x.dtype for x in controls} == {torch.float32}
 
 

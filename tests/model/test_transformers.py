@@ -2,25 +2,8 @@
 
 import pytest
 import torch
+from tiny_models import ARMS, build, stirred
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
-
-from qies.model import QiesConfig, QiesForCausalLM
-
-ARMS = {
-    "qies": {},
-    "complex": {"mode": "complex", "eigenvalues": "disc"},
-    "transformer": {"layer_types": ["full_attention"] * 4, "position": "rope"},
-    "gpt2": {
-        "block": "gpt2", "position": "learned", "layer_types": ["full_attention"] * 4, "logit_softcap": 0.0,
-        "tie_word_embeddings": True, "max_position_embeddings": 128,
-    },
-}  # fmt: skip
-
-
-def build(name: str, **more) -> QiesForCausalLM:
-    torch.manual_seed(0)
-    shape = {"vocab_size": 97, "hidden_size": 32, "head_dim": 16, "intermediate_size": 40}
-    return QiesForCausalLM(QiesConfig(**{**shape, **ARMS[name], **more}))
 
 
 class Rows(torch.utils.data.Dataset):
@@ -80,7 +63,7 @@ def test_evaluation_gives_logits_and_the_same_loss(tmp_path):
 
 def test_pipeline_generates_text(shards, tmp_path):
     tokenizer = shards.tokenizer()
-    model = build("qies", vocab_size=len(tokenizer))
+    model = stirred("qies", vocab_size=len(tokenizer))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -92,27 +75,7 @@ def test_pipeline_generates_text(shards, tmp_path):
     assert all(t.startswith(p) for t, p in zip(alone, prompts, strict=True))
 
 
-@pytest.mark.parametrize("name", ["qies", "gpt2"])
-@pytest.mark.parametrize("size", [90, 120])
-def test_embeddings_resize(name, size):
-    model = build(name).eval()
-    ids = torch.randint(0, 80, (1, 9))
-    before = model(ids).logits
-    model.resize_token_embeddings(size, mean_resizing=False)
-    after = model(ids).logits
-    assert after.shape[-1] == size and model.config.vocab_size == size
-    assert torch.allclose(after[..., :90], before[..., :90], atol=1e-6)
-
-
-def test_tied_embeddings_stay_tied_through_a_file(tmp_path):
-    model = build("qies", tie_word_embeddings=True)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-
-
-@pytest.mark.parametrize("name", ["qies", "transformer", "gpt2"])
+@pytest.mark.parametrize("name", ARMS)
 @torch.no_grad()
 def test_eager_and_sdpa_agree(name):
     ids = torch.randint(0, 97, (2, 21))
@@ -120,7 +83,7 @@ def test_eager_and_sdpa_agree(name):
     mask[0, :5] = 0
     out = []
     for kind in ("sdpa", "eager"):
-        model = build(name).eval()
+        model = stirred(name)
         model.set_attn_implementation(kind)
         out.append(model(ids, attention_mask=mask, output_attentions=kind == "eager"))
     real = mask.bool()
@@ -139,24 +102,27 @@ def test_bf16_model_trains_and_reloads_in_bf16(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_lora_adapts_every_projection(tmp_path):
+@pytest.mark.parametrize("name", ARMS)
+def test_lora_adapts_every_projection(name, tmp_path):
     import peft
 
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(build("qies"), peft.LoraConfig(target_modules=names, r=2, task_type="CAUSAL_LM"))
+    base = stirred(name, tie_word_embeddings=False)
+    linear = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    options = peft.LoraConfig(target_modules=sorted(linear), r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(base, options)
     ids = torch.arange(24)[None] % 97
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.1)
-    model.train()(input_ids=ids, labels=ids).loss.backward()
-    still = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.abs().sum() > 0]
-    # Output projections start at zero, so what lies before them has no gradient yet.
-    assert [n for n in still if "o_proj" in n or "down_proj" in n] == []
-    model.eval()
-    adapted = model(input_ids=ids).logits
-    merged = model.merge_and_unload()
-    assert torch.allclose(merged(ids).logits, adapted, atol=1e-4)
+    logits = model.eval()(input_ids=ids).logits
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    assert torch.allclose(loss, expected, atol=1e-5)  # the head's adapter counts in the loss too
+    assert torch.allclose(model(input_ids=ids, labels=ids, num_items_in_batch=46).loss, expected / 2, atol=1e-5)
+    loss.backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.abs().sum() > 0] == []
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(stirred(name, tie_word_embeddings=False), tmp_path).eval()
+    assert torch.allclose(again(input_ids=ids).logits, logits, atol=1e-5)
+    merged = model.eval().merge_and_unload()
+    assert torch.allclose(merged(ids).logits, logits, atol=1e-3)
 
 
 @pytest.mark.slow  # lm-eval is an extra: make test-all installs it
@@ -165,7 +131,7 @@ def test_lm_eval_sees_the_same_model_at_every_batch_size(shards):
     from lm_eval.api.instance import Instance
     from lm_eval.models import huggingface
 
-    model = build("qies", vocab_size=len(shards.tokenizer())).eval()
+    model = stirred("registers", vocab_size=len(shards.tokenizer()))
     texts = [("Ada", " wrote the phase"), ("", "Bell forgot"), ("Curie measured the long", " sequence 3 times.")]
     asked = [Instance("loglikelihood", {}, t, i) for i, t in enumerate(texts * 3)]
     got = []

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qies.presets import count_parameters, head_groups
+
 CHUNK = 64
 CONVENTION = (
     "matrix products only, 2 FLOPs a multiply-add, training = 3 x forward; output head counted, embedding look-up not; "
@@ -17,8 +19,6 @@ CONVENTION = (
 
 def forward_flops_per_token(values: Mapping[str, Any], seq_len: int) -> dict[str, float]:
     """Forward FLOPs a token by group, at sequence length T; `values` as `presets.settings` gives them."""
-    from qies.presets import count_parameters
-
     counts = count_parameters(values)
     kinds = values["layer_types"]
     inner = values["num_attention_heads"] * values["head_dim"]
@@ -37,10 +37,12 @@ def entanglement_flops(values: Mapping[str, Any], chunk: int) -> float:
     A head with r rows a token (1 real, 2 complex): 2 r^2 C K for each of k k^T and q k^T (lower halves), r^2 C V for
     each of X R and P D, r^3 C^2 / 3 for the inverse, and 2 r K V for each of k S, q S and k^T D.
     """
-    r = 2 if values["mode"] == "complex" else 1
-    k = v = values["head_dim"]
-    inside = 2 * r * r * chunk * k + 2 * r * r * chunk * v + r**3 * chunk**2 / 3
-    return values["num_attention_heads"] * (inside + 3 * 2 * r * k * v)
+    total = 0.0
+    for group in head_groups(values):
+        r, k, v = (2 if group.mode == "complex" else 1), 2 * group.channels, group.values
+        inside = 2 * r * r * chunk * k + 2 * r * r * chunk * v + r**3 * chunk**2 / 3
+        total += group.heads * (inside + 3 * 2 * r * k * v)
+    return total
 
 
 def training_flops_per_token(values: Mapping[str, Any], seq_len: int) -> float:

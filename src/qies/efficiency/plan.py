@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from qies.efficiency.flops import CONVENTION, forward_flops_per_token, training_flops_per_token
-from qies.presets import count_parameters, parse_size
+from qies.presets import count_parameters, head_groups, parse_size
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv:2203.15556
 
@@ -24,9 +24,8 @@ def plan_model(values: Mapping[str, Any], arm: str, size: str, tokens: int | Non
     tokens = tokens or TOKENS_PER_PARAMETER * parse_size(size)
     per_token = training_flops_per_token(values, seq_len)
     optimizer = 4 * params["non_embedding"] + 8 * (params["embedding"] + params["head"])
-    kinds, k = values["layer_types"], values["head_dim"]
-    inner = values["num_attention_heads"] * k
-    state = kinds.count("linear_attention") * 4 * inner * k
+    kinds, inner = values["layer_types"], values["num_attention_heads"] * values["head_dim"]
+    state = kinds.count("linear_attention") * 4 * sum(group.state_size for group in head_groups(values))
     taps = max(values["conv_size"] - 1, 0), max(values["attention_conv_size"] - 1, 0)
     conv = sum(
         n * t * 4 * values["hidden_size"]
@@ -35,7 +34,7 @@ def plan_model(values: Mapping[str, Any], arm: str, size: str, tokens: int | Non
     return {
         "arm": arm,
         "size": size,
-        "shape": {k: v for k, v in values.items() if k.endswith(("_size", "_layers", "_heads", "_dim"))},
+        "shape": {k: v for k, v in values.items() if k.endswith(("_size", "_layers", "_heads", "_channels", "_dim"))},
         "params": params,
         "flops_convention": CONVENTION,
         "forward_flops_per_token": forward_flops_per_token(values, seq_len),

@@ -20,29 +20,29 @@ from qies.model import QiesCache, QiesForCausalLM
 
 
 @torch.no_grad()
-def capture_states(model: QiesForCausalLM, ids: Tensor, positions: Sequence[int]) -> dict[int, Tensor]:
-    """The state of every entanglement layer after each number of tokens in `positions` (ascending).
+def capture_states(model: QiesForCausalLM, ids: Tensor, positions: Sequence[int]) -> dict[int, list[Tensor]]:
+    """The states of every entanglement layer after each number of tokens in `positions` (ascending).
 
-    ids [B,T] -> {layer: [P,B,H,2m,V] fp32}; empty for a model without such layers. Raises UserError when a position
-    lies beyond the text.
+    ids [B,T] -> {layer: one [P,B,H,2m,V] fp32 for each group of heads}; empty for a model without such layers. Raises
+    UserError when a position lies beyond the text.
     """
     if list(positions) != sorted(set(positions)) or not positions or positions[-1] > ids.shape[1] or positions[0] < 1:
         raise UserError(f"positions {list(positions)} must ascend within the text's {ids.shape[1]} tokens.")
     layers = [i for i, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
     cache = QiesCache(model.config)
-    seen: dict[int, list[Tensor]] = {i: [] for i in layers}
+    seen: dict[int, list[list[Tensor]]] = {i: [] for i in layers}
     start, was = 0, model.training
     model.eval()
     for end in positions:
         model.model(ids[:, start:end], past_key_values=cache, use_cache=True)
         for i in layers:
-            seen[i].append(cache.layers[i].recurrent_states[0].clone())
+            seen[i].append([state.clone() for state in cache.layers[i].recurrent_states.values()])
         start = end
     model.train(was)
-    return {i: torch.stack(states) for i, states in seen.items()}
+    return {i: [torch.stack(group) for group in zip(*states, strict=True)] for i, states in seen.items()}
 
 
-def entropies(states: dict[int, Tensor], positions: Sequence[int]) -> dict[str, Any]:
+def entropies(states: dict[int, list[Tensor]], positions: Sequence[int]) -> dict[str, Any]:
     """Entropies in nats and mean Schmidt spectra of captured states, as plain data for the report.
 
     Per head at the last position: mean and standard deviation over the texts of the von Neumann and Renyi-2
@@ -50,30 +50,29 @@ def entropies(states: dict[int, Tensor], positions: Sequence[int]) -> dict[str, 
     von Neumann entropy over layers, heads and texts at every position.
     """
     layers, by_position = [], []
-    for layer, psi in states.items():
-        _, _, heads, pairs, v = psi.shape
-        m = pairs // 2
-        spectrum = schmidt_spectrum(psi)  # [P,B,H,min(m,V)]
-        s1, s2 = von_neumann_entropy(spectrum), renyi2_entropy(psi[-1])
-        by_position.append(s1.mean(dim=(1, 2)))
-        layers.append(
-            {
-                "layer": layer,
-                "heads": [
-                    {
-                        "head": h,
-                        "m": m,
-                        "v": v,
-                        "ceiling": entropy_ceiling(m, v),
-                        "page": page_entropy(m, v),
-                        "von_neumann": _mean_std(s1[-1, :, h]),
-                        "renyi2": _mean_std(s2[:, h]),
-                        "spectrum": spectrum[-1, :, h].mean(0).tolist(),
-                    }
-                    for h in range(heads)
-                ],
-            }
-        )
+    for layer, groups in states.items():
+        heads: list[dict[str, Any]] = []
+        entropy = []
+        for psi in groups:
+            m, v = psi.shape[-2] // 2, psi.shape[-1]
+            spectrum = schmidt_spectrum(psi)  # [P,B,H,min(m,V)]
+            s1, s2 = von_neumann_entropy(spectrum), renyi2_entropy(psi[-1])
+            entropy.append(s1)
+            heads += [
+                {
+                    "head": len(heads) + h,
+                    "m": m,
+                    "v": v,
+                    "ceiling": entropy_ceiling(m, v),
+                    "page": page_entropy(m, v),
+                    "von_neumann": _mean_std(s1[-1, :, h]),
+                    "renyi2": _mean_std(s2[:, h]),
+                    "spectrum": spectrum[-1, :, h].mean(0).tolist(),
+                }
+                for h in range(psi.shape[2])
+            ]
+        by_position.append(torch.cat(entropy, 2).mean(dim=(1, 2)))
+        layers.append({"layer": layer, "heads": heads})
     return {
         "layers": layers,
         "positions": list(positions),

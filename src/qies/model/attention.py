@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.k_proj = linear(width, inner)
         self.v_proj = linear(width, inner)
         self.q_scale = nn.Parameter(torch.ones(config.head_dim))
-        self.gate = OutputGate(width, config.num_attention_heads, config.head_dim, config.gate)
+        self.gate = OutputGate(width, config.num_attention_heads, inner, config.gate)
         self.o_proj = linear(inner, width, std=0.0)
 
     def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, **kwargs):

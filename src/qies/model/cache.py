@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 
 class StateLayer(LinearAttentionLayer):
-    """One entanglement layer's memory: state [B,H,2m,V] fp32 and the convolution's last inputs [B,k-1,D]."""
+    """One entanglement layer's memory: a state [B,H,2m,V] fp32 for each group of heads, and the convolution's last
+    inputs [B,k-1,D]."""
 
-    is_compileable = False
+    is_compileable = is_croppable = False
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         _each_state(self, lambda t: t.repeat_interleave(repeats, dim=0))
@@ -29,6 +31,14 @@ class StateLayer(LinearAttentionLayer):
 class AttentionStateLayer(LinearAttentionAndFullAttentionLayer):
     """An attention layer's keys and values, and the last inputs of its short convolution if it has one."""
 
+    @property
+    def is_croppable(self) -> bool:
+        return not any(self.is_conv_states_initialized.values())
+
+    def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.has_previous_state[0] = True  # without a convolution nothing else would mark it
+        return super().update(*args, **kwargs)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         _each_state(self, lambda t: t.repeat_interleave(repeats, dim=0))
@@ -38,9 +48,9 @@ class AttentionStateLayer(LinearAttentionAndFullAttentionLayer):
         _each_state(self, lambda t: t[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        if any(self.is_conv_states_initialized.values()) and tokens_to_remove != 0:
+        if not self.is_croppable and tokens_to_remove != 0:
             raise ValueError("A layer with a short convolution cannot be cropped.")
-        super(LinearAttentionLayer, self).crop(tokens_to_remove)
+        DynamicLayer.crop(self, tokens_to_remove)
 
 
 class QiesCache(DynamicCache):
@@ -51,8 +61,11 @@ class QiesCache(DynamicCache):
 
     def __init__(self, config) -> None:
         super().__init__(config=config)
-        kinds = {"linear_attention": StateLayer, "full_attention": AttentionStateLayer}
-        self.layers: list[Any] = [kinds[kind]() for kind in config.layer_types]
+        groups = len(config.head_groups)
+        self.layers: list[Any] = [
+            StateLayer(number_of_states=groups) if kind == "linear_attention" else AttentionStateLayer()
+            for kind in config.layer_types
+        ]
         self.seen_tokens = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -66,7 +79,8 @@ class QiesCache(DynamicCache):
         self.seen_tokens = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
+        for layer in sorted(self.layers, key=lambda layer: layer.is_croppable):  # a refusal comes before any change
+            layer.crop(tokens_to_remove)
         self.seen_tokens -= abs(tokens_to_remove)
 
     def state_bytes(self, *, entangled_only: bool = False) -> int:
@@ -82,9 +96,11 @@ class QiesCache(DynamicCache):
         return total
 
 
-def read_state(layer) -> Tensor | None:
-    """The recurrent state a layer holds, or None before the first token."""
-    return layer.recurrent_states[0] if layer is not None and layer.has_previous_state[0] else None
+def read_states(layer, groups: int) -> list[Tensor | None]:
+    """The states a layer holds, one for each group of heads, or as many None before the first token."""
+    if layer is None or not layer.has_previous_state[0]:
+        return [None] * groups
+    return list(layer.recurrent_states.values())
 
 
 def read_conv(layer) -> Tensor | None:
@@ -92,12 +108,13 @@ def read_conv(layer) -> Tensor | None:
     return layer.conv_states[0] if layer is not None and layer.is_conv_states_initialized[0] else None
 
 
-def write_state(layer, state: Tensor) -> None:
-    """Keep `state`; a layer without convolution is marked as filled too."""
-    layer.recurrent_states[0] = state.detach()
-    layer.is_recurrent_states_initialized[0] = True
-    layer.has_previous_state[0] = True
-    layer.device, layer.dtype = state.device, state.dtype
+def write_states(layer, states: Iterable[Tensor]) -> None:
+    """Keep the states, one for each group of heads; a layer without convolution is marked as filled too."""
+    for i, state in enumerate(states):
+        layer.recurrent_states[i] = state.detach()
+        layer.is_recurrent_states_initialized[i] = True
+        layer.has_previous_state[i] = True
+        layer.device, layer.dtype = state.device, state.dtype
 
 
 def write_conv(layer, inputs: Tensor) -> None:

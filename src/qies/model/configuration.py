@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from qies.presets import inconsistent
+from qies.presets import HeadGroup, head_groups, inconsistent
 
 
 class QiesConfig(PreTrainedConfig):
@@ -27,6 +27,8 @@ class QiesConfig(PreTrainedConfig):
         phase_fraction: the share of a
         head's complex channels that rotates;
         eigenvalues: where lambda = 1 - beta lives: "unit" [0,1], "signed" [-1,1], "disc" (complex mode only);
+        register_heads: small heads for state tracking beside the others, 0 for none; they are complex with
+        eigenvalues in the disc, and their states are m by m with m = register_channels (at least 2);
         decay: one alpha a "head" or a complex "channel"; conv_size: taps of the short convolution, 0 for none.
     All layers:
         gate: sigmoid output gate per "head", per "channel" or "none"; logit_softcap (0: none);
@@ -57,6 +59,8 @@ class QiesConfig(PreTrainedConfig):
     phase_slope: float = 0.05
     phase_fraction: float = 1.0
     eigenvalues: str = "signed"
+    register_heads: int = 0
+    register_channels: int = 4
     decay: str = "head"
     conv_size: int = 4
     gate: str = "head"
@@ -79,11 +83,6 @@ class QiesConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def channels(self) -> int:
-        """m, the complex key channels of a head."""
-        return self.head_dim // 2
-
-    @property
-    def rotating(self) -> int:
-        """How many of the m complex channels of a head rotate."""
-        return round(self.phase_fraction * self.channels)
+    def head_groups(self) -> tuple[HeadGroup, ...]:
+        """The groups of alike heads that an entanglement layer is made of."""
+        return head_groups(vars(self))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,11 @@ def linear(inputs: int, outputs: int, std: float | None = None) -> nn.Linear:
     layer = nn.Linear(inputs, outputs, bias=False)
     layer.init_std = inputs**-0.5 if std is None else std  # type: ignore[assignment]
     return layer
+
+
+def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """x [..., sum(sizes)] -> a part [..., size] for each; one part is x itself, which saves backward a copy."""
+    return [x] if len(sizes) == 1 else x.split(list(sizes), -1)
 
 
 class ShortConv(nn.Module):
@@ -58,19 +65,23 @@ class ShortConv(nn.Module):
 class OutputGate(nn.Module):
     """gate(x) * RMSNorm_head(o), the last step of every mixer before its output projection."""
 
-    def __init__(self, width: int, heads: int, head_width: int, kind: str) -> None:
+    def __init__(self, width: int, heads: int, values: int, kind: str) -> None:
         super().__init__()
-        self.kind, self.heads = kind, heads
-        out = {"none": 0, "head": heads, "channel": heads * head_width}[kind]
+        self.kind = kind
+        out = {"none": 0, "head": heads, "channel": values}[kind]
         self.proj = linear(width, out) if out else None
 
-    def forward(self, x: Tensor, o: Tensor) -> Tensor:
-        """x [B,T,D], o [B,T,H,V] -> [B,T,H*V] in the dtype of o."""
-        o = rms_norm(o)
+    def forward(self, x: Tensor, *groups: Tensor) -> Tensor:
+        """x [B,T,D] and an o [B,T,H,V] for each group of heads -> [B,T,values], all groups' H*V, in the dtype of o."""
+        out = [rms_norm(o) for o in groups]
         if self.proj is not None:
-            gate = torch.sigmoid(self.proj(x)).to(o.dtype)
-            o = o * (gate[..., None] if self.kind == "head" else gate.view_as(o))
-        return o.flatten(2)
+            gate = torch.sigmoid(self.proj(x)).to(out[0].dtype)
+            shapes = [o.shape[2:3] if self.kind == "head" else o.shape[2:] for o in out]
+            gates = split(gate, [shape.numel() for shape in shapes])
+            gates = [g.unflatten(-1, shape) for g, shape in zip(gates, shapes, strict=True)]
+            out = [o * (g[..., None] if self.kind == "head" else g) for o, g in zip(out, gates, strict=True)]
+        flat = [o.flatten(2) for o in out]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
 
 
 class MLP(nn.Module):

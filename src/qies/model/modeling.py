@@ -10,17 +10,20 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from qies.model.attention import Attention, rotary_angles
 from qies.model.cache import QiesCache
 from qies.model.configuration import QiesConfig
 from qies.model.entanglement import Entanglement
-from qies.model.gpt2 import Gpt2Block
+from qies.model.gpt2 import Gpt2Attention, Gpt2Block
 from qies.model.layers import MLP, ShortConv, linear
-from qies.objective import language_modelling
+from qies.objective import language_modelling, language_modelling_of_logits
 from qies.ops.norm import rms_norm
 
 MIXERS = {"full_attention": Attention, "linear_attention": Entanglement}
@@ -67,6 +70,10 @@ class QiesPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _is_stateful = True  # an entangled state cannot be rolled back, so no assisted decoding
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": [QiesBlock, Gpt2Block],
+        "attentions": [Attention, Gpt2Attention],
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -95,7 +102,11 @@ class QiesPreTrainedModel(PreTrainedModel):
 
 
 class QiesModel(QiesPreTrainedModel):
-    """Embedding, L blocks, final norm: token ids [B,T] -> hidden states [B,T,D]."""
+    """Embedding, L blocks, final norm: token ids [B,T] -> hidden states [B,T,D].
+
+    With `output_hidden_states` the L + 1 of them [B,T,D]; with `output_attentions` the weights [B,H,T,S] of the
+    attention layers, which only `attn_implementation="eager"` gives.
+    """
 
     def __init__(self, config: QiesConfig) -> None:
         super().__init__(config)
@@ -108,6 +119,7 @@ class QiesModel(QiesPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -116,8 +128,6 @@ class QiesModel(QiesPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
@@ -126,6 +136,10 @@ class QiesModel(QiesPreTrainedModel):
         length = embeds.shape[1]
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:  # a layer that runs again would write its state again
+            if past_key_values is not None:
+                raise ValueError("Gradient checkpointing cannot go on from past_key_values: leave them out, or eval().")
+            use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = QiesCache(self.config)
         if past_key_values is not None and not isinstance(past_key_values, QiesCache):
@@ -142,20 +156,11 @@ class QiesModel(QiesPreTrainedModel):
                 angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
 
         x = self._embed(embeds, position_ids)
-        hidden_states, attentions = [x], []
         for layer in self.layers:
-            x, weights = layer(x, angles=angles, causal_mask=causal_mask, mask=mask, past_key_values=past_key_values)
-            hidden_states.append(x)
-            attentions.append(weights)
-        x = self.norm(x)
+            x, _ = layer(x, angles=angles, causal_mask=causal_mask, mask=mask, past_key_values=past_key_values)
         if past_key_values is not None:
             past_key_values.seen_tokens += length
-        return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values,
-            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
     def _embed(self, embeds: Tensor, position_ids: Tensor | None) -> Tensor:
         """What enters the first block, [B,T,D]: normalised embeddings, or GPT-2's sum with learned positions."""
@@ -170,6 +175,12 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
     """A QIES language model. With `labels` the loss is the whole objective, in nats a token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (the name is transformers')
+    _supported_generation_modes = [  # noqa: RUF012 (all others roll back or copy a cache)
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+        GenerationMode.BEAM_SEARCH,
+        GenerationMode.BEAM_SAMPLE,
+    ]
 
     def __init__(self, config: QiesConfig) -> None:
         super().__init__(config)
@@ -177,6 +188,7 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         self.lm_head = linear(config.hidden_size, config.vocab_size, std=0.1 * config.hidden_size**-0.5)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -205,21 +217,22 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         hidden = out.last_hidden_state
         loss = logits = None
         if labels is not None and shift_labels is None:
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        if shift_labels is not None:
+        if shift_labels is not None and type(self.lm_head) is nn.Linear:
             loss = language_modelling(
                 hidden, self.lm_head.weight, shift_labels, self.config.logit_softcap, num_items_in_batch
             )
+        elif shift_labels is not None:  # wrapped by an adapter such as LoRA, whose weight is not the whole head
+            loss = language_modelling_of_logits(self._logits(hidden), shift_labels, num_items_in_batch)
         if loss is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep]).float()
-            cap = self.config.logit_softcap
-            logits = cap * torch.tanh(logits / cap) if cap else logits
+            logits = self._logits(hidden[:, keep])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -227,6 +240,12 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """hidden [B,T,D] -> soft-capped logits [B,T,V] in fp32."""
+        logits = self.lm_head(hidden).float()
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     @contextmanager
     def read_state(self, on: bool = True) -> Iterator[None]:

@@ -1,0 +1,51 @@
+"""Tiny models of every arm, and of options that no arm uses."""
+
+import torch
+
+from qies import presets
+from qies.model import QiesConfig, QiesForCausalLM
+
+SHAPE = {"vocab_size": 97, "hidden_size": 32, "head_dim": 16, "intermediate_size": 40}
+ATTENTION, ENTANGLED = ["full_attention"] * 4, ["linear_attention"] * 4
+
+
+def _arm(name: str) -> dict:
+    values = {**presets.ARMS[name]}
+    if values.pop("attention_everywhere", False):
+        values["layer_types"] = ATTENTION
+    if "max_position_embeddings" in values:
+        values["max_position_embeddings"] = 64
+    return values
+
+
+ARMS = {name: _arm(name) for name in presets.ARMS} | {"registers": {"register_heads": 3, "register_channels": 2}}
+VARIANTS = ARMS | {
+    "no_conv": {"phase": "none", "conv_size": 0},
+    "channel": {"decay": "channel", "gate": "channel", "phase_fraction": 0.5, "eigenvalues": "unit"},
+    "transformer_conv": {"layer_types": ATTENTION, "position": "rope", "attention_conv_size": 4},
+    "recurrent": {"layer_types": ENTANGLED, "gate": "none"},
+    "complex_registers": {
+        "layer_types": ENTANGLED, "conv_size": 0, "mode": "complex", "decay": "channel", "gate": "channel",
+        "phase_fraction": 0.5, "register_heads": 1, "register_channels": 5,
+    },
+    "tied": {"tie_word_embeddings": True, "logit_softcap": 0.0},
+}  # fmt: skip
+
+
+def config(name: str, **more) -> QiesConfig:
+    return QiesConfig(**{**SHAPE, **VARIANTS[name], **more})
+
+
+def build(name: str, seed: int = 0, **more) -> QiesForCausalLM:
+    """A model as training would start with it."""
+    torch.manual_seed(seed)
+    return QiesForCausalLM(config(name, **more))
+
+
+def stirred(name: str, seed: int = 0, **more) -> QiesForCausalLM:
+    """A model away from the zero-initialised outputs, so that every path matters; ready for inference."""
+    model = build(name, seed, **more)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
