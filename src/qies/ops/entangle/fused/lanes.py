@@ -260,6 +260,31 @@ def put(typing_context, x, i, value):
     return types.void(x, types.int64, x.dtype), codegen
 
 
+@intrinsic
+def _prefetch(typing_context, x, i):
+    """Ask for x[i] to be brought near."""
+
+    def codegen(context, builder, sig, args):
+        flag = ir.IntType(32)
+        address = builder.gep(_data(context, builder, sig.args[0], args[0]), [args[1]])
+        kind = ir.FunctionType(ir.VoidType(), [address.type, flag, flag, flag])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(fetch, [address, flag(0), flag(2), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64), codegen
+
+
+@njit(**OPTIONS)
+def prefetch(x, at, step, width, rows):
+    """Ask for rows `x[at + i * step:]` of `width` numbers, long before they are read: they lie too far apart for the
+    processor to see what comes next."""
+    line = 64 // x.itemsize
+    for i in range(rows):
+        for c in range(0, width, line):
+            _prefetch(x, at + i * step + c)
+
+
 class _Cache(FunctionCache):
     """Compiled code on disk that is made anew when any file of the kernel changes.
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from qies.ops.entangle.fused.lanes import OPTIONS, cos_sin, get, kernel, put, read
+from qies.ops.entangle.fused.lanes import OPTIONS, cos_sin, get, kernel, prefetch, put, read
 from qies.ops.entangle.fused.pull import pull, settle, sum_up, through, turn_back
 from qies.ops.entangle.fused.push import advance, outputs, prepare
 from qies.ops.entangle.fused.tile import RANGE, rescale
 
+ABREAST = 8  # most heads that go in step: their states stay in the nearer cache
 CALM = 60.0  # a chunk damps to e^-60 at most: its rescaled halves are far from over- and underflow in float32
 
 
@@ -58,11 +59,12 @@ def plan(log_alpha, s, B):
 @njit(**OPTIONS)
 def copy_state(x, to, state, at, s):
     """The state `[2m, V]` at `state[at:]` into `[k, v]`, padded with zeros."""
-    for i in range(s.k * s.v):
-        put(x, to + i, np.float32(0))
+    if s.k * s.v > 2 * s.m * s.V:
+        for i in range(s.k * s.v):
+            put(x, to + i, np.float32(0))
     for c in range(2 * s.m):
         for j in range(s.V):
-            put(x, to + c * s.v + j, read(state, at + c * s.V + j))
+            put(x, to + c * s.v + j, get(state, at + c * s.V + j))
 
 
 @njit(**OPTIONS)
@@ -74,16 +76,39 @@ def keep_state(x, source, state, at, s):
 
 
 @njit(**OPTIONS)
-def turn_state(x, state, turns, sign, s):
-    """A state `[k, v]` times e^{2 pi i turns}, or its inverse for sign -1."""
+def turn_state(state, at, turns, sign, s):
+    """A state `[2m, V]` at `state[at:]` times e^{2 pi i turns}, or its inverse for sign -1."""
     for c in range(s.m):
         cos, sin = cos_sin(turns[c])
         sin *= sign
-        row, other = state + c * s.v, state + (c + s.m) * s.v
-        for j in range(s.v):
-            re, im = get(x, row + j), get(x, other + j)
-            put(x, row + j, re * cos - im * sin)
-            put(x, other + j, re * sin + im * cos)
+        row, other = at + c * s.V, at + (c + s.m) * s.V
+        for j in range(s.V):
+            re, im = get(state, row + j), get(state, other + j)
+            put(state, row + j, re * cos - im * sin)
+            put(state, other + j, re * sin + im * cos)
+
+
+@njit(**OPTIONS)
+def together(unit, end, s, first):
+    """Where the units that go in step with `unit` end, and the most chunks of any: neighbouring heads of a batch row,
+    whose tokens lie side by side in memory."""
+    stop, most = unit, 0
+    while stop < end and stop // s.H == unit // s.H and stop - unit < ABREAST:
+        most = max(most, first[stop + 1] - first[stop] - 1)
+        stop += 1
+    return stop, most
+
+
+@njit(**OPTIONS)
+def look_ahead(s, b, h, start, stop, keys, values, theta):
+    """Ask for what a chunk of tokens reads."""
+    first, tokens, K, V = (b * s.T + start) * s.H + h, stop - start, 2 * s.m, s.r * s.V
+    for x in keys:
+        prefetch(x, first * K, s.H * K, K, tokens)
+    for x in values:
+        prefetch(x, first * V, s.H * V, V, tokens)
+    if s.phases:
+        prefetch(theta, first * s.m, s.H * s.m, s.m, tokens)
 
 
 @kernel
@@ -93,24 +118,32 @@ def forward(q, k, v, beta, log_alpha, theta, state, o, s, t, floats, begin, end,
     Unless `kept` is empty, the state before every chunk and after the last goes there, `[slots, 2m, V]`, and the phase
     there into `phases` `[slots, m]`, in turns.
     """
-    x, turns = np.zeros(floats, np.float32), np.zeros(s.m, np.float64)
-    area = 2 * s.m * s.V
-    for unit in range(begin, end):
-        b, h = unit // s.H, unit % s.H
-        copy_state(x, t.S, state, unit * area, s)
+    x, turns = np.zeros(floats, np.float32), np.zeros((ABREAST, s.m), np.float64)
+    area, keep = 2 * s.m * s.V, len(kept) > 0
+    unit = begin
+    while unit < end:
+        stop, most = together(unit, end, s, first)
         turns[:] = 0
-        for slot in range(first[unit], first[unit + 1]):
-            if len(kept):
-                keep_state(x, t.S, kept, slot * area, s)
-                phases[slot * s.m : (slot + 1) * s.m] = turns
-            if slot + 1 < first[unit + 1]:
-                tokens = starts[slot + 1] - starts[slot]
-                prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns, b, h, starts[slot], tokens)
-                outputs(x, t, s, o, b, h, starts[slot], tokens)
-                advance(x, t, s, tokens)
-        if s.phases:
-            turn_state(x, t.S, turns, np.float32(1), s)
-        keep_state(x, t.S, state, unit * area, s)
+        for i in range(most + 1):
+            for u in range(unit, stop):
+                slot, chunks = first[u] + i, first[u + 1] - first[u] - 1
+                if i > chunks:
+                    continue
+                copy_state(x, t.S, state, u * area, s)
+                if keep:
+                    keep_state(x, t.S, kept, slot * area, s)
+                    phases[slot * s.m : (slot + 1) * s.m] = turns[u - unit]
+                if i < chunks:
+                    b, h, start, tokens = u // s.H, u % s.H, starts[slot], starts[slot + 1] - starts[slot]
+                    if i + 1 < chunks:
+                        look_ahead(s, b, h, starts[slot + 1], starts[slot + 2], (q, k), (v,), theta)
+                    prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns[u - unit], b, h, start, tokens)
+                    outputs(x, t, s, o, b, h, start, tokens)
+                    advance(x, t, s, tokens)
+                    keep_state(x, t.S, state, u * area, s)
+                elif s.phases:
+                    turn_state(state, u * area, turns[u - unit], np.float32(1), s)
+        unit = stop
 
 
 @kernel
@@ -119,22 +152,31 @@ def backward(q, k, v, beta, log_alpha, theta, do, dstate, dq, dk, dv, dbeta, dlo
     """Units from `begin` to `end`: every gradient; `dstate`, of the last state, becomes that of the first."""
     x, turns = np.zeros(floats, np.float32), np.zeros(s.m, np.float64)
     area = 2 * s.m * s.V
-    for unit in range(begin, end):
-        b, h, last = unit // s.H, unit % s.H, first[unit + 1] - 1
-        copy_state(x, t.G, dstate, unit * area, s)
-        if s.phases:
-            turn_state(x, t.G, phases[last * s.m : (last + 1) * s.m], np.float32(-1), s)
-        for slot in range(last - 1, first[unit] - 1, -1):
-            tokens = starts[slot + 1] - starts[slot]
-            through(x, t, s, tokens, kept, (slot + 1) * area, s.V)
-            copy_state(x, t.S, kept, slot * area, s)
-            turns[:] = phases[slot * s.m : (slot + 1) * s.m]
-            prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns, b, h, starts[slot], tokens)
-            rescale(x, t.G, t.leave, s)
-            pull(x, t, s, do, dv, b, h, starts[slot], tokens)
-            settle(x, t, s, beta, dbeta, b, h, starts[slot], tokens)
-            turn_back(x, t, s, t.q, t.dq, dq, 0, b, h, starts[slot], tokens)
-            turn_back(x, t, s, t.k, t.dk, dk, 1, b, h, starts[slot], tokens)
-            sum_up(x, t, s, dlog_alpha, dtheta, b, h, starts[slot], tokens)
-            rescale(x, t.G, t.enter, s)
-        keep_state(x, t.G, dstate, unit * area, s)
+    unit = begin
+    while unit < end:
+        stop, most = together(unit, end, s, first)
+        for i in range(most):
+            for u in range(unit, stop):
+                last = first[u + 1] - 1
+                slot = last - 1 - i
+                if slot < first[u]:
+                    continue
+                if i == 0 and s.phases:
+                    turn_state(dstate, u * area, phases[last * s.m : (last + 1) * s.m], np.float32(-1), s)
+                b, h, start, tokens = u // s.H, u % s.H, starts[slot], starts[slot + 1] - starts[slot]
+                if slot > first[u]:
+                    look_ahead(s, b, h, starts[slot - 1], start, (q, k, dq, dk), (v, do, dv), theta)
+                copy_state(x, t.G, dstate, u * area, s)
+                through(x, t, s, tokens, kept, (slot + 1) * area, s.V)
+                copy_state(x, t.S, kept, slot * area, s)
+                turns[:] = phases[slot * s.m : (slot + 1) * s.m]
+                prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns, b, h, start, tokens)
+                rescale(x, t.G, t.leave, s)
+                pull(x, t, s, do, dv, b, h, start, tokens)
+                settle(x, t, s, beta, dbeta, b, h, start, tokens)
+                turn_back(x, t, s, t.q, t.dq, dq, 0, b, h, start, tokens)
+                turn_back(x, t, s, t.k, t.dk, dk, 1, b, h, start, tokens)
+                sum_up(x, t, s, dlog_alpha, dtheta, b, h, start, tokens)
+                rescale(x, t.G, t.enter, s)
+                keep_state(x, t.G, dstate, u * area, s)
+        unit = stop
