@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qies.errors import UserError
 from qies.ops.autograd import first_order
+from qies.ops.lanes import exp, flat, get, kernel, put, reread, write
 
 TILE = 1 << 17  # logits at work at once: two fp32 copies and a bf16 one fit a 2 MB cache
 CHUNK = 512  # most tokens whose logits are held at once
@@ -91,7 +93,7 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:
         dtypes = {torch.get_autocast_dtype("cpu")}
     dtype = dtypes.pop()
-    return dtype if not dtypes and dtype in (torch.bfloat16, torch.float32, torch.float64) else None
+    return dtype if not dtypes and dtype in (torch.bfloat16, torch.float32) else None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -137,9 +139,8 @@ def _chunked(
     if targets.min() < 0 or targets.max() >= vocab:
         raise UserError(f"a target lies outside [0, {vocab}) and is not {ignore_index}; check the token ids.")
 
-    # With a cap c the products are made as u = 2 logit / c, so that c tanh(logit / c) = 2 c sigmoid(u) - c: torch's
-    # sigmoid is eight times as fast as its tanh.
-    wide = torch.promote_types(dtype, torch.float32)
+    # With a cap c the products are made as u = 2 logit / c, so that c tanh(logit / c) = 2 c sigmoid(u) - c.
+    wide = torch.float32
     gain = 1.0 if softcap is None else softcap / 2
     x = hidden.detach().to(dtype)
     w = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
@@ -155,7 +156,6 @@ def _chunked(
     chunk = -(-tokens // -(-tokens // chunk))  # as many chunks, of equal size
     w_t = w.T.contiguous() if hidden_grad and tokens > 4 * chunk else w.T  # the copy pays off slowly
     held = x.new_empty(vocab * chunk)
-    work = x.new_empty(2, max(TILE, chunk), dtype=wide)
     column = torch.arange(chunk, device=x.device)
     for start in range(0, tokens, chunk):
         span = slice(start, start + chunk)
@@ -171,8 +171,7 @@ def _chunked(
             target.mul_(2 * softcap).sub_(softcap)
         target.sub_(peak)
         total = torch.zeros_like(target)
-        for tile in logits.split(max(1, TILE // count)):
-            total += _exponentials(tile, softcap, peak, work, hidden_grad or weight_grad)
+        _exponentials(flat(logits), count, softcap or 0.0, flat(peak), flat(total), hidden_grad or weight_grad)
         losses[span] = total.log() - target
 
         # logits holds exp(logit - peak) d logit / d product: a gradient but for targets, rate / total, and 4 with a cap
@@ -191,20 +190,27 @@ def _chunked(
     return losses.where(kept, 0), d_hidden, d_weight
 
 
-def _exponentials(tile: Tensor, softcap: float | None, peak: Tensor, work: Tensor, keep: bool) -> Tensor:
-    """Sums over the vocabulary of exp(logit - peak). `[v, n]` products -> `[n]`.
+@kernel
+def _exponentials(logits, columns, softcap, peak, total, keep):
+    """Adds up exp(logit - peak) over the rows of products `[v, columns]` into total `[columns]`; softcap 0 is none.
 
-    With `keep` the tile is overwritten by exp(logit - peak) d logit / d product, a quarter of it where there is a cap.
+    With `keep` each product is overwritten by exp(logit - peak) d logit / d product, a quarter of it with a cap.
     """
-    exps, gates = work[:, : tile.numel()].view(2, *tile.shape)
-    if softcap:
-        gates.copy_(tile).sigmoid_()
-        torch.add(gates.new_tensor(-softcap), gates, alpha=2 * softcap, out=exps)
+    if softcap > 0:
+        cap = np.float32(softcap)
+        for row in range(0, len(logits), columns):
+            for c in range(columns):
+                u = reread(logits, row + c)
+                tail = exp(-abs(u))
+                gate = (np.float32(1) if u >= 0 else tail) / (np.float32(1) + tail)
+                value = exp(cap * (np.float32(2) * gate - np.float32(1)))
+                put(total, c, get(total, c) + value)
+                if keep:
+                    write(logits, row + c, value * (gate * (np.float32(1) - gate)))
     else:
-        exps.copy_(tile).sub_(peak)
-    total = exps.exp_().sum(0)
-    if keep:
-        if softcap:  # exps gates (1 - gates)
-            torch.ops.aten.sigmoid_backward.grad_input(exps, gates, grad_input=exps)
-        tile.copy_(exps)
-    return total
+        for row in range(0, len(logits), columns):
+            for c in range(columns):
+                value = exp(reread(logits, row + c) - get(peak, c))
+                put(total, c, get(total, c) + value)
+                if keep:
+                    write(logits, row + c, value)

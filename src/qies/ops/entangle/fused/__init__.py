@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qies.ops.autograd import first_order
-from qies.ops.entangle.fused.lanes import LANES
 from qies.ops.entangle.fused.sweep import backward, forward, plan
 from qies.ops.entangle.fused.tile import Sizes, tile_of
+from qies.ops.lanes import LANES, flat, working
 
 
 def entangle_fused(
@@ -81,19 +81,6 @@ class _Fused(torch.autograd.Function):
         in_parts(part, len(first) - 1)
         grads = [g if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
         return *grads, None if state_dtype is None else dstate.to(state_dtype), None, None
-
-
-def working(x: Tensor) -> torch.dtype:
-    """The dtype in which the kernel takes x: bfloat16 as it is, all else as float32."""
-    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-
-
-def flat(x: Tensor | None) -> np.ndarray:
-    """All numbers of x in order, for numba: bfloat16 as its bits in uint16. None is empty."""
-    if x is None:
-        return np.empty(0, np.float32)
-    x = x.detach().to(working(x)).contiguous().view(-1)
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def in_parts(part: Callable[[int, int], None], units: int) -> None:

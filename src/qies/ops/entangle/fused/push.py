@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from qies.ops.entangle.fused.lanes import (
+from qies.ops.entangle.fused.tile import RANGE, hand_out, hide, rescale, spread, take_in, turn
+from qies.ops.lanes import (
     FULL,
     LANES,
     LOWER,
@@ -24,7 +25,6 @@ from qies.ops.entangle.fused.lanes import (
     substitute,
     transpose,
 )
-from qies.ops.entangle.fused.tile import RANGE, hand_out, hide, rescale, spread, take_in, turn
 from qies.ops.pairs import EPS
 
 

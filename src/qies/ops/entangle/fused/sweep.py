@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from qies.ops.entangle.fused.lanes import OPTIONS, cos_sin, get, kernel, prefetch, put, read
 from qies.ops.entangle.fused.pull import pull, settle, sum_up, through, turn_back
 from qies.ops.entangle.fused.push import advance, outputs, prepare
 from qies.ops.entangle.fused.tile import RANGE, rescale
+from qies.ops.lanes import OPTIONS, cos_sin, get, kernel, prefetch, put, read
 
 ABREAST = 8  # most heads that go in step: their states stay in the nearer cache
 CALM = 60.0  # a chunk damps to e^-60 at most: its rescaled halves are far from over- and underflow in float32

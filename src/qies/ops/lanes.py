@@ -1,4 +1,4 @@
-"""Single-core building blocks for the fused kernel: what LLVM needs to be told to keep a matrix tile in registers.
+"""Building blocks of kernels for one processor core, compiled by numba: matrix tiles in registers, bfloat16, exp, sin.
 
 Everything works on flat float32 arrays by offset (`x + i * stride`), so that a kernel's buffers are one piece of
 memory and no views are made inside loops. Nothing is bounds-checked: sizes are the caller's, multiples of ROWS and
@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, overload
+from torch import Tensor
 
 LANES = 16  # floats in a vector
 ROWS = 8  # rows of a matrix tile held in registers: ROWS x 2 accumulators
-OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"}}
 
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 _VEC = ir.VectorType(_F32, LANES)
@@ -286,12 +288,12 @@ def prefetch(x, at, step, width, rows):
 
 
 class _Cache(FunctionCache):
-    """Compiled code on disk that is made anew when any file of the kernel changes.
+    """Compiled code on disk that is made anew when any file of the ops changes.
 
     numba looks at the file of the compiled function alone, though the code of all that it calls is in it.
     """
 
-    sources = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    sources = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.rglob("*.py")))).hexdigest()
 
     def _index_key(self, *args):
         return (*super()._index_key(*args), self.sources)
@@ -305,11 +307,15 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def read(x, i):
-    """x[i] of an input in float32; uint16 holds the bits of bfloat16."""
+    """x[i] in float32, of an array that the kernel never writes; uint16 holds the bits of bfloat16."""
+
+
+def reread(x, i):
+    """`read` of an array that the kernel also writes."""
 
 
 def write(x, i, value):
-    """x[i] = value (float32) of an output; rounded to nearest even where x is uint16, bfloat16's bits."""
+    """x[i] = value (float32); rounded to nearest even where x is uint16, bfloat16's bits."""
 
 
 @overload(read, jit_options=OPTIONS)
@@ -317,6 +323,13 @@ def _read(x, i):
     if x.dtype == types.uint16:
         return lambda x, i: np.uint32(np.uint32(_raw(x, i)) << 16).view(np.float32)
     return lambda x, i: np.float32(_raw(x, i))
+
+
+@overload(reread, jit_options=OPTIONS)
+def _reread(x, i):
+    if x.dtype == types.uint16:
+        return lambda x, i: np.uint32(np.uint32(get(x, i)) << 16).view(np.float32)
+    return lambda x, i: np.float32(get(x, i))
 
 
 @overload(write, jit_options=OPTIONS)
@@ -332,15 +345,13 @@ def _write(x, i, value):
     return lambda x, i, value: put(x, i, value)
 
 
-@njit(**OPTIONS)
+@njit(**{**OPTIONS, "fastmath": {"contract"}})  # not "reassoc", which may undo the two-step reduction of the range
 def exp(x):
-    """e^x in float32 for x <= 60, to its rounding; 0 below -87.
-
-    Its range is reduced in float64; then Taylor's series. Without branches, so that loops of it become vectors.
-    """
+    """e^x in float32 for x <= 60, to its rounding; 0 below -87. Taylor's series, without branches, so that loops of it
+    become vectors."""
     n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
     n = max(n, np.float32(-126))
-    y = np.float32(np.float64(x) - np.float64(n) * 0.6931471805599453)
+    y = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
     p = y * np.float32(1 / 5040) + np.float32(1 / 720)
     p = ((p * y + np.float32(1 / 120)) * y + np.float32(1 / 24)) * y + np.float32(1 / 6)
     p = ((p * y + np.float32(1 / 2)) * y + np.float32(1)) * y + np.float32(1)
@@ -362,3 +373,17 @@ def cos_sin(turns):
     c = ((c * z + np.float32(-1 / 720)) * z + np.float32(1 / 24)) * z + np.float32(-1 / 2)
     c = c * z + np.float32(1)
     return (-c if far else c), s * y
+
+
+def flat(x: Tensor | None) -> np.ndarray:
+    """All numbers of a CPU tensor in order, for a kernel: bfloat16 as its bits in uint16, all else in float32; copied
+    only where they must be. None is empty."""
+    if x is None:
+        return np.empty(0, np.float32)
+    x = x.detach().to(working(x)).contiguous().view(-1)
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def working(x: Tensor) -> torch.dtype:
+    """The dtype in which a kernel takes x."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
