@@ -130,7 +130,8 @@ def _eliminate(columns: int, order: int):
             array, a, row, column, b, b_row, c, c_row, n, d = args
             vectors = _Vectors(builder, _data(context, builder, sig.args[0], array))
             sums = _product(builder, vectors, a, row, column, b, b_row, n, columns)
-            places, done = _places(builder, vectors, c, c_row, columns), []
+            places = _places(builder, vectors, c, c_row, columns)
+            done: list[int] = []
             rest = {cell: builder.fsub(vectors.load(place), sums[cell]) for cell, place in places.items()}
             for i in range(ROWS)[::order]:
                 for p in done:

@@ -1,9 +1,7 @@
-"""The command line: `qies VERB`. Each verb is one call into the package; bad input is one line and exit code 2."""
+"""Verbs that make runs: study, plan, data, train."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from qies.errors import UserError
-from qies.terminal import run, show, training_bar
+from qies.terminal import show, training_bar
 
 Overrides = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
 
@@ -217,130 +215,6 @@ def train(
     show(json, record, lambda: _print_record(record, out))
 
 
-def generate(
-    checkpoint: Positional[Path],
-    /,
-    prompt: str,
-    decoding: str = "greedy",
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    seed: int = 0,
-    json: bool = False,
-) -> None:
-    """Continue a prompt with a trained model.
-
-    For example:
-
-        qies generate runs/first --prompt "The people of the United States"
-        qies generate runs/first --prompt "And it came to pass" --decoding sample --seed 3
-
-    Args:
-        checkpoint: A run's folder, or a folder with config.json and safetensors.
-        prompt: The text to continue.
-        decoding: greedy or sample.
-        max_new_tokens: Length of the continuation.
-        temperature: Of the sampling.
-        top_k: How many tokens sampling chooses among.
-        seed: Of the sampling.
-        json: Print prompt and continuation as JSON.
-    """
-    from qies.decoding import continue_text, load_model
-
-    model, tokenizer = load_model(checkpoint)
-    [text] = continue_text(
-        model, tokenizer, [prompt], max_new_tokens=max_new_tokens, decoding=decoding, temperature=temperature,
-        top_k=top_k, seed=seed,
-    )  # fmt: skip
-    show(json, {"prompt": prompt, "continuation": text}, lambda: print(prompt + text))
-
-
-def report(folder: Positional[Path], /, svg: Path | None = None) -> None:
-    """Write report.html of a study folder from its records alone.
-
-    For example:
-
-        qies report results/quick
-        qies report results/quick --svg docs/quick.svg
-
-    Args:
-        folder: The study's folder.
-        svg: Also write the loss-against-parameters figure here.
-    """
-    from qies.report import build_report, write_summary_svg
-
-    print(build_report(folder))
-    if svg is not None:
-        write_summary_svg(folder, svg)
-        print(svg)
-
-
-def bench(
-    what: Positional[Literal["op", "train"]],
-    /,
-    rounds: int = 5,
-    threads: int = 1,
-    cases: tuple[str, ...] = (),
-    out: Path | None = None,
-    json: bool = False,
-) -> None:
-    """Speed side by side with named rivals, in one run: medians, and ratios round by round.
-
-    `op`: the entanglement op, forward and backward, against transformers' gated delta rule and causal SDPA.
-    `train`: whole training steps of the arms against GPT-2 and Qwen3-Next of transformers.
-
-    For example:
-
-        qies bench op
-        qies bench op --cases 8x2048x4x64x64 --rounds 9
-        qies bench train --cases 400k:512 6m:512 --out bench.json
-
-    Args:
-        what: op or train.
-        rounds: Timed rounds after one that does not count.
-        threads: Processor threads.
-        cases: BxTxHxKxV for op, SIZE:T for train; by default a few of each.
-        out: Also write the JSON here.
-        json: Print JSON.
-    """
-    import torch
-
-    from qies import runs
-    from qies.efficiency import bench as benches
-
-    if rounds < 1 or threads < 1:
-        raise UserError("--rounds and --threads must be at least 1.")
-    torch.set_num_threads(threads)
-    results = benches.run(what, cases, rounds)
-    value = {
-        "what": what,
-        "threads": threads,
-        "environment": runs.environment(),
-        "code_version": runs.code_version(),
-        "cases": [r.to_dict() for r in results],
-    }
-    if out is not None:
-        runs.write_json(out, value)
-    show(json, value, lambda: Console().print(benches.comparison_table(f"bench {what}", results)))
-
-
-VERBS: dict[str, Callable[..., None]] = {
-    "study": study,
-    "plan": plan,
-    "data": data,
-    "train": train,
-    "generate": generate,
-    "report": report,
-    "bench": bench,
-}
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0, 2 on bad input, 1 on an internal failure, 128 + n after signal n."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    sys.exit(run(VERBS, args, str(__doc__)))
-
-
 def _print_manifest(manifest: Any, folder: Path) -> None:
     print(f"{folder}: {manifest.corpus}, vocabulary {manifest.vocab_size:,}, hash {manifest.hash[:16]}")
     for name in ("train", "val"):
@@ -359,7 +233,3 @@ def _print_record(record: dict[str, Any], folder: Path) -> None:
     print(
         f"{record['arm']} {record['size']}: {record['status']}; {held}; {record['tokens_per_second']} tok/s; {folder}"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,27 @@
+"""The command line: `qies VERB`. Each verb is one call into the package; bad input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from qies.cli.models import generate
+from qies.cli.numbers import bench, report
+from qies.cli.runs import data, plan, study, train
+from qies.terminal import run
+
+VERBS: dict[str, Callable[..., None]] = {
+    "study": study,
+    "plan": plan,
+    "data": data,
+    "train": train,
+    "generate": generate,
+    "report": report,
+    "bench": bench,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 0, 2 on bad input, 1 on an internal failure, 128 + n after signal n."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    sys.exit(run(VERBS, args, str(__doc__)))
