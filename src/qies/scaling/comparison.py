@@ -1,0 +1,226 @@
+"""What a comparison of two arms came to: a frozen result that says it in words, stores it and draws it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from qies.scaling.matching import Paired
+from qies.scaling.power import Power
+from qies.scaling.shared import SharedFit
+
+UNIT = {"compute": "FLOPs", "params": "parameters", "data": "tokens", "time": "seconds"}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How many times the candidate's `x` the baseline needs for the same loss; above 1 the candidate needs less.
+
+    x in FLOPs, parameters, tokens or seconds of the candidate. gain None: the baseline's law does not reach
+    that loss within a factor of 10,000. lo, hi None without an interval; hi None with a lo: unbounded above;
+    lo 0: unbounded below. `reach`: how many times beyond the runs either arm's law is read here; 1 is inside.
+    """
+
+    x: float
+    gain: float | None
+    lo: float | None
+    hi: float | None
+    reach: float
+
+    def excludes_one(self) -> int:
+        """+1: the interval lies above 1; -1: below; 0: it holds 1, or there is none."""
+        if self.gain is None or self.lo is None:
+            return 0
+        if self.lo > 1 + 1e-6:  # arms that are the same run differ by rounding
+            return 1
+        return -1 if self.hi is not None and self.hi < 1 - 1e-6 else 0
+
+    def to_dict(self, key: str) -> dict[str, float | None]:
+        return {key: self.x, "gain": self.gain, "lo": self.lo, "hi": self.hi, "reach": self.reach}
+
+    def words(self) -> str:
+        if self.gain is None:
+            return "not to be told (the baseline's law does not reach that loss)"
+        if self.lo is None:
+            return f"{self.gain:.3g} (no interval)"
+        end = "unbounded" if self.hi is None else f"{self.hi:.3g}"
+        return f"{self.gain:.3g} ({self.lo:.3g} to {end})"
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where the arms' losses are equal: FLOPs, the range in which they are not told apart (None: open on that
+    side), the arm that is lower beyond, and `reach`, how many times beyond the runs that is (1: inside)."""
+
+    compute: float
+    lo: float | None
+    hi: float | None
+    lower_beyond: str
+    reach: float
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """An arm's least loss at a compute, with its interval, and where a surface says to spend it."""
+
+    compute: float
+    loss: float
+    lo: float | None
+    hi: float | None
+    params: float | None
+    tokens: float | None
+    reach: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidate against baseline; `compare` makes it. `verdict` is "<arm> wins" or "no difference", `reason` why.
+
+    `gain` by variable, in order of x over the shared range; `at_largest` is the last of compute, None where no
+    law in compute could be fitted. `losses` [arm -> (compute, params, tokens, loss)] are the cells, for charts.
+    """
+
+    candidate: str
+    baseline: str
+    form: str
+    level: float
+    flops_convention: str
+    runs: dict[str, int]
+    cells: dict[str, int]
+    gain: dict[str, tuple[Gain, ...]]
+    paired: tuple[Paired, ...]
+    shared_fit: SharedFit | None
+    crossings: tuple[Crossing, ...]
+    frontier: dict[str, tuple[FrontierPoint, ...]]
+    losses: dict[str, tuple[tuple[float, float, float, float], ...]]
+    power: Power | None
+    verdict: str
+    reason: str
+    dropped: tuple[Any, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def at_largest(self) -> Gain | None:
+        points = self.gain.get("compute")
+        return points[-1] if points else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; what is not known is null."""
+        key = {"data": "tokens"}
+        gain: dict[str, Any] = {
+            variable: [point.to_dict(key.get(variable, variable)) for point in points]
+            for variable, points in self.gain.items()
+        }
+        gain["at_largest"] = None if self.at_largest is None else self.at_largest.to_dict("compute")
+        return {
+            "candidate": self.candidate,
+            "baseline": self.baseline,
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "form": self.form,
+            "level": self.level,
+            "flops_convention": self.flops_convention,
+            "runs": self.runs,
+            "cells": self.cells,
+            "gain": gain,
+            "paired": [row.to_dict() for row in self.paired],
+            "shared_fit": None if self.shared_fit is None else self.shared_fit.to_dict(),
+            "crossings": [vars(c) for c in self.crossings],
+            "frontier": {arm: [vars(point) for point in points] for arm, points in self.frontier.items()},
+            "losses": {arm: [list(point) for point in points] for arm, points in self.losses.items()},
+            "power": None if self.power is None else self.power.to_dict(),
+            "dropped": list(self.dropped),
+            "warnings": list(self.warnings),
+            "summary": self.summary(),
+        }
+
+    def plot(self, kind: str = "gain") -> Any:
+        """The figure: "gain" (multipliers with their bands) or "frontier" (loss against compute of both arms)."""
+        from qies.scaling import figures
+
+        return {"gain": figures.gain_figure, "frontier": figures.frontier_figure}[kind](self)
+
+    def summary(self) -> str:
+        """The verdict, the gains with their intervals, what they rest on and every warning, as one paragraph."""
+        head = self.verdict[0].upper() + self.verdict[1:] if self.verdict == "no difference" else self.verdict
+        said = [f"{head}: {self.reason}", *self._gains(), *self._paired(), *self._shared(), *self._crossings()]
+        said += self._power()
+        said.append(f"FLOPs: {self.flops_convention}")
+        if self.dropped:
+            said.append(f"{len(self.dropped)} run{'s' if len(self.dropped) > 1 else ''} left out, see dropped")
+        said += [w[0].upper() + w[1:] for w in self.warnings]
+        return ". ".join(said) + "."
+
+    def _gains(self) -> list[str]:
+        said = []
+        for variable, points in self.gain.items():
+            last = points[-1]
+            far = f", read {last.reach:.2g} times beyond the runs" if last.reach > 1.005 else ""
+            said.append(
+                f"For the loss that {self.candidate} has at {last.x:.3g} {UNIT[variable]}, {self.baseline} needs "
+                f"{last.words()} times as many{far}"
+            )
+        return said
+
+    def _paired(self) -> list[str]:
+        tested = [row for row in self.paired if row.p is not None]
+        single = len(self.paired) - len(tested)
+        said = []
+        if tested:
+            last = tested[-1]
+            said.append(
+                f"Over seeds at N = {last.params:.3g}, D = {last.tokens:.3g}, {self.candidate} minus {self.baseline} is "
+                f"{last.difference:+.4f} nats ({last.lo:+.4f} to {last.hi:+.4f}, p = {last.p:.2g}, {last.test}); "
+                f"{sum(row.p < 0.05 for row in tested if row.p is not None)} of {len(tested)} matched sizes have p "
+                "below 0.05"
+            )
+        if single:
+            sizes = f"{single} of {len(self.paired)} matched sizes" if tested else "every matched size"
+            said.append(
+                f"One seed at {sizes}: how much seeds move the loss is unknown there, and one seed says nothing on "
+                "whether a difference is more than chance"
+            )
+        return said
+
+    def _shared(self) -> list[str]:
+        fit = self.shared_fit
+        if fit is None or fit.p is None:
+            return []
+        names = ", ".join(fit.shared)
+        finding = "differ between the arms" if fit.p < 0.05 else "are not shown to differ"
+        return [f"{names} {finding} (F({fit.restrictions}, {fit.dof}) = {fit.statistic:.3g}, p = {fit.p:.2g})"]
+
+    def _crossings(self) -> list[str]:
+        said = []
+        for c in self.crossings:
+            ends = ["open" if end is None else f"{end:.3g}" for end in (c.lo, c.hi)]
+            where = "inside the runs" if c.reach <= 1.005 else f"{c.reach:.2g} times beyond the runs"
+            said.append(
+                f"The laws cross at {c.compute:.3g} FLOPs (not told apart from {ends[0]} to {ends[1]}), {where}; beyond "
+                f"it {c.lower_beyond} is lower"
+            )
+        return said
+
+    def _power(self) -> list[str]:
+        if self.power is None or self.verdict != "no difference":
+            return []
+        p, said = self.power, []
+        if p.detectable is not None and math.isfinite(p.detectable):
+            said.append(
+                f"These runs would show a gain of {p.detectable:.3g} or more {100 * p.target:.0f} times in 100"
+            )
+        if p.cells_needed is not None and p.cells_needed > p.cells:
+            said.append(
+                f"To settle a gain as large as the one seen takes about {p.cells_needed} matched sizes and budgets "
+                f"instead of {p.cells}"
+            )
+        if p.sizes:
+            last = p.sizes[-1]
+            noise = "" if last.measured else " (the noise guessed from the scatter around the laws)"
+            need = "over 1,000" if last.need is None else f"{last.need}"
+            said.append(
+                f"A paired test at N = {last.params:.3g}, D = {last.tokens:.3g} would take {need} seeds an arm; it has "
+                f"{last.have}{noise}"
+            )
+        return said
