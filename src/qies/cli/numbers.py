@@ -1,4 +1,4 @@
-"""Verbs that read what was measured, or measure: report, bench."""
+"""Verbs that read what was measured, or measure: report, bench, compare."""
 
 from __future__ import annotations
 
@@ -79,3 +79,49 @@ def bench(
     if out is not None:
         runs.write_json(out, value)
     show(json, value, lambda: Console().print(benches.comparison_table(f"bench {what}", results)))
+
+def compare(
+    runs: Positional[Path],
+    /,
+    arms: tuple[str, str],
+    json: Path | None = None,
+    columns: str = "",
+    flops: str | None = None,
+    form: Literal["auto", "surface", "power"] = "auto",
+    level: float = 0.95,
+) -> None:
+    """What one arm gains over another: gains in compute, parameters, data and time, paired tests, a verdict.
+
+    A gain of 2 in compute: the baseline needs twice the FLOPs for the same loss. docs/comparing.md has the rule.
+
+    For example:
+
+        qies compare results/quick --arms qies transformer
+        qies compare RUNS.csv --arms qies transformer --json gains.json
+        qies compare RUNS.csv --arms mine theirs --columns params=N,tokens=D --form power
+
+    Args:
+        runs: A table (CSV, TSV, JSONL, JSON, Parquet) or a folder of run records.
+        arms: The candidate and its baseline.
+        json: Write the whole result here as JSON.
+        columns: Other names of the table's columns, as params=N,tokens=D.
+        flops: How FLOPs are counted: 6ND, another multiple of ND, or given. By default the table's, else 6ND.
+        form: surface (L(N, D) an arm), power (power laws along the runs) or auto.
+        level: Coverage of every interval.
+    """
+    from qies import runs as records
+    from qies.scaling import compare as compare_arms
+    from qies.scaling import read_runs
+
+    result = compare_arms(read_runs(runs, _pairs(columns), flops), *arms, form=form, level=level)
+    if json is not None:
+        records.write_json(json, result.to_dict())
+    print(result.summary())
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """`params=N,tokens=D` as a dictionary."""
+    pairs = [pair.split("=", 1) for pair in text.split(",") if pair]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise UserError(f"--columns '{text}' is not of the form params=N,tokens=D.")
+    return {ours.strip(): theirs.strip() for ours, theirs in pairs}

@@ -12,6 +12,8 @@ that paired test decides. Otherwise: no difference. Under the null either test i
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,11 +45,13 @@ def compare(
     same arm twice, an unknown form, or an arm without a sound run.
     """
     _check(runs, candidate, baseline, form, level, points)
-    kept, dropped = sound(runs.select(np.isin(runs.arm, [candidate, baseline])))
-    a, b = kept.of_arm(candidate), kept.of_arm(baseline)
-    for arm, left in ((candidate, a), (baseline, b)):
-        if not len(left.loss):
+    where = np.flatnonzero(np.isin(runs.arm, [candidate, baseline]))
+    kept, left_out = sound(runs.select(where))
+    dropped = tuple(replace(run, index=int(where[run.index])) for run in left_out)
+    for arm in (candidate, baseline):
+        if arm not in kept.arms:
             raise UserError(f"arm '{arm}' has no sound run left; see which runs diverged and train them again")
+    a, b = kept.of_arm(candidate), kept.of_arm(baseline)
     ca, cb = cells_of(a, b)
     paired = paired_tests(a, b, ca, cb, level)
     warnings = _data_warnings(paired, ca, cb, candidate, baseline)
@@ -69,7 +73,7 @@ def compare(
         form=views.form,
         level=level,
         flops_convention=runs.convention,
-        runs={candidate: len(a.loss), baseline: len(b.loss)},
+        runs={candidate: len(a), baseline: len(b)},
         cells={candidate: len(ca), baseline: len(cb)},
         gain=gains,
         paired=paired,
@@ -80,7 +84,7 @@ def compare(
         power=power,
         verdict=verdict,
         reason=reason,
-        dropped=tuple(dropped),
+        dropped=dropped,
         warnings=tuple(warnings),
     )
 
@@ -105,8 +109,15 @@ def _data_warnings(paired: tuple[Paired, ...], ca: Cells, cb: Cells, candidate: 
         said.append(f"{' and '.join(lone)} (size, tokens) points have no match in the other arm")
     if any(row.test == "Welch t" for row in paired):
         said.append("some sizes share fewer than two seeds, so their seeds are compared unpaired (Welch)")
-    if any(row.test == "one seed" for row in paired):
-        said.append("one seed an arm at some sizes: no paired test there, a difference may be chance")
+    lone_seeds = sum(row.test == "one seed" for row in paired)
+    if lone_seeds:
+        where = "every matched size" if lone_seeds == len(paired) else f"{lone_seeds} of {len(paired)} matched sizes"
+        said.append(
+            f"one seed at {where}: one seed says nothing on how much seeds move the loss, so a difference at one such "
+            "size is not shown to be more than chance, and the bands rest on the scatter of the sizes around the laws"
+        )
+    if not paired:
+        said.append("the arms have no size and token budget in common, so nothing is paired")
     return said
 
 
@@ -206,19 +217,15 @@ def _verdict(
     gain: tuple[Gain, ...], paired: tuple[Paired, ...], candidate: str, baseline: str, level: float
 ) -> tuple[str, str]:
     """The module's rule: (verdict, reason)."""
-    top = [row for row in paired if row.params == max(r.params for r in paired)]
-    against = {+1: None, -1: None}  # the arm that a paired test at the largest size speaks against
-    for row in top:
-        if row.p is not None and row.p < 1 - level:
-            against[+1 if row.difference > 0 else -1] = row
     percent = f"{100 * level:g} %"
+    largest = paired[-1] if paired else None
+    shown = largest is not None and largest.p is not None and largest.p < 1 - level
     if not gain:
-        for side, winner in ((-1, candidate), (+1, baseline)):
-            if (row := against[side]) is not None and against[-side] is None:
-                return f"{winner} wins", (
-                    f"no law in compute can be fitted, and the paired test at the largest matched size has p = {row.p:.2g}"
-                )
-        return "no difference", "no law in compute can be fitted and no paired test at the largest matched size shows one"
+        if largest is None or not shown:
+            return "no difference", "no law in compute can be fitted and no paired test at the largest size shows one"
+        return f"{candidate if largest.difference < 0 else baseline} wins", (
+            f"no law in compute can be fitted, and the paired test at the largest matched size has p = {largest.p:.2g}"
+        )
     last = gain[-1]
     where = f"the compute gain of {candidate} over {baseline} at {last.x:.3g} FLOPs is {last.words()}"
     side = last.excludes_one()
@@ -226,10 +233,11 @@ def _verdict(
         why = "there is no interval" if last.lo is None else f"its {percent} interval holds 1"
         return "no difference", f"{where}, and {why}"
     winner = candidate if side > 0 else baseline
-    row = against[side]
-    if row is not None and abs(math.log(row.flops_ratio)) <= EQUAL_FLOPS:
+    # The lower loss has the sign opposite to a gain.
+    contradicted = largest is not None and shown and largest.difference * side > 0
+    if largest is not None and contradicted and abs(math.log(largest.flops_ratio)) <= EQUAL_FLOPS:
         return "no difference", (
-            f"{where}, but the paired test at N = {row.params:.3g} says the opposite (p = {row.p:.2g}): the laws do not "
-            "hold there"
+            f"{where}, but the paired test at N = {largest.params:.3g} and equal FLOPs says the opposite "
+            f"(p = {largest.p:.2g}): the laws do not hold there"
         )
     return f"{winner} wins", f"{where}, and its {percent} interval leaves 1 out"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from qies.scaling.matching import Paired
 from qies.scaling.power import Power
 from qies.scaling.shared import SharedFit
+from qies.scaling.table import Dropped
 
 UNIT = {"compute": "FLOPs", "params": "parameters", "data": "tokens", "time": "seconds"}
+# A law read up to 2 % beyond its runs (sizes of one level differ by as much) is still inside them.
+INSIDE = 1.02
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Comparison:
     power: Power | None
     verdict: str
     reason: str
-    dropped: tuple[Any, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -130,7 +133,7 @@ class Comparison:
             "frontier": {arm: [vars(point) for point in points] for arm, points in self.frontier.items()},
             "losses": {arm: [list(point) for point in points] for arm, points in self.losses.items()},
             "power": None if self.power is None else self.power.to_dict(),
-            "dropped": list(self.dropped),
+            "dropped": [asdict(run) for run in self.dropped],
             "warnings": list(self.warnings),
             "summary": self.summary(),
         }
@@ -153,52 +156,46 @@ class Comparison:
         return ". ".join(said) + "."
 
     def _gains(self) -> list[str]:
-        said = []
-        for variable, points in self.gain.items():
-            last = points[-1]
-            far = f", read {last.reach:.2g} times beyond the runs" if last.reach > 1.005 else ""
-            said.append(
-                f"For the loss that {self.candidate} has at {last.x:.3g} {UNIT[variable]}, {self.baseline} needs "
-                f"{last.words()} times as many{far}"
-            )
+        """The other gains (the verdict's reason has that in compute), and how far the laws were read."""
+        last = {variable: points[-1] for variable, points in self.gain.items()}
+        others = [f"{p.words()} times the {UNIT[v]} at {p.x:.3g}" for v, p in last.items() if v != "compute"]
+        said = [f"For the same loss {self.baseline} needs {', '.join(others)}"] if others else []
+        far = [f"{p.reach:.2g} times in {variable}" for variable, p in last.items() if p.reach > INSIDE]
+        if far:
+            said.append(f"These gains read a law beyond the runs it was fitted to, by {', '.join(far)}")
         return said
 
     def _paired(self) -> list[str]:
         tested = [row for row in self.paired if row.p is not None]
-        single = len(self.paired) - len(tested)
-        said = []
-        if tested:
-            last = tested[-1]
-            said.append(
-                f"Over seeds at N = {last.params:.3g}, D = {last.tokens:.3g}, {self.candidate} minus {self.baseline} is "
-                f"{last.difference:+.4f} nats ({last.lo:+.4f} to {last.hi:+.4f}, p = {last.p:.2g}, {last.test}); "
-                f"{sum(row.p < 0.05 for row in tested if row.p is not None)} of {len(tested)} matched sizes have p "
-                "below 0.05"
-            )
-        if single:
-            sizes = f"{single} of {len(self.paired)} matched sizes" if tested else "every matched size"
-            said.append(
-                f"One seed at {sizes}: how much seeds move the loss is unknown there, and one seed says nothing on "
-                "whether a difference is more than chance"
-            )
-        return said
+        if not tested:
+            return []
+        last = tested[-1]
+        shown = sum(row.p is not None and row.p < 1 - self.level for row in tested)
+        return [
+            f"Over seeds at N = {last.params:.3g}, D = {last.tokens:.3g}, {self.candidate} minus {self.baseline} is "
+            f"{last.difference:+.4f} nats ({last.lo:+.4f} to {last.hi:+.4f}, p = {last.p:.2g}, {last.test}); "
+            f"{shown} of {len(tested)} matched sizes have p below {1 - self.level:.2g}"
+        ]
 
     def _shared(self) -> list[str]:
         fit = self.shared_fit
         if fit is None or fit.p is None:
             return []
-        names = ", ".join(fit.shared)
-        finding = "differ between the arms" if fit.p < 0.05 else "are not shown to differ"
+        names, plural = ", ".join(fit.shared), len(fit.shared) > 1
+        shown = f"differ{'' if plural else 's'} between the arms"
+        finding = shown if fit.p < 1 - self.level else f"{'are' if plural else 'is'} not shown to differ"
         return [f"{names} {finding} (F({fit.restrictions}, {fit.dof}) = {fit.statistic:.3g}, p = {fit.p:.2g})"]
 
     def _crossings(self) -> list[str]:
         said = []
         for c in self.crossings:
-            ends = ["open" if end is None else f"{end:.3g}" for end in (c.lo, c.hi)]
-            where = "inside the runs" if c.reach <= 1.005 else f"{c.reach:.2g} times beyond the runs"
+            ends = ["unknown" if end is None else f"{end:.3g}" for end in (c.lo, c.hi)]
+            range_ = (
+                "at no compute told apart" if c.lo is c.hi is None else f"not told apart from {ends[0]} to {ends[1]}"
+            )
+            where = "inside the runs" if c.reach <= INSIDE else f"{c.reach:.2g} times beyond the runs"
             said.append(
-                f"The laws cross at {c.compute:.3g} FLOPs (not told apart from {ends[0]} to {ends[1]}), {where}; beyond "
-                f"it {c.lower_beyond} is lower"
+                f"The laws cross at {c.compute:.3g} FLOPs, {where} ({range_}); beyond it {c.lower_beyond} is lower"
             )
         return said
 
@@ -207,20 +204,19 @@ class Comparison:
             return []
         p, said = self.power, []
         if p.detectable is not None and math.isfinite(p.detectable):
-            said.append(
-                f"These runs would show a gain of {p.detectable:.3g} or more {100 * p.target:.0f} times in 100"
-            )
+            said.append(f"These runs would show a gain of {p.detectable:.3g} or more {100 * p.target:.0f} times in 100")
         if p.cells_needed is not None and p.cells_needed > p.cells:
             said.append(
                 f"To settle a gain as large as the one seen takes about {p.cells_needed} matched sizes and budgets "
                 f"instead of {p.cells}"
             )
-        if p.sizes:
-            last = p.sizes[-1]
-            noise = "" if last.measured else " (the noise guessed from the scatter around the laws)"
-            need = "over 1,000" if last.need is None else f"{last.need}"
+        best = p.best
+        if best is not None:
+            noise = "" if best.measured else " (taking the scatter around the laws for the noise of seeds)"
             said.append(
-                f"A paired test at N = {last.params:.3g}, D = {last.tokens:.3g} would take {need} seeds an arm; it has "
-                f"{last.have}{noise}"
+                f"Seeds show the difference soonest at N = {best.params:.3g}, D = {best.tokens:.3g}: a paired test as "
+                f"good takes {best.need} seeds an arm there and has {best.have}{noise}"
             )
+        elif p.sizes:
+            said.append("No matched size shows the difference seen there with 1,000 seeds or fewer")
         return said

@@ -208,9 +208,7 @@ def crossings(
     unclear = np.abs(gap) <= joint.quantile * error if joint.dof else np.ones(len(grid), bool)
     out: list[tuple[float, float | None, float | None, int]] = []
     for i in np.flatnonzero(np.sign(gap[:-1]) * np.sign(gap[1:]) < 0):
-        root = bisect(
-            lambda v: joint.difference(path_a(v), path_b(v))[0], grid[i : i + 1], grid[i + 1 : i + 2]
-        )
+        root = bisect(lambda v: joint.difference(path_a(v), path_b(v))[0], grid[i : i + 1], grid[i + 1 : i + 2])
         left, right = i, i + 1
         while left >= 0 and unclear[left]:
             left -= 1

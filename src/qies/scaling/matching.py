@@ -112,11 +112,13 @@ def match(a: Cells, b: Cells) -> NDArray[np.int64]:
 
 
 def by_seed(a: Runs, b: Runs, in_a: NDArray[np.int64], in_b: NDArray[np.int64]) -> tuple[Array, Array]:
-    """Losses [n], [n] of the seeds both arms have at a cell; a seed that ran twice is its mean."""
-    shared = [s for s in dict.fromkeys(a.seed[in_a].tolist()) if s in set(b.seed[in_b].tolist())]
-    left = [float(a.loss[in_a[a.seed[in_a] == s]].mean()) for s in shared]
-    right = [float(b.loss[in_b[b.seed[in_b] == s]].mean()) for s in shared]
-    return np.array(left), np.array(right)
+    """Losses [n], [n] of the seeds both arms have at a cell; none where a seed repeats in an arm, for then the numbers
+    do not tell which run belongs to which."""
+    left, right = (dict(zip(r.seed[i].tolist(), r.loss[i].tolist(), strict=True)) for r, i in ((a, in_a), (b, in_b)))
+    if len(left) < len(in_a) or len(right) < len(in_b):
+        return np.empty(0), np.empty(0)
+    shared = [seed for seed in left if seed in right]
+    return np.array([left[s] for s in shared]), np.array([right[s] for s in shared])
 
 
 def paired_tests(a: Runs, b: Runs, ca: Cells, cb: Cells, level: float) -> tuple[Paired, ...]:

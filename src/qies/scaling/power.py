@@ -7,7 +7,7 @@ plan, not a promise (a planned number of runs is not evidence about the arms).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,8 +52,14 @@ class Power:
     detectable: float | None
     sizes: tuple[SizePower, ...]
 
+    @property
+    def best(self) -> SizePower | None:
+        """The matched size that needs the fewest seeds, the smallest of equals; None where all need over 1,000."""
+        known = [size for size in self.sizes if size.need is not None]
+        return min(known, key=lambda size: size.need or 0, default=None)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"best": None if self.best is None else asdict(self.best)}
 
 
 def t_power(effect: float, error: float, dof: float, level: float) -> float:
@@ -99,14 +105,12 @@ def size_power(paired: Sequence[Paired], scatter: float | None, level: float) ->
         sd = row.sd if row.sd is not None else scatter
         if sd is None:
             continue
-        need = pairs_needed(row.difference, sd, level) if row.difference and sd else None
-        out.append(
-            SizePower(row.params, row.tokens, row.difference, sd, row.sd is not None, row.n, need)
-        )
+        need = pairs_needed(row.difference, sd, level) if row.difference else None
+        out.append(SizePower(row.params, row.tokens, row.difference, sd, row.sd is not None, row.n, need))
     return tuple(out)
 
 
-def _smallest(enough: Any, start: int) -> int | None:
+def _smallest(enough: Callable[[int], bool], start: int) -> int | None:
     """The smallest n in start..MOST with enough(n), which never turns false again; None if there is none."""
     if not enough(MOST):
         return None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from qies.errors import UserError
 from qies.scaling.fits import fit_surface
+from qies.scaling.forms import surface_form
 from qies.scaling.frontier import Cost, fit_cost, optimum
 from qies.scaling.joint import Joint, Law, Path, join, make_law
 from qies.scaling.laws import fit_power
@@ -26,6 +27,7 @@ Array = NDArray[np.float64]
 Noise = tuple[Array, int] | None
 
 SURFACE = ("log E", "log A", "log B", "alpha", "beta")
+APPROACH3 = surface_form("approach3")
 POWER = ("log A", "alpha")
 SHARED = {"surface": ("E", "alpha", "beta"), "power": ("alpha",)}
 # Five parameters, and three cells more to measure the scatter with.
@@ -67,12 +69,9 @@ def power(theta: Array, x: Array) -> tuple[Array, Array]:
 
 
 def surface(theta: Array, x: Array) -> tuple[Array, Array]:
-    """log L of L = E + A N^-alpha + B D^-beta at (log N, log D) [n, 2]: [n], Jacobian [n, 5] in `SURFACE`'s order."""
-    n, d = x[:, 0], x[:, 1]
-    terms = np.stack([np.full(len(x), theta[0]), theta[1] - theta[3] * n, theta[2] - theta[4] * d], axis=1)
-    value = np.logaddexp.reduce(terms, axis=1)
-    share = np.exp(terms - value[:, None])
-    return value, np.concatenate([share, -n[:, None] * share[:, 1:2], -d[:, None] * share[:, 2:3]], axis=1)
+    """log L of approach 3 at (log N, log D) [n, 2]: [n], Jacobian [n, 5]; theta in `SURFACE`'s order."""
+    value, jacobian = APPROACH3.evaluate(theta[None], x)
+    return value[0], jacobian[0]
 
 
 def tokens_follow_size(cells: Cells) -> bool:
