@@ -280,4 +280,12 @@ def test_the_verb_writes_the_result_and_prints_the_summary(tmp_path, capsys):
 def test_the_verb_refuses_bad_columns(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["compare", str(QUICK), "--arms", "qies", "transformer", "--columns", "params"])
-    assert stop.value.code == 2 and "not of the form" in capsys.readouterr().err
+    assert stop.value.code == 2 and "wants OURS=THEIRS" in capsys.readouterr().err
+
+
+def test_every_figure_is_drawn():
+    result = compare(read_runs(QUICK), "qies", "transformer")
+    for kind in ("compute", "params", "data", "time", "frontier", "paired"):
+        assert result.plot(kind).svg().startswith("<svg")
+    with pytest.raises(UserError, match="gain 'compite' is unknown"):
+        result.plot("compite")
