@@ -80,6 +80,7 @@ def bench(
         runs.write_json(out, value)
     show(json, value, lambda: Console().print(benches.comparison_table(f"bench {what}", results)))
 
+
 def compare(
     runs: Positional[Path],
     /,
