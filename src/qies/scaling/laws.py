@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
 
 from qies.errors import UserError, nearest
+from qies.plotting import Figure
 from qies.scaling.intervals import (
     ILL_CONDITIONED,
     bootstrap_tails,
@@ -111,6 +112,20 @@ class PowerLaw:
         listed = {k: list(v) if isinstance(v, tuple) else v for k, v in public.items()}
         ci = {name: None if pair is None else list(pair) for name, pair in self.ci.items()}
         return {**listed, "ci": ci, "curve": self.curve()}
+
+    @property
+    def draws(self) -> Array:
+        """Bootstrap parameters [draws, p] in the order of `params`; [0, p] without a bootstrap."""
+        if self._draws is None:
+            return np.empty((0, len(self.params)))
+        amplitude = np.exp(self._draws[:, :1] + self._draws[:, 1:2] * self._center)
+        return np.concatenate([amplitude, self._draws[:, 1:]], axis=1)
+
+    def plot(self, x: ArrayLike = (), loss: ArrayLike = (), variable: str = "x") -> Figure:
+        """The law with its band, and the runs (x, loss) where they are given; `variable` names x with its unit."""
+        from qies.scaling.figures import power_figure
+
+        return power_figure(self, x, loss, variable)
 
     def summary(self) -> str:
         """The law, its interval, what the interval rests on, and every warning, as one paragraph."""
