@@ -118,14 +118,14 @@ def test_gain_is_inside_its_band_when_there_is_one():
     law = {"q": chinchilla(n, d), "t": chinchilla(n, d)}
     flops = {"q": 6 * n * d / 1.5, "t": 6 * n * d}
     inside = []
-    for _ in range(20):
+    for _ in range(10):
         end = compare(table(GRID, noisy(rng, law, 1, 0.003), flops=flops), "q", "t", points=2).at_largest
         inside.append(end.lo <= 1.5 <= end.hi)
     assert np.mean(inside) >= 0.8
 
 
 def test_no_difference_under_the_null_quickly():
-    for cells, count in ((GRID, 25), (LADDER, 60)):
+    for cells, count in ((GRID, 12), (LADDER, 50)):
         silent, covered = null(cells, count, 1, seed_sd=0.003, shared_sd=0.003)
         assert silent >= 0.88 and covered >= 0.88
 

@@ -59,7 +59,7 @@ def test_size_and_power_quickly():
     cells = grid()
     n, d = cells.T
     base = chinchilla(n, d)
-    assert rejections({"q": base, "t": base}, cells, 40, 0, seed_sd=0.003, shared_sd=0.003) <= 0.15
+    assert rejections({"q": base, "t": base}, cells, 30, 0, seed_sd=0.003, shared_sd=0.003) <= 0.15
     steeper = chinchilla(n, d, alpha=ALPHA + 0.04, a=A * 1e7**0.04)
     assert rejections({"q": steeper, "t": base}, cells, 10, 1, seed_sd=0.003, shared_sd=0.003) >= 0.8
 
