@@ -91,7 +91,8 @@ def log_ticks(low: float, high: float, most: int = 7) -> dict[float, str]:
 
 def si(value: float, significant: int = 3) -> str:
     """50k, 2.4M, 1.2G, 3.1T: some digits and a letter; powers of ten beyond."""
+    value = float(f"{value:.{significant}g}")
     for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if 10**power <= abs(value) < 10 ** (power + 3):
-            return f"{value / 10**power:.{significant}g}{letter}"
-    return f"{value:.{significant}g}".replace("e+", "e")
+            return f"{value / 10**power:.{max(significant, 3)}g}{letter}"
+    return f"{value:.{max(significant, 3)}g}".replace("e+", "e")

@@ -175,9 +175,9 @@ def _line(line: Line, box: Box, clip: str) -> list[str]:
 def _points(points: Points, box: Box) -> list[str]:
     out = []
     for x, lo, hi in zip(points.x, points.lo, points.hi, strict=False):
-        ends = box.place(x, lo), box.place(x, hi)
-        if ends[0] is not None and ends[1] is not None:
-            (a, low), (_, high) = ends
+        below, above = box.place(x, lo), box.place(x, hi)
+        if below is not None and above is not None:
+            (a, low), (_, high) = below, above
             whisker = f"M{a - 4:.1f} {low:.1f}h8M{a - 4:.1f} {high:.1f}h8M{a:.1f} {low:.1f}V{high:.1f}"
             out.append(_stroke(whisker, Style(points.style.colour), 1.4))
     places = [box.place(x, y) for x, y in zip(points.x, points.y, strict=True)]

@@ -59,7 +59,8 @@ def power_figure(law: Result, x: ArrayLike = (), loss: ArrayLike = (), variable:
     """A power law with its band, and the runs (x, loss) it was fitted to; `variable` names x with its unit."""
     xs, losses = (np.asarray(v, np.float64).reshape(-1).tolist() for v in (x, loss))
     plain, look = _plain(law), style(0)
-    marks: list[Mark] = _law(plain["curve"], look, *plain["x_range"], "law")
+    low, high = plain["x_range"]
+    marks = _law(plain["curve"], look, low, high, "law")
     if xs:
         marks.append(Points(xs, losses, "runs", look, [f"{variable} = {si(v)}" for v in xs]))
     return Figure(f"Power law in {variable}", [Panel(Axis(variable, log=True), Axis(LOSS, log=True), marks)])
@@ -131,7 +132,7 @@ def residuals_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
     return Figure("Residuals", [Panel(*axes, [*marks, *notes[:NAMED]])])
 
 
-def bootstrap_figure(fit: Result) -> Figure:
+def bootstrap_figure(fit: Result, title: str = "") -> Figure:
     """Bootstrap draws of every pair of parameters, with the fit's own values: which trade off against each other.
 
     Needs `draws` [bootstrap, p] in the order of `params`. Raises UserError when there are none.
@@ -149,7 +150,7 @@ def bootstrap_figure(fit: Result) -> Figure:
         ])
         for i, j in combinations(range(len(names)), 2)
     ]  # fmt: skip
-    return Figure(f"Bootstrap of {plain['form']}", panels, columns=min(3, len(panels)))
+    return Figure(title or f"Bootstrap of {plain['form']}", panels, columns=min(3, len(panels)))
 
 
 def gain_figure(comparison: Result | Sequence[Result], kind: str = "compute") -> Figure:
@@ -181,7 +182,7 @@ def gain_figure(comparison: Result | Sequence[Result], kind: str = "compute") ->
     y = Axis(f"gain (times the {unit}, same loss)", True, min([low, *kept]) / 1.03, max([high, *kept]) * 1.03)
     one = Line([min(xs), max(xs)], [1.0, 1.0], "no gain", Style(GREY.colour))
     title = "Compute-equivalent gain" if kind == "compute" else f"Gain in {unit}"
-    return Figure(title, [Panel(Axis(x_title, log=True), y, [*bands, one, *lines])])
+    return Figure(title, [Panel(Axis(x_title, log=True), y, [*bands, *lines, one])])
 
 
 def frontier_figure(comparison: Result | Sequence[Result]) -> Figure:

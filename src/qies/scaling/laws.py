@@ -107,11 +107,11 @@ class PowerLaw:
         return {"x": x.tolist(), **{k: [_finite(v) for v in values] for k, values in parts.items()}}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values (no interval is null) and `curve`, so that a page draws the law without a fit."""
+        """Plain JSON values (no interval is null), with `curve` and `draws`, so that a page draws the law from them."""
         public = {k: getattr(self, k) for k in self.__dataclass_fields__ if not k.startswith("_")}
         listed = {k: list(v) if isinstance(v, tuple) else v for k, v in public.items()}
         ci = {name: None if pair is None else list(pair) for name, pair in self.ci.items()}
-        return {**listed, "ci": ci, "curve": self.curve()}
+        return {**listed, "ci": ci, "curve": self.curve(), "draws": self.draws.tolist()}
 
     @property
     def draws(self) -> Array:
