@@ -17,7 +17,7 @@ TIERS = [
     {"objective"},
     {"model"},
     {"data", "train", "runs"},
-    {"ladder"},
+    {"ladder", "plotting"},
     {"evaluation", "scaling", "entanglement", "probes", "efficiency", "decoding"},
     {"report"},
     {"study"},

@@ -66,11 +66,16 @@ def write(folder: Path, record: dict[str, Any]) -> None:
     write_json(folder / "run.json", record)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary name beside `path` and rename it into place."""
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text to a temporary name beside `path` and rename it into place."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON by `write_text`; NaN and infinity, which JSON has not, raise ValueError."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -18,8 +18,11 @@ from qies import ladder, runs
 from qies.config import RunConfig, StudyConfig
 from qies.errors import UserError, nearest
 from qies.presets import parse_size
+from qies.report.records import BASELINE
 
 PRESETS = Path(__file__).parent / "studies"
+# The arm of the claim, and the arms that differ from it in one part: without them a win is only a hybrid's win.
+PROPOSAL, CONTROLS = "qies", ("no_phase", "fixed_phase")
 
 
 def preset(name: str, overrides: tuple[str, ...] = ()) -> StudyConfig:
@@ -135,9 +138,13 @@ def data_folder(study: StudyConfig, folder: Path) -> Path:
 
 
 def analyse(study: StudyConfig, folder: Path, records: list[dict[str, Any]], console: Console) -> None:
-    """Fits, entanglement and samples, each into its own JSON file."""
+    """Fits, comparisons, entanglement and samples, each into its own JSON file."""
     done = [r for r in records if r["status"] == "done"]
     runs.write_json(folder / "fits.json", fit_arms(study, done))
+    compared = compare_arms(study, folder)
+    runs.write_json(folder / "comparison.json", compared)
+    for pair in compared["pairs"]:
+        console.print(f"{pair['candidate']} against {pair['baseline']}: {pair['verdict']}; {pair['reason']}.")
     stamp = sorted(r["config_hash"] for r in done)
     for name, make in (("entanglement", entanglement_of), ("samples", samples_of)):
         path = folder / f"{name}.json"
@@ -159,6 +166,26 @@ def fit_arms(study: StudyConfig, done: list[dict[str, Any]]) -> dict[str, Any]:
         losses = [r["metrics"]["val_loss"] for r in own]
         arms[arm] = {k: fit_power(x, losses).to_dict() if len(set(x)) >= 3 else None for k, x in axes.items()}
     return {"schema": 1, "flops_convention": CONVENTION, "arms": arms}
+
+
+def compare_arms(study: StudyConfig, folder: Path) -> dict[str, Any]:
+    """Every arm against the baseline, and the full model against its controls, from the run records.
+
+    The baseline is the transformer, or the first arm where there is none. `not_compared` says which pairs the
+    records do not allow and why.
+    """
+    from qies.scaling import compare, read_runs
+
+    base = BASELINE if BASELINE in study.arms else study.arms[0]
+    wanted = [(arm, base) for arm in study.arms if arm != base]
+    wanted += [(PROPOSAL, arm) for arm in CONTROLS if PROPOSAL in study.arms and arm in study.arms and arm != base]
+    pairs, refused = [], []
+    for candidate, baseline in wanted:
+        try:
+            pairs.append(compare(read_runs(folder / "runs"), candidate, baseline).to_dict())
+        except UserError as error:
+            refused.append({"candidate": candidate, "baseline": baseline, "reason": str(error).rstrip(".")})
+    return {"schema": 1, "pairs": pairs, "not_compared": refused}
 
 
 def largest(study: StudyConfig, done: list[dict[str, Any]], arm: str) -> dict[str, Any] | None:

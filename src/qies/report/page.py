@@ -2,71 +2,31 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import jinja2
-import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from qies import runs
 from qies.report import charts
+from qies.report.blocks import Chart, Passage, Section, Table
+from qies.report.gains import comparison
+from qies.report.laws import laws
 from qies.report.records import Cell, Run, Study, listed, mapping, read_study
-from qies.report.text import count, digits, law, mebibytes, number, percent, sentence, show, si
+from qies.report.summary import VARIABLES, loss_against
+from qies.report.text import count, digits, mebibytes, number, percent, show, si
 from qies.report.verdict import verdict
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of ready text. `folded` hides a long one behind its caption; `words` aligns every column to the left."""
-
-    caption: str
-    columns: list[str]
-    rows: list[list[str]]
-    folded: bool = False
-    words: bool = False
-    kind: str = "table"
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure and the table of the same numbers under it."""
-
-    caption: str
-    figure: go.Figure
-    table: Table
-    kind: str = "chart"
-
-    @property
-    def json(self) -> Markup:
-        """For a script element: plotly writes <, > and / as escapes, so no text of a record can close it."""
-        return Markup(self.figure.to_json())
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A prompt and how each arm goes on: (arm and size, text)."""
-
-    prompt: str
-    continuations: list[tuple[str, str]]
-    kind: str = "passage"
-
-
-@dataclass(frozen=True)
-class Section:
-    title: str
-    text: list[str] = field(default_factory=list)
-    blocks: list[Table | Chart | Passage] = field(default_factory=list)
 
 
 def build_report(folder: Path) -> Path:
     """Write `report.html` in a study folder from its records and return its path.
 
-    Reads study.yaml, runs/*/{run.json,metrics.jsonl}, fits.json, entanglement.json, samples.json and
+    Reads study.yaml, runs/*/{run.json,metrics.jsonl}, fits.json, comparison.json,
+    entanglement.json, samples.json and
     data/manifest.json. Parts that are missing or malformed are named on the page. Raises UserError when no run
     record can be read.
     """
@@ -83,9 +43,7 @@ def build_report(folder: Path) -> Path:
         study=study, verdict=verdict(study), sections=sections, plotly=Markup(get_plotlyjs())
     )
     path = study.folder / "report.html"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    runs.write_text(path, page)
     return path
 
 
@@ -105,24 +63,16 @@ def _loss(study: Study) -> Section | None:
         return None
     text = [
         "Runs are compared at the same size and the same number of tokens. Lines: power laws fitted to each arm, "
-        "dotted beyond the data; shaded: the 95 % interval of the law."
+        "faint beyond the data; shaded: the 95 % interval of the law."
     ]
     section = Section("Loss", text)
-    for variable, what in (("params", "non-embedding parameters"), ("flops", "training FLOPs")):
-        points = {}
-        for arm in study.arms:
-            runs = [run for run in study.done if run.arm == arm and getattr(run, variable)]
-            if runs:
-                points[arm] = [(getattr(r, variable), r.loss or 0.0, f"{arm}, {r.size}, seed {r.seed}") for r in runs]
-        if points:
-            curves = {arm: study.curve(arm, variable) for arm in points}
-            rows = [[hover, si(x), digits(loss)] for runs in points.values() for x, loss, hover in runs]
+    for variable, what in VARIABLES.items():
+        figure = loss_against(study, variable)
+        if figure is not None:
+            own = [(r, x) for arm in study.arms for r in study.done if r.arm == arm and (x := getattr(r, variable))]
+            rows = [[f"{r.arm}, {r.size}, seed {r.seed}", si(x), digits(r.loss)] for r, x in own]
             section.blocks.append(
-                Chart(
-                    f"Validation loss against {what}",
-                    charts.loss_chart(points, curves, what),
-                    Table(f"Validation loss against {what}", ["run", what, "nats per token"], rows, folded=True),
-                )
+                Chart(figure, Table(figure.title, ["run", what, "nats per token"], rows, folded=True))
             )
     for title, unit, name in (
         ("Bits per byte", "bits per byte", "bits_per_byte"),
@@ -140,29 +90,6 @@ def _against(study: Study, arm: str, cell: Cell, name: str) -> str:
     return digits(mean) + apart
 
 
-def _laws(study: Study) -> Section:
-    rows: list[list[str]] = []
-    warnings: dict[str, list[str]] = {}
-    for variable, what in (("params", "parameters"), ("flops", "FLOPs")):
-        for arm in study.arms:
-            fit = study.fit(arm, variable)
-            if fit:
-                pair = mapping(fit.get("ci")).get("alpha")
-                between = f"{pair[0]:.4f} to {pair[1]:.4f}" if pair else "none"
-                rows.append([arm, what, law(fit), between, percent(fit["scatter"]), count(fit["sizes"])])
-                for warning in map(sentence, listed(fit.get("warnings"))):
-                    warnings.setdefault(warning, []).append(f"{arm} in {what}")
-    convention = mapping(study.parts.get("fits")).get("flops_convention")
-    text = [
-        "L(x) in nats per token, straight on log axes. The interval counts each size once, whatever the number of "
-        "seeds, and holds only if the law does; with few sizes it is wide. Scatter is what is left around the law.",
-        *([f"FLOPs: {convention}."] if convention else []),
-        *(f"{warning} ({', '.join(where)})" for warning, where in warnings.items()),
-    ]
-    columns = ["arm", "x", "L(x)", "95 % interval of the exponent", "scatter", "sizes"]
-    return Section("Fitted laws", text, [Table("Power laws", columns, rows)] if rows else [])
-
-
 def _training(study: Study) -> Section:
     text = "Running mean of the training loss over a fiftieth of the steps, first seed of each arm, on log axes."
     section, shares = Section("Training curves", [text]), (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -175,8 +102,8 @@ def _training(study: Study) -> Section:
                 for arm, (_, y) in series.items()
             ]
             table = Table(f"{title} after a share of the steps", ["arm", *map(percent, shares)], rows, folded=True)
-            figure = charts.line_chart(series, "tokens seen", "training loss (nats per token)", log="xy")
-            section.blocks.append(Chart(title, figure, table))
+            figure = charts.line_chart(title, series, "tokens seen", "training loss (nats per token)", log="xy")
+            section.blocks.append(Chart(figure, table))
     return section
 
 
@@ -207,9 +134,9 @@ def _speed(study: Study) -> Section:
                 rows.append([arm, *(count(values.get(cell)) for cell in study.cells)])
         if series:
             y_title = f"{title.lower()} ({unit})"
-            figure = charts.line_chart(series, "non-embedding parameters", y_title, markers=True, log="xy")
+            figure = charts.line_chart(title, series, "non-embedding parameters", y_title, markers=True, log="xy")
             table = Table(f"{title} ({unit})", ["arm", *map(study.label, study.cells)], rows)
-            section.blocks.append(Chart(title, figure, table))
+            section.blocks.append(Chart(figure, table))
     return section
 
 
@@ -239,8 +166,8 @@ def _entanglement(study: Study) -> Section | None:
             heads += [[name, show(layer), show(h["head"]), f"{h['m']} by {h['v']}", *_entropies(h)] for layer, h in own]
         rows = [row[1:3] + row[4:] for row in heads if row[0] == name]
         table = Table(f"Entropy per head, {name} (nats)", ["layer", "head", *KINDS.values()], rows, folded=True)
-        figure = charts.entropy_chart(largest[arm]["layers"])
-        figures += [Chart(f"Entropy per layer and head, {name}", figure, table), _spectrum(name, largest[arm])]
+        figure = charts.entropy_chart(f"Entropy per layer and head, {name}", largest[arm]["layers"])
+        figures += [Chart(figure, table), _spectrum(name, largest[arm])]
     columns = ["model", *KINDS.values(), "von Neumann / ceiling"]
     first = Table("Mean over layers and heads (nats)", columns, summary)
     columns = ["model", "layer", "head", "m by V", *KINDS.values()]
@@ -260,7 +187,7 @@ def _spectrum(name: str, model: dict[str, Any]) -> Chart:
     title = f"Mean Schmidt spectrum per layer, {name}"
     rows = [[layer, *(f"{v:.2g}" for v in p)] for layer, p in spectra.items()]
     columns = ["layer", *map(str, range(1, 1 + max(map(len, spectra.values()))))]
-    return Chart(title, charts.spectrum_chart(spectra), Table(title, columns, rows, folded=True))
+    return Chart(charts.spectrum_chart(title, spectra), Table(title, columns, rows, folded=True))
 
 
 def _by_position(models: dict[str, dict[str, Any]]) -> Chart:
@@ -269,9 +196,10 @@ def _by_position(models: dict[str, dict[str, Any]]) -> Chart:
     shown = every[:: 1 + len(every) // 13]
     found = {arm: dict(zip(x, y, strict=True)) for arm, (x, y) in series.items()}
     rows = [[arm, *(digits(entropy.get(x), 3) for x in shown)] for arm, entropy in found.items()]
-    figure = charts.line_chart(series, "tokens read", "von Neumann entropy (nats)", markers=True, log="x")
+    title = "Mean entropy of all heads as the text goes on"
+    figure = charts.line_chart(title, series, "tokens read", "von Neumann entropy (nats)", markers=True, log="x")
     table = Table("Mean entropy by tokens read (nats)", ["arm", *map(count, shown)], rows, folded=True)
-    return Chart("Mean entropy of all heads as the text goes on", figure, table)
+    return Chart(figure, table)
 
 
 def _entropies(head: dict[str, Any]) -> list[str]:
@@ -356,4 +284,4 @@ def _run_row(run: Run) -> list[str]:
     ]  # fmt: skip
 
 
-SECTIONS = (_loss, _laws, _training, _speed, _entanglement, _samples, _study, _data, _runs)
+SECTIONS = (_loss, comparison, laws, _training, _speed, _entanglement, _samples, _study, _data, _runs)

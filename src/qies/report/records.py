@@ -24,6 +24,7 @@ from qies.report.text import count, number, si
 BASELINE = "transformer"
 PARTS = {
     "fits": "fits.json",
+    "comparison": "comparison.json",
     "entanglement": "entanglement.json",
     "samples": "samples.json",
     "manifest": "data/manifest.json",
@@ -124,6 +125,13 @@ class Study:
     def fit(self, arm: str, variable: str) -> dict[str, Any]:
         """The stored fit of an arm in "params" or "flops"; {} when there is none."""
         return mapping(mapping(mapping(mapping(self.parts.get("fits")).get("arms")).get(arm)).get(variable))
+
+    @cached_property
+    def pairs(self) -> list[dict[str, Any]]:
+        """The stored comparisons (Comparison.to_dict()) that say what they found."""
+        said = ("candidate", "baseline", "verdict", "reason", "summary")
+        pairs = listed(mapping(self.parts.get("comparison")).get("pairs"))
+        return [pair for pair in map(mapping, pairs) if all(isinstance(pair.get(key), str) for key in said)]
 
     def curve(self, arm: str, variable: str) -> dict[str, list[float]]:
         """The fitted law as lists x, loss and, where it has an interval, lo and hi; {} when there is none."""

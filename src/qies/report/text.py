@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from qies.plotting import scale
+
 NONE = "n/a"
 
 
@@ -36,14 +38,9 @@ def percent(value: Any) -> str:
 
 
 def si(value: Any, significant: int = 3) -> str:
-    """50k, 2.4M, 1.2G, 3.1T: some digits and a letter; powers of ten beyond."""
+    """50k, 2.4M, 1.2G, 3.1T."""
     n = number(value)
-    if n is None:
-        return NONE
-    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if 10**power <= n < 10 ** (power + 3):
-            return f"{n / 10**power:.{significant}g}{letter}"
-    return f"{n:.{significant}g}"
+    return NONE if n is None else scale.si(n, significant)
 
 
 def mebibytes(value: Any) -> str:

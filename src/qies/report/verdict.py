@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from statistics import fmean
+from typing import Any
 
 from qies.report.records import BASELINE, Cell, Study, listed, mapping
-from qies.report.text import count, number
+from qies.report.text import count, number, sentence
+from qies.scaling.figures import INSIDE
 
 
 def verdict(study: Study) -> list[str]:
-    """Sentences for the head of the page: the lowest loss at the largest size, each arm against the baseline, and
-    how far seeds and fitted exponents support a claim."""
+    """Sentences for the head of the page: the lowest loss at the largest size, and what comparison.json found of each
+    pair of arms; without it, each arm's differences to the baseline and how far seeds support a claim."""
     if not study.done:
         states = Counter(run.status for run in study.runs)
         counts = ", ".join(f"{n} {status}" for status, n in states.items())
@@ -20,11 +22,26 @@ def verdict(study: Study) -> list[str]:
     if not compared:
         return ["No size has finished in more than one arm, so there is nothing to compare yet."]
     said = [_largest(study, compared[-1])]
+    if study.pairs:
+        return [*said, *map(_pair, study.pairs), *_doubts(study.pairs)]
     if BASELINE in study.arms:
         said += [_against_baseline(study, arm, compared) for arm in study.arms if arm != BASELINE]
     else:
         said.append(f"There is no {BASELINE} arm, so nothing is said about the standard baseline.")
-    return [*said, _seeds(study, compared), *_exponents(study)]
+    return [*said, _seeds(study, compared)]
+
+
+def _pair(pair: dict[str, Any]) -> str:
+    """The verdict of a stored comparison with its reason, and how far beyond the runs it reaches."""
+    last = mapping(mapping(pair.get("gain")).get("at_largest"))
+    reach = number(last.get("reach")) or 1.0
+    far = f" (a law is read {reach:.2g} times beyond its runs there)" if reach > INSIDE else ""
+    return f"{pair['candidate']} against {pair['baseline']}: {pair['verdict']}; {pair['reason']}{far}."
+
+
+def _doubts(pairs: list[dict[str, Any]]) -> list[str]:
+    """What the comparisons warn of, each warning once."""
+    return [sentence(w) for w in dict.fromkeys(str(w) for pair in pairs for w in listed(pair.get("warnings")))]
 
 
 def _largest(study: Study, cell: Cell) -> str:
@@ -67,20 +84,3 @@ def _seeds(study: Study, cells: list[Cell]) -> str:
         f"{len(pairs)} cases; it moves most for {arm} at {study.label(cell)} ({min(widest):+.4f} to "
         f"{max(widest):+.4f}). No significance test is made."
     )
-
-
-def _exponents(study: Study) -> list[str]:
-    """One sentence on whether the arms' exponents in parameters differ."""
-    found = {}
-    for arm in study.arms:
-        fit = study.fit(arm, "params")
-        values = [mapping(fit.get("params")).get("alpha"), *listed(mapping(fit.get("ci")).get("alpha"))]
-        alpha = [n for value in values if (n := number(value)) is not None]
-        if len(alpha) == 3:
-            found[arm] = alpha
-    if len(found) < 2:
-        return []
-    overlap = max(low for _, low, _ in found.values()) <= min(high for _, _, high in found.values())
-    exponents = ", ".join(f"{a:.3f} ({low:.3f} to {high:.3f}) for {arm}" for arm, (a, low, high) in found.items())
-    ending = "all overlap, so the fits do not show that the arms scale differently" if overlap else "do not all overlap"
-    return [f"Exponents of the loss in parameters, with 95 % intervals: {exponents}. The intervals {ending}."]

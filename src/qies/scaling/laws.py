@@ -31,19 +31,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
-from scipy.stats import norm
-from scipy.stats import t as student
 
 from qies.errors import UserError, nearest
+from qies.plotting import Figure
+from qies.scaling.intervals import (
+    ILL_CONDITIONED,
+    bootstrap_tails,
+    condition_number,
+    huber_covariance,
+    t_quantile,
+)
 
 Array = NDArray[np.float64]
 Evaluate = Callable[[Array, Array], tuple[Array, Array]]
 
 INTERVALS = ("auto", "t", "bootstrap")
 BOOTSTRAP_FROM = 20
-# Of the Jacobian with unit columns: a step along the weakest combination of parameters then moves the losses
-# a thousand times less than one along the strongest, so the data do not tell them apart.
-ILL_CONDITIONED = 1e3
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,10 @@ class PowerLaw:
         log_mean, jacobian = _power(self._theta, flat)
         if self._draws is not None:
             logs = np.stack([_power(theta, flat)[0] for theta in self._draws])
-            lo, hi = np.quantile(logs, _tails(self.level, self.sizes, self.dof), axis=0)
+            lo, hi = np.quantile(logs, bootstrap_tails(self.level, self.sizes, self.dof), axis=0)
         elif self._covariance is not None:
             variance = np.einsum("ni,ij,nj->n", jacobian, self._covariance, jacobian)
-            half = _quantile(self.level, self.dof) * np.sqrt(np.maximum(variance, 0.0))
+            half = t_quantile(self.level, self.dof) * np.sqrt(np.maximum(variance, 0.0))
             lo, hi = log_mean - half, log_mean + half
         else:
             lo = hi = np.full_like(log_mean, np.nan)
@@ -104,11 +107,25 @@ class PowerLaw:
         return {"x": x.tolist(), **{k: [_finite(v) for v in values] for k, values in parts.items()}}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values (no interval is null) and `curve`, so that a page draws the law without a fit."""
+        """Plain JSON values (no interval is null), with `curve` and `draws`, so that a page draws the law from them."""
         public = {k: getattr(self, k) for k in self.__dataclass_fields__ if not k.startswith("_")}
         listed = {k: list(v) if isinstance(v, tuple) else v for k, v in public.items()}
         ci = {name: None if pair is None else list(pair) for name, pair in self.ci.items()}
-        return {**listed, "ci": ci, "curve": self.curve()}
+        return {**listed, "ci": ci, "curve": self.curve(), "draws": self.draws.tolist()}
+
+    @property
+    def draws(self) -> Array:
+        """Bootstrap parameters [draws, p] in the order of `params`; [0, p] without a bootstrap."""
+        if self._draws is None:
+            return np.empty((0, len(self.params)))
+        amplitude = np.exp(self._draws[:, :1] + self._draws[:, 1:2] * self._center)
+        return np.concatenate([amplitude, self._draws[:, 1:]], axis=1)
+
+    def plot(self, x: ArrayLike = (), loss: ArrayLike = (), variable: str = "x") -> Figure:
+        """The law with its band, and the runs (x, loss) where they are given; `variable` names x with its unit."""
+        from qies.scaling.figures import power_figure
+
+        return power_figure(self, x, loss, variable)
 
     def summary(self) -> str:
         """The law, its interval, what the interval rests on, and every warning, as one paragraph."""
@@ -130,6 +147,12 @@ class PowerLaw:
             basis += f"; {100 * self.level:g} % interval by {how}; scatter {100 * self.scatter:.2g} %"
         warnings = [w[0].upper() + w[1:] for w in self.warnings]
         return ". ".join([f"{', '.join(parts)} ({basis})", *warnings]) + "."
+
+    def plot(self, title: str = "x") -> Any:
+        """The law and its band (plotly); `title` names x and its unit."""
+        from qies.scaling.curve_figures import power_figure
+
+        return power_figure(self, title)
 
 
 def fit_power(
@@ -174,7 +197,7 @@ def fit_power(
     residual = predicted - y
     scatter, covariance, resampled = None, None, None
     if dof:
-        scatter, covariance = _huber_covariance(jacobian, residual, delta)
+        scatter, covariance = huber_covariance(jacobian, residual, delta)
         if interval == "auto":
             interval = "bootstrap" if len(sizes) >= BOOTSTRAP_FROM else "t"
         if interval == "bootstrap":
@@ -186,7 +209,7 @@ def fit_power(
             "point and no interval can be given"
         )
     ends = _ends(theta, covariance, resampled, level, len(sizes), dof, center)
-    condition = float(np.linalg.cond(jacobian / np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300)))
+    condition = condition_number(jacobian)
     warnings += _doubts(ends, residual, delta, condition, sizes, dof, theta, floor)
     values = {"A": math.exp(theta[0] + theta[1] * center), "alpha": float(theta[1])} | (
         {"E": float(theta[2])} if floor else {}
@@ -279,14 +302,6 @@ def _minimise(
     return found.x, float(found.cost)
 
 
-def _huber_covariance(jacobian: Array, residual: Array, delta: float) -> tuple[float, Array]:
-    """Scale of log L, covariance [p, p] of a Huber estimate (Huber 1973); inside delta, of least squares."""
-    n, p = jacobian.shape
-    inside = max(float((np.abs(residual) <= delta).mean()), 1 / n)
-    scale = math.sqrt(float((np.clip(residual, -delta, delta) ** 2).sum()) / (n - p)) / inside
-    return scale, scale**2 * np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-15)
-
-
 def _bootstrap(u: Array, y: Array, theta: Array, delta: float, draws: int, seed: int) -> Array:
     """[draws, p] fits to resampled points; those with fewer points than parameters are drawn again."""
     rng = np.random.default_rng(seed)
@@ -298,16 +313,6 @@ def _bootstrap(u: Array, y: Array, theta: Array, delta: float, draws: int, seed:
     return np.stack(fits)
 
 
-def _quantile(level: float, dof: int) -> float:
-    return float(student.ppf(0.5 + level / 2, dof))
-
-
-def _tails(level: float, n: int, dof: int) -> tuple[float, float]:
-    """Bootstrap percentiles that stand for `level`: Hesterberg 2015, with dof in place of his n - 1."""
-    tail = float(norm.cdf(-math.sqrt(n / dof) * _quantile(level, dof)))
-    return tail, 1 - tail
-
-
 def _ends(
     theta: Array, covariance: Array | None, draws: Array | None, level: float, n: int, dof: int, center: float
 ) -> dict[str, tuple[float, float] | None]:
@@ -316,9 +321,9 @@ def _ends(
     rows = np.eye(len(theta))
     rows[0, 1] = center
     if draws is not None:
-        pairs = np.quantile(draws @ rows.T, _tails(level, n, dof), axis=0).T
+        pairs = np.quantile(draws @ rows.T, bootstrap_tails(level, n, dof), axis=0).T
     elif covariance is not None:
-        half = _quantile(level, dof) * np.sqrt(np.maximum(np.diag(rows @ covariance @ rows.T), 0.0))
+        half = t_quantile(level, dof) * np.sqrt(np.maximum(np.diag(rows @ covariance @ rows.T), 0.0))
         pairs = np.stack([rows @ theta - half, rows @ theta + half], axis=1)
     else:
         return {name: None for name in ("A", "alpha", "E")[: len(theta)]}

@@ -1,0 +1,6 @@
+"""Figures as plain data, drawn by two renderers: SVG for papers, plotly for pages."""
+
+from qies.plotting.figure import Axis, Band, Figure, Line, Note, Panel, Points
+from qies.plotting.style import GREY, Style, style, styles
+
+__all__ = ["GREY", "Axis", "Band", "Figure", "Line", "Note", "Panel", "Points", "Style", "style", "styles"]

@@ -1,0 +1,140 @@
+"""The page's part on what one arm gains over another, from comparison.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qies.report.blocks import Chart, Passage, Section, Table
+from qies.report.records import Study, listed, mapping
+from qies.report.text import NONE, number, si
+from qies.scaling.figures import GAINS, frontier_figure, gain_figure, pair_name, paired_figure
+
+Pair = Mapping[str, Any]
+
+
+def comparison(study: Study) -> Section | None:
+    pairs = study.pairs
+    if not pairs:
+        return None
+    text = [
+        "Gain: how many times the FLOPs (or parameters, tokens, seconds) the second arm needs for the loss of the "
+        "first; above 1 the first arm needs less. Bands and intervals are 95 % ones; lines are faint where a law is "
+        "read beyond its runs.",
+        *_said(pairs),
+        *(
+            f"Not compared: {m.get('candidate')} with {m.get('baseline')} ({m.get('reason')})."
+            for m in map(mapping, listed(mapping(study.parts.get("comparison")).get("not_compared")))
+        ),
+    ]
+    blocks: list[Table | Chart | Passage] = [_largest(pairs)]
+    for kind in ("compute", "time"):
+        if any(pair["gain"].get(kind) for pair in pairs):
+            blocks.append(Chart(gain_figure(pairs, kind), _curve(pairs, kind)))
+    if any(pair["frontier"] for pair in pairs):
+        blocks.append(Chart(frontier_figure(pairs), _frontier(pairs)))
+    if any(pair["paired"] for pair in pairs):
+        blocks.append(Chart(paired_figure(pairs), _paired(pairs)))
+    blocks += [table for table in (_settle(pairs), _shared(pairs), _crossings(pairs)) if table.rows]
+    return Section("What one arm gains over another", text, blocks)
+
+
+def _said(pairs: Sequence[Pair]) -> list[str]:
+    """Each pair's summary, and once at the end the sentences that all of them share."""
+    said = [pair["summary"].rstrip(".").split(". ") for pair in pairs]
+    common = [s for s in said[0] if len(pairs) > 1 and all(s in other for other in said)]
+    out = [
+        f"{pair_name(pair)}. {'. '.join(s for s in own if s not in common)}."
+        for pair, own in zip(pairs, said, strict=True)
+    ]
+    return [*out, *([f"For all of them: {'. '.join(common)}."] if common else [])]
+
+
+def _interval(value: Any, lo: Any, hi: Any, places: str = ".3g") -> str:
+    """1.21 (1.15 to 1.27); an upper end that is not known beside a lower one is open."""
+    if number(value) is None:
+        return NONE
+    if number(lo) is None:
+        return f"{value:{places}}"
+    return f"{value:{places}} ({lo:{places}} to {'unbounded' if number(hi) is None else f'{hi:{places}}'})"
+
+
+def _largest(pairs: Sequence[Pair]) -> Table:
+    rows = []
+    for pair in pairs:
+        row = [pair_name(pair), pair["verdict"]]
+        for kind, (key, _, _) in GAINS.items():
+            curve = pair["gain"].get(kind)
+            last = curve[-1] if curve else None
+            row.append(
+                NONE if last is None else f"{_interval(last['gain'], last['lo'], last['hi'])} at {si(last[key])}"
+            )
+        rows.append(row)
+    columns = ["pair", "verdict", *(f"gain in {unit}" for _, _, unit in GAINS.values())]
+    return Table("Gains at the largest scale that both arms have", columns, rows)
+
+
+def _curve(pairs: Sequence[Pair], kind: str) -> Table:
+    key, x_title, unit = GAINS[kind]
+    rows = [
+        [pair_name(pair), si(p[key]), _interval(p["gain"], p["lo"], p["hi"]), f"{p['reach']:.2f}"]
+        for pair in pairs
+        for p in listed(pair["gain"].get(kind))
+    ]
+    columns = ["pair", x_title, f"gain in {unit}", "times beyond the runs"]
+    return Table(f"Gain in {unit}", columns, rows, folded=True)
+
+
+def _frontier(pairs: Sequence[Pair]) -> Table:
+    curves = {arm: curve for pair in reversed(pairs) for arm, curve in pair["frontier"].items()}
+    rows = [
+        [arm, si(p["compute"]), _interval(p["loss"], p["lo"], p["hi"], ".4f"), si(p["params"]), si(p["tokens"]),
+         f"{p['reach']:.2f}"]
+        for arm, curve in curves.items() for p in curve
+    ]  # fmt: skip
+    columns = ["arm", "FLOPs", "least loss (nats per token)", "at parameters", "at tokens", "times beyond the runs"]
+    return Table("Least loss at each compute", columns, rows, folded=True)
+
+
+def _paired(pairs: Sequence[Pair]) -> Table:
+    rows = [
+        [pair_name(pair, "minus"), si(r["params"]), si(r["tokens"]),
+         _interval(r["difference"], r["lo"], r["hi"], "+.4f"),
+         NONE if r["p"] is None else f"{r['p']:.2g}", str(r["n"]), r["test"]]
+        for pair in pairs for r in pair["paired"]
+    ]  # fmt: skip
+    columns = ["pair", "N", "D", "difference (nats per token)", "p", "seeds", "test"]
+    return Table("Differences at matched size and tokens", columns, rows)
+
+
+def _settle(pairs: Sequence[Pair]) -> Table:
+    """What it would take to show a difference as large as the one seen."""
+    rows = []
+    for pair in pairs:
+        power = mapping(pair["power"])
+        if power:
+            best = mapping(power["best"])
+            cells = "over 1,000" if power["cells_needed"] is None else str(power["cells_needed"])
+            seeds = f"{best['need']} (has {best['have']}) at N = {si(best['params'])}" if best else "over 1,000"
+            rows.append([pair_name(pair), si(power["detectable"]), f"{cells} (has {power['cells']})", seeds])
+    columns = ["pair", "gain these runs would show", "matched sizes and budgets for the gain seen", "or seeds an arm"]
+    return Table("What would settle it, with a power of 80 %", columns, rows)
+
+
+def _shared(pairs: Sequence[Pair]) -> Table:
+    rows = [
+        [pair_name(pair), ", ".join(fit["shared"]), f"F({fit['restrictions']}, {fit['dof']}) = {fit['statistic']:.3g}",
+         f"{fit['p']:.2g}"]
+        for pair in pairs if (fit := mapping(pair["shared_fit"])) and number(fit["p"]) is not None
+    ]  # fmt: skip
+    return Table("Do the arms share their laws' parameters?", ["pair", "shared", "test", "p"], rows)
+
+
+def _crossings(pairs: Sequence[Pair]) -> Table:
+    rows = [
+        [pair_name(pair), si(c["compute"]), f"{si(c['lo'])} to {si(c['hi'])}", c["lower_beyond"], f"{c['reach']:.2f}"]
+        for pair in pairs
+        for c in pair["crossings"]
+    ]
+    columns = ["pair", "FLOPs", "not told apart from", "lower beyond", "times beyond the runs"]
+    return Table("Where the laws cross", columns, rows)

@@ -1,0 +1,247 @@
+"""Compare two arms' scaling: what the candidate gains over the baseline, and whether it is more than chance.
+
+Compute-equivalent gain (Davidson et al. 2023, arXiv:2312.07413): how many times the candidate's FLOPs the
+baseline needs for the same loss; likewise parameters, data and time.
+
+The rule of the verdict, the only one: an arm wins if the interval of the compute gain at the largest compute
+both arms have leaves 1 out on its side, unless a paired test over seeds, at the largest matched size and at
+FLOPs equal to 10 %, speaks against it (p below 1 - level). Where no law in compute can be fitted (one size),
+that paired test decides. Otherwise: no difference. Under the null either test is wrong in 1 - level of cases.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qies.errors import UserError, nearest
+from qies.scaling.comparison import Comparison, Crossing, FrontierPoint, Gain
+from qies.scaling.joint import LIMIT, Joint, bisect, crossings, multipliers
+from qies.scaling.matching import Cells, Paired, cells_of, match, paired_tests, seed_noise
+from qies.scaling.power import TARGET, Power, cells_needed, detectable_effect, size_power
+from qies.scaling.shared import shared_fit
+from qies.scaling.table import Runs, sound
+from qies.scaling.views import SHARED, View, Views, make_views
+
+Array = NDArray[np.float64]
+
+FORMS = ("auto", "surface", "power")
+EQUAL_FLOPS = 0.1
+# Crossings are looked for this many times below and above the shared compute.
+CROSSING_REACH = 1000.0
+
+
+def compare(
+    runs: Runs, candidate: str, baseline: str, *, form: str = "auto", level: float = 0.95, points: int = 13
+) -> Comparison:
+    """Compare `candidate` with `baseline` on their runs.
+
+    form: "surface" (approach3 an arm), "power" (a power law an arm and variable) or "auto": surfaces where both
+    arms vary size and tokens apart from each other. level of every interval; points of every curve. Diverged
+    and non-finite runs are left out and named in `dropped`. Raises UserError for an arm that is not there, the
+    same arm twice, an unknown form, or an arm without a sound run.
+    """
+    _check(runs, candidate, baseline, form, level, points)
+    where = np.flatnonzero(np.isin(runs.arm, [candidate, baseline]))
+    kept, left_out = sound(runs.select(where))
+    dropped = tuple(replace(run, index=int(where[run.index])) for run in left_out)
+    for arm in (candidate, baseline):
+        if arm not in kept.arms:
+            raise UserError(f"arm '{arm}' has no sound run left; see which runs diverged and train them again")
+    a, b = kept.of_arm(candidate), kept.of_arm(baseline)
+    ca, cb = cells_of(a, b)
+    paired = paired_tests(a, b, ca, cb, level)
+    warnings = _data_warnings(paired, ca, cb, candidate, baseline)
+    noise = seed_noise(a, b, ca, cb)
+    views = make_views(ca, cb, (a, b), form, level, noise)
+    warnings += views.warnings
+    gains = {variable: _curve(view, points) for variable, view in views.of.items()}
+    view = views.of.get("compute")
+    shared, power = None, None
+    crossed: tuple[Crossing, ...] = ()
+    if view is not None:
+        warnings += _band_warnings(view.joint)
+        shared = shared_fit(view.joint, match(ca, cb), SHARED[views.form], (candidate, baseline))
+        crossed = _crossings(view, candidate, baseline)
+        power = _power(view, ca, cb, paired)
+    verdict, reason = _verdict(gains.get("compute", ()), paired, candidate, baseline, level)
+    return Comparison(
+        candidate=candidate,
+        baseline=baseline,
+        form=views.form,
+        level=level,
+        flops_convention=runs.convention,
+        runs={candidate: len(a), baseline: len(b)},
+        cells={candidate: len(ca), baseline: len(cb)},
+        gain=gains,
+        paired=paired,
+        shared_fit=shared,
+        crossings=crossed,
+        frontier={} if view is None else _frontiers(view, views, candidate, baseline, points),
+        losses={candidate: _points(ca), baseline: _points(cb)},
+        power=power,
+        verdict=verdict,
+        reason=reason,
+        dropped=dropped,
+        warnings=tuple(warnings),
+    )
+
+
+def _check(runs: Runs, candidate: str, baseline: str, form: str, level: float, points: int) -> None:
+    for arm in (candidate, baseline):
+        if arm not in runs.arms:
+            known = ", ".join(runs.arms) or "none"
+            raise UserError(f"arm '{arm}' is not in these runs (arms: {known})." + nearest(arm, runs.arms))
+    if candidate == baseline:
+        raise UserError(f"both arms are '{candidate}'; name a candidate and another arm as its baseline")
+    if form not in FORMS:
+        raise UserError(f"form '{form}' is unknown; choose from {', '.join(FORMS)}." + nearest(form, FORMS))
+    if not (0 < level < 1 and points >= 2):
+        raise UserError(f"0 < level < 1 and points >= 2 are needed; got {level}, {points}")
+
+
+def _data_warnings(paired: tuple[Paired, ...], ca: Cells, cb: Cells, candidate: str, baseline: str) -> list[str]:
+    said = []
+    lone = [f"{len(c) - len(paired)} of {arm}" for arm, c in ((candidate, ca), (baseline, cb)) if len(c) > len(paired)]
+    if lone:
+        said.append(f"{' and '.join(lone)} (size, tokens) points have no match in the other arm")
+    if any(row.test == "Welch t" for row in paired):
+        said.append("some sizes share fewer than two seeds, so their seeds are compared unpaired (Welch)")
+    lone_seeds = sum(row.test == "one seed" for row in paired)
+    if lone_seeds:
+        where = "every matched size" if lone_seeds == len(paired) else f"{lone_seeds} of {len(paired)} matched sizes"
+        said.append(
+            f"one seed at {where}: one seed says nothing on how much seeds move the loss, so a difference at one such "
+            "size is not shown to be more than chance, and the bands rest on the scatter of the sizes around the laws"
+        )
+    if not paired:
+        said.append("the arms have no size and token budget in common, so nothing is paired")
+    return said
+
+
+def _band_warnings(joint: Joint) -> list[str]:
+    if joint.basis == "none":
+        return ["the laws pass through every point, so no interval can be given; train more sizes or seeds"]
+    if joint.basis == "seeds":
+        return ["the laws pass through every point, so the bands hold the noise of seeds alone, not the laws' misfit"]
+    if joint.dof < 3:
+        return [f"few sizes: the bands rest on {joint.dof} degree{'s' if joint.dof > 1 else ''} of freedom"]
+    return []
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _curve(view: View, points: int) -> tuple[Gain, ...]:
+    x = np.linspace(view.low, view.high, points)
+    g, lo, hi = multipliers(view.joint, view.path_a, view.path_b, x)
+    reach_a = view.joint.a.reach(view.path_a(x))
+    reach_b = view.joint.b.reach(view.path_b(x + np.log(np.where(np.isfinite(g), g, 1.0))))
+    reach = np.maximum(reach_a, reach_b)
+    return tuple(
+        Gain(float(np.exp(x[i])), _number(g[i]), _number(lo[i]), _number(hi[i]), float(reach[i])) for i in range(points)
+    )
+
+
+def _crossings(view: View, candidate: str, baseline: str) -> tuple[Crossing, ...]:
+    margin = math.log(CROSSING_REACH)
+    found = crossings(view.joint, view.path_a, view.path_b, view.low - margin, view.high + margin)
+    out = []
+    for x, lo, hi, sign in found:
+        at = np.array([x])
+        reach = max(view.joint.a.reach(view.path_a(at))[0], view.joint.b.reach(view.path_b(at))[0])
+        ends = [None if end is None else math.exp(end) for end in (lo, hi)]
+        out.append(Crossing(math.exp(x), ends[0], ends[1], candidate if sign < 0 else baseline, float(reach)))
+    return tuple(out)
+
+
+def _frontiers(
+    view: View, views: Views, candidate: str, baseline: str, points: int
+) -> dict[str, tuple[FrontierPoint, ...]]:
+    """Both arms' least loss over the shared compute and three times beyond."""
+    x = np.linspace(view.low, view.high + math.log(3.0), points)
+    out = {}
+    for side, arm, law, path in (
+        ("a", candidate, view.joint.a, view.path_a),
+        ("b", baseline, view.joint.b, view.path_b),
+    ):
+        at = path(x)
+        loss, lo, hi = view.joint.band(side, at)
+        spent = np.exp(at) if views.form == "surface" else np.full((points, 2), np.nan)
+        out[arm] = tuple(
+            FrontierPoint(
+                compute=float(np.exp(x[i])),
+                loss=float(loss[i]),
+                lo=_number(lo[i]),
+                hi=_number(hi[i]),
+                params=_number(spent[i, 0]),
+                tokens=_number(spent[i, 1]),
+                reach=float(law.reach(at[i : i + 1])[0]),
+            )
+            for i in range(points)
+        )
+    return out
+
+
+def _points(cells: Cells) -> tuple[tuple[float, float, float, float], ...]:
+    columns = (cells.flops, cells.params, cells.tokens, np.exp(cells.log_loss))
+    return tuple((float(c), float(n), float(d), float(loss)) for c, n, d, loss in zip(*columns, strict=True))
+
+
+def _power(view: View, ca: Cells, cb: Cells, paired: tuple[Paired, ...]) -> Power | None:
+    """Power of the test behind the verdict (the arms' losses at the largest shared compute), and of paired ones."""
+    joint = view.joint
+    if joint.dof == 0:
+        return None
+    level = joint.level
+    x = np.array([view.high])
+    effect, error = (float(v[0]) for v in joint.difference(view.path_a(x), view.path_b(x)))
+    cells = min(len(ca), len(cb))
+    scatter = None
+    if joint.basis == "cells":
+        spread = joint.sigma[0, 0] + joint.sigma[1, 1] - 2 * joint.sigma[0, 1]
+        scatter = math.sqrt(max(float(spread), 0.0)) * math.exp(float(np.mean(cb.log_loss)))
+    detectable = None
+    if error > 0:
+        # The compute by which the baseline's own loss falls as far as the smallest difference that shows.
+        goal = joint.b.evaluate(joint.b.theta, view.path_b(x))[0] - detectable_effect(error, joint.dof, level)
+        moved = bisect(
+            lambda v: joint.b.evaluate(joint.b.theta, view.path_b(x + v))[0] - goal, np.zeros(1), np.full(1, LIMIT)
+        )
+        detectable = _number(math.exp(moved[0]))
+    needed = cells_needed(effect, error, cells, joint.dof, level) if joint.basis == "cells" and effect else None
+    return Power(TARGET, level, cells, needed, detectable, size_power(paired, scatter, level))
+
+
+def _verdict(
+    gain: tuple[Gain, ...], paired: tuple[Paired, ...], candidate: str, baseline: str, level: float
+) -> tuple[str, str]:
+    """The module's rule: (verdict, reason)."""
+    percent = f"{100 * level:g} %"
+    largest = paired[-1] if paired else None
+    shown = largest is not None and largest.p is not None and largest.p < 1 - level
+    if not gain:
+        if largest is None or not shown:
+            return "no difference", "no law in compute can be fitted and no paired test at the largest size shows one"
+        return f"{candidate if largest.difference < 0 else baseline} wins", (
+            f"no law in compute can be fitted, and the paired test at the largest matched size has p = {largest.p:.2g}"
+        )
+    last = gain[-1]
+    where = f"the compute gain of {candidate} over {baseline} at {last.x:.3g} FLOPs is {last.words()}"
+    side = last.excludes_one()
+    if side == 0:
+        why = "there is no interval" if last.lo is None else f"its {percent} interval holds 1"
+        return "no difference", f"{where}, and {why}"
+    winner = candidate if side > 0 else baseline
+    # The lower loss has the sign opposite to a gain.
+    contradicted = largest is not None and shown and largest.difference * side > 0
+    if largest is not None and contradicted and abs(math.log(largest.flops_ratio)) <= EQUAL_FLOPS:
+        return "no difference", (
+            f"{where}, but the paired test at N = {largest.params:.3g} and equal FLOPs says the opposite "
+            f"(p = {largest.p:.2g}): the laws do not hold there"
+        )
+    return f"{winner} wins", f"{where}, and its {percent} interval leaves 1 out"

@@ -1,0 +1,226 @@
+"""What a comparison of two arms came to: a frozen result that says it in words, stores it and draws it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qies.scaling.matching import Paired
+from qies.scaling.power import Power
+from qies.scaling.shared import SharedFit
+from qies.scaling.table import Dropped
+
+UNIT = {"compute": "FLOPs", "params": "parameters", "data": "tokens", "time": "seconds"}
+# A law read up to 2 % beyond its runs (sizes of one level differ by as much) is still inside them.
+INSIDE = 1.02
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How many times the candidate's `x` the baseline needs for the same loss; above 1 the candidate needs less.
+
+    x in FLOPs, parameters, tokens or seconds of the candidate. gain None: the baseline's law does not reach
+    that loss within a factor of 10,000. lo, hi None without an interval; hi None with a lo: unbounded above;
+    lo 0: unbounded below. `reach`: how many times beyond the runs either arm's law is read here; 1 is inside.
+    """
+
+    x: float
+    gain: float | None
+    lo: float | None
+    hi: float | None
+    reach: float
+
+    def excludes_one(self) -> int:
+        """+1: the interval lies above 1; -1: below; 0: it holds 1, or there is none."""
+        if self.gain is None or self.lo is None:
+            return 0
+        if self.lo > 1 + 1e-6:  # arms that are the same run differ by rounding
+            return 1
+        return -1 if self.hi is not None and self.hi < 1 - 1e-6 else 0
+
+    def to_dict(self, key: str) -> dict[str, float | None]:
+        return {key: self.x, "gain": self.gain, "lo": self.lo, "hi": self.hi, "reach": self.reach}
+
+    def words(self) -> str:
+        if self.gain is None:
+            return "not to be told (the baseline's law does not reach that loss)"
+        if self.lo is None:
+            return f"{self.gain:.3g} (no interval)"
+        end = "unbounded" if self.hi is None else f"{self.hi:.3g}"
+        return f"{self.gain:.3g} ({self.lo:.3g} to {end})"
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where the arms' losses are equal: FLOPs, the range in which they are not told apart (None: open on that
+    side), the arm that is lower beyond, and `reach`, how many times beyond the runs that is (1: inside)."""
+
+    compute: float
+    lo: float | None
+    hi: float | None
+    lower_beyond: str
+    reach: float
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """An arm's least loss at a compute, with its interval, and where a surface says to spend it."""
+
+    compute: float
+    loss: float
+    lo: float | None
+    hi: float | None
+    params: float | None
+    tokens: float | None
+    reach: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidate against baseline; `compare` makes it. `verdict` is "<arm> wins" or "no difference", `reason` why.
+
+    `gain` by variable, in order of x over the shared range; `at_largest` is the last of compute, None where no
+    law in compute could be fitted. `losses` [arm -> (compute, params, tokens, loss)] are the cells, for charts.
+    """
+
+    candidate: str
+    baseline: str
+    form: str
+    level: float
+    flops_convention: str
+    runs: dict[str, int]
+    cells: dict[str, int]
+    gain: dict[str, tuple[Gain, ...]]
+    paired: tuple[Paired, ...]
+    shared_fit: SharedFit | None
+    crossings: tuple[Crossing, ...]
+    frontier: dict[str, tuple[FrontierPoint, ...]]
+    losses: dict[str, tuple[tuple[float, float, float, float], ...]]
+    power: Power | None
+    verdict: str
+    reason: str
+    dropped: tuple[Dropped, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def at_largest(self) -> Gain | None:
+        points = self.gain.get("compute")
+        return points[-1] if points else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; what is not known is null."""
+        key = {"data": "tokens"}
+        gain: dict[str, Any] = {
+            variable: [point.to_dict(key.get(variable, variable)) for point in points]
+            for variable, points in self.gain.items()
+        }
+        gain["at_largest"] = None if self.at_largest is None else self.at_largest.to_dict("compute")
+        return {
+            "candidate": self.candidate,
+            "baseline": self.baseline,
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "form": self.form,
+            "level": self.level,
+            "flops_convention": self.flops_convention,
+            "runs": self.runs,
+            "cells": self.cells,
+            "gain": gain,
+            "paired": [row.to_dict() for row in self.paired],
+            "shared_fit": None if self.shared_fit is None else self.shared_fit.to_dict(),
+            "crossings": [vars(c) for c in self.crossings],
+            "frontier": {arm: [vars(point) for point in points] for arm, points in self.frontier.items()},
+            "losses": {arm: [list(point) for point in points] for arm, points in self.losses.items()},
+            "power": None if self.power is None else self.power.to_dict(),
+            "dropped": [asdict(run) for run in self.dropped],
+            "warnings": list(self.warnings),
+            "summary": self.summary(),
+        }
+
+    def plot(self, kind: str = "compute") -> Any:
+        """The gain in "compute", "params", "data" or "time"; the "frontier"; the "paired" differences.
+
+        Raises UserError for another kind, or where nothing is known of it.
+        """
+        from qies.scaling import figures
+
+        others = {"frontier": figures.frontier_figure, "paired": figures.paired_figure}
+        return others[kind](self) if kind in others else figures.gain_figure(self, kind)
+
+    def summary(self) -> str:
+        """The verdict, the gains with their intervals, what they rest on and every warning, as one paragraph."""
+        head = self.verdict[0].upper() + self.verdict[1:] if self.verdict == "no difference" else self.verdict
+        said = [f"{head}: {self.reason}", *self._gains(), *self._paired(), *self._shared(), *self._crossings()]
+        said += self._power()
+        said.append(f"FLOPs: {self.flops_convention}")
+        if self.dropped:
+            said.append(f"{len(self.dropped)} run{'s' if len(self.dropped) > 1 else ''} left out, see dropped")
+        said += [w[0].upper() + w[1:] for w in self.warnings]
+        return ". ".join(said) + "."
+
+    def _gains(self) -> list[str]:
+        """The other gains (the verdict's reason has that in compute), and how far the laws were read."""
+        last = {variable: points[-1] for variable, points in self.gain.items()}
+        others = [f"{p.words()} times the {UNIT[v]} at {p.x:.3g}" for v, p in last.items() if v != "compute"]
+        said = [f"For the same loss {self.baseline} needs {', '.join(others)}"] if others else []
+        far = [f"{p.reach:.2g} times in {variable}" for variable, p in last.items() if p.reach > INSIDE]
+        if far:
+            said.append(f"These gains read a law beyond the runs it was fitted to, by {', '.join(far)}")
+        return said
+
+    def _paired(self) -> list[str]:
+        tested = [row for row in self.paired if row.p is not None]
+        if not tested:
+            return []
+        last = tested[-1]
+        shown = sum(row.p is not None and row.p < 1 - self.level for row in tested)
+        return [
+            f"Over seeds at N = {last.params:.3g}, D = {last.tokens:.3g}, {self.candidate} minus {self.baseline} is "
+            f"{last.difference:+.4f} nats ({last.lo:+.4f} to {last.hi:+.4f}, p = {last.p:.2g}, {last.test}); "
+            f"{shown} of {len(tested)} matched sizes have p below {1 - self.level:.2g}"
+        ]
+
+    def _shared(self) -> list[str]:
+        fit = self.shared_fit
+        if fit is None or fit.p is None:
+            return []
+        names, plural = ", ".join(fit.shared), len(fit.shared) > 1
+        shown = f"differ{'' if plural else 's'} between the arms"
+        finding = shown if fit.p < 1 - self.level else f"{'are' if plural else 'is'} not shown to differ"
+        return [f"{names} {finding} (F({fit.restrictions}, {fit.dof}) = {fit.statistic:.3g}, p = {fit.p:.2g})"]
+
+    def _crossings(self) -> list[str]:
+        said = []
+        for c in self.crossings:
+            ends = ["unknown" if end is None else f"{end:.3g}" for end in (c.lo, c.hi)]
+            range_ = (
+                "at no compute told apart" if c.lo is c.hi is None else f"not told apart from {ends[0]} to {ends[1]}"
+            )
+            where = "inside the runs" if c.reach <= INSIDE else f"{c.reach:.2g} times beyond the runs"
+            said.append(
+                f"The laws cross at {c.compute:.3g} FLOPs, {where} ({range_}); beyond it {c.lower_beyond} is lower"
+            )
+        return said
+
+    def _power(self) -> list[str]:
+        if self.power is None or self.verdict != "no difference":
+            return []
+        p, said = self.power, []
+        if p.detectable is not None and math.isfinite(p.detectable):
+            said.append(f"These runs would show a gain of {p.detectable:.3g} or more {100 * p.target:.0f} times in 100")
+        if p.cells_needed is not None and p.cells_needed > p.cells:
+            said.append(
+                f"To settle a gain as large as the one seen takes about {p.cells_needed} matched sizes and budgets "
+                f"instead of {p.cells}"
+            )
+        best = p.best
+        if best is not None:
+            noise = "" if best.measured else " (taking the scatter around the laws for the noise of seeds)"
+            said.append(
+                f"Seeds show the difference soonest at N = {best.params:.3g}, D = {best.tokens:.3g}: a paired test as "
+                f"good takes {best.need} seeds an arm there and has {best.have}{noise}"
+            )
+        elif p.sizes:
+            said.append("No matched size shows the difference seen there with 1,000 seeds or fewer")
+        return said

@@ -1,0 +1,234 @@
+"""The laws of the loss in N and D as objects: log L, its analytic Jacobian and curvature, bounds and starts.
+
+    approach3        L = E + A N^-alpha + B D^-beta                          Hoffmann et al. 2022, arXiv:2203.15556
+    approach3-gamma  L = E + (A N^-alpha + B D^-beta)^gamma                  after Kaplan et al. 2020, arXiv:2001.08361
+    gadre            L = E + a N^eta + b 6^(eta/2) (M N)^eta, M = D/N        Gadre et al. 2024, arXiv:2403.08540
+
+In `gadre` M N is D: it is approach 3 with both exponents equal to -eta, one parameter less, meant for few runs.
+
+Internally every law is written in theta, where log L is smooth and amplitudes are logarithms of the terms at
+the geometric centre of the data (u = log N and v = log D minus their means). All but the exponents are then of
+order one and hardly correlated, which is what makes Newton's method safe here.
+
+Legend: S parameter vectors at once, n runs, p parameters, K terms of a law.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qies.errors import UserError, nearest
+
+Array = NDArray[np.float64]
+
+LOG6 = float(np.log(6.0))
+# A floor a million times below the losses is none; an exponent beyond 8 is a step, no power law.
+LEAST_FLOOR, STEEPEST = float(np.log(1e-6)), 8.0
+EXPONENTS = np.geomspace(0.03, 2.5, 8)
+
+
+@dataclass(frozen=True)
+class Form(ABC):
+    """A law of the loss, a sum of terms exp(x_k . theta) unless a subclass says otherwise.
+
+    `names` of the public parameters in order; `logged` those whose logarithm is linear in theta (E and amplitudes);
+    `criterion`: what the published fits of this law take residuals of, "log" L or the "loss" itself.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    logged: tuple[str, ...]
+    criterion: str = "log"
+
+    @abstractmethod
+    def features(self, x: Array) -> Array:
+        """Terms as linear functions of theta, [n, K, p], at centred logs x [n, 2]."""
+
+    @abstractmethod
+    def starts(self, x: Array, loss: Array) -> Array:
+        """Starts [S, p]: a grid of exponents, with the amplitudes of linear least squares (relative residuals)."""
+
+    @abstractmethod
+    def rows(self, center: Array) -> Array:
+        """Matrix R [p, p] with public = R theta, the `logged` ones as logarithms; center [2] means of log N, log D."""
+
+    @abstractmethod
+    def reducible(self, params: Mapping[str, float]) -> tuple[float, float, float, float]:
+        """A, alpha, B, beta of the part that falls with N and D, whose minimum is the law's optimum."""
+
+    def evaluate(self, theta: Array, x: Array) -> tuple[Array, Array]:
+        """log L [S, n] and its Jacobian [S, n, p] at theta [S, p]."""
+        features = self.features(x)
+        log_loss, share = _log_sum_exp(theta, features)
+        return log_loss, np.einsum("snk,nkp->snp", share, features)
+
+    def curvature(self, theta: Array, x: Array, c: Array) -> Array:
+        """Sum over runs of c [S, n] times the Hessian of log L, [S, p, p]."""
+        features = self.features(x)
+        return _log_sum_exp_curvature(features, _log_sum_exp(theta, features)[1], c)
+
+    def bounds(self, loss: Array) -> tuple[Array, Array]:
+        """Lower and upper bounds of theta, [p] each."""
+        low, high = np.log(loss.min()), np.log(loss.max())
+        of = {"E": (low + LEAST_FLOOR, high), "eta": (-STEEPEST, 0.0), "gamma": (0.02, 50.0)}
+        of |= {k: (low - 30, high + 30) for k in "ABab"} | {k: (0.0, STEEPEST) for k in ("alpha", "beta")}
+        return np.array([of[k][0] for k in self.names]), np.array([of[k][1] for k in self.names])
+
+    def public(self, theta: Array, center: Array) -> Array:
+        """Public parameters [..., p] in the order of `names`."""
+        return self.exponentiate(theta @ self.rows(center).T)
+
+    def exponentiate(self, values: Array) -> Array:
+        """R theta [..., p] with the `logged` entries made amplitudes again (the largest float stands for infinity)."""
+        logged = np.array([name in self.logged for name in self.names])
+        with np.errstate(over="ignore"):
+            return np.where(logged, np.minimum(np.exp(np.where(logged, values, 0.0)), np.finfo(float).max), values)
+
+
+class Approach3(Form):
+    """L = E + A N^-alpha + B D^-beta; theta = (E, A, B, alpha, beta), the first three as logarithms."""
+
+    def features(self, x: Array) -> Array:
+        u, v, one, zero = x[:, 0], x[:, 1], np.ones(len(x)), np.zeros(len(x))
+        terms = [[one, zero, zero, zero, zero], [zero, one, zero, -u, zero], [zero, zero, one, zero, -v]]
+        return np.moveaxis(np.array(terms), 2, 0)
+
+    def starts(self, x: Array, loss: Array) -> Array:
+        alpha, beta = (g.reshape(-1) for g in np.meshgrid(EXPONENTS, EXPONENTS))
+        log_terms = np.stack([-alpha[:, None] * x[:, 0], -beta[:, None] * x[:, 1]], axis=2)
+        return np.concatenate([np.column_stack([t, alpha, beta]) for t in _amplitudes(log_terms, loss)])
+
+    def rows(self, center: Array) -> Array:
+        rows = np.eye(len(self.names))
+        rows[1, 3], rows[2, 4] = center
+        return rows
+
+    def reducible(self, params: Mapping[str, float]) -> tuple[float, float, float, float]:
+        return params["A"], params["alpha"], params["B"], params["beta"]
+
+
+class Gadre(Form):
+    """L = E + a N^eta + b 6^(eta/2) D^eta; theta = (E, a, b, eta), the first three as logarithms."""
+
+    def features(self, x: Array) -> Array:
+        u, v, one, zero = x[:, 0], x[:, 1], np.ones(len(x)), np.zeros(len(x))
+        return np.moveaxis(np.array([[one, zero, zero, zero], [zero, one, zero, u], [zero, zero, one, v]]), 2, 0)
+
+    def starts(self, x: Array, loss: Array) -> Array:
+        eta = -np.geomspace(0.02, 3, 40)
+        log_terms = np.stack([eta[:, None] * x[:, 0], eta[:, None] * x[:, 1]], axis=2)
+        return np.concatenate([np.column_stack([t, eta]) for t in _amplitudes(log_terms, loss)])
+
+    def rows(self, center: Array) -> Array:
+        rows = np.eye(4)
+        rows[1, 3], rows[2, 3] = -center[0], -center[1] - LOG6 / 2
+        return rows
+
+    def reducible(self, params: Mapping[str, float]) -> tuple[float, float, float, float]:
+        return params["a"], -params["eta"], params["b"] * 6 ** (params["eta"] / 2), -params["eta"]
+
+
+class Gamma(Approach3):
+    """L = E + (A N^-alpha + B D^-beta)^gamma; theta = (E, A, B, alpha, beta, gamma), E, A and B as logarithms."""
+
+    def _parts(self, theta: Array, x: Array) -> tuple[Array, Array, Array, Array, Array]:
+        """log L, share of the bracket's term, gradient of its logarithm [S, n, 6], features and shares inside it."""
+        features = self.features(x)[:, 1:]
+        bracket, inner = _log_sum_exp(theta[:, :5], features)
+        gamma = theta[:, 5, None]
+        log_loss = np.logaddexp(theta[:, 0, None], gamma * bracket)
+        slope = np.einsum("snk,nkp->snp", inner, features)
+        gradient = np.concatenate([gamma[..., None] * slope, bracket[..., None]], axis=2)
+        return log_loss, np.exp(gamma * bracket - log_loss), gradient, features, inner
+
+    def evaluate(self, theta: Array, x: Array) -> tuple[Array, Array]:
+        log_loss, share, gradient, _, _ = self._parts(theta, x)
+        jacobian = share[..., None] * gradient
+        jacobian[..., 0] += 1 - share
+        return log_loss, jacobian
+
+    def curvature(self, theta: Array, x: Array, c: Array) -> Array:
+        _, share, gradient, features, inner = self._parts(theta, x)
+        total = np.zeros((len(theta), 6, 6))
+        total[:, :5, :5] = theta[:, 5, None, None] * _log_sum_exp_curvature(features, inner, c * share)
+        cross = np.einsum("sn,snk,nkp->sp", c * share, inner, features)
+        total[:, 5, :5] += cross
+        total[:, :5, 5] += cross
+        apart = gradient.copy()
+        apart[..., 0] -= 1
+        return total + np.swapaxes(apart, 1, 2) @ ((c * share * (1 - share))[..., None] * apart)
+
+    def starts(self, x: Array, loss: Array) -> Array:
+        """Grid of exponents, gamma and floor: given those, the bracket is linear in A and B."""
+        alpha, beta = (g.reshape(-1) for g in np.meshgrid(EXPONENTS[::2], EXPONENTS[::2]))
+        found = []
+        for gamma in (0.25, 0.5, 1.0, 2.0, 4.0):
+            for floor in (0.05, 0.4, 0.75, 0.95):
+                bracket = (loss - floor * loss.min()) ** (1 / gamma)
+                terms = np.exp(np.stack([-alpha[:, None] * x[:, 0], -beta[:, None] * x[:, 1]], axis=2))
+                amplitude = _positive(_least_squares(terms / bracket[:, None]))
+                e, g = np.full(len(alpha), np.log(floor * loss.min())), np.full(len(alpha), gamma)
+                found.append(np.column_stack([e, np.log(amplitude * np.median(bracket)), alpha, beta, g]))
+        return np.concatenate(found)
+
+
+FORMS: dict[str, Form] = {
+    "approach3": Approach3("approach3", ("E", "A", "B", "alpha", "beta"), ("E", "A", "B")),
+    "approach3-gamma": Gamma("approach3-gamma", ("E", "A", "B", "alpha", "beta", "gamma"), ("E", "A", "B")),
+    "gadre": Gadre("gadre", ("E", "a", "b", "eta"), ("E", "a", "b"), criterion="loss"),
+}
+
+
+def surface_form(name: str) -> Form:
+    """The law of that name. Raises UserError for another."""
+    if name not in FORMS:
+        raise UserError(f"form '{name}' is no law of N and D; choose from {', '.join(FORMS)}.{nearest(name, FORMS)}")
+    return FORMS[name]
+
+
+def _log_sum_exp(theta: Array, features: Array) -> tuple[Array, Array]:
+    """log of the sum of exp(terms) [S, n], share of each term [S, n, K]."""
+    n, k, p = features.shape
+    terms = (theta @ features.reshape(n * k, p).T).reshape(len(theta), n, k)
+    top = terms.max(axis=2, keepdims=True)
+    share = np.exp(terms - top)
+    total = share.sum(axis=2, keepdims=True)
+    return (top + np.log(total))[..., 0], share / total
+
+
+def _log_sum_exp_curvature(features: Array, share: Array, c: Array) -> Array:
+    """Sum over n of c times the Hessian of a log-sum-exp: sum_k share_k x_k x_k' less the mean's outer product."""
+    n, k, p = features.shape
+    squares = (features[..., :, None] * features[..., None, :]).reshape(n * k, p * p)
+    first = ((c[..., None] * share).reshape(len(c), n * k) @ squares).reshape(len(c), p, p)
+    mean = np.einsum("snk,nkp->snp", share, features)
+    return first - np.swapaxes(mean, 1, 2) @ (c[..., None] * mean)
+
+
+def _least_squares(design: Array) -> Array:
+    """Amplitudes [S, K] that bring design [S, n, K] closest to one."""
+    gram = np.swapaxes(design, 1, 2) @ design
+    ridge = 1e-10 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(gram.shape[1])
+    return np.linalg.solve(gram + ridge, design.sum(axis=1)[..., None])[..., 0]
+
+
+def _positive(amplitude: Array) -> Array:
+    """No amplitude below a thousandth of the largest: a term that starts at nothing would stay there."""
+    return np.maximum(amplitude, 1e-3 * np.maximum(amplitude.max(axis=1, keepdims=True), 1e-300))
+
+
+def _amplitudes(log_terms: Array, loss: Array) -> list[Array]:
+    """log (E, amplitudes) [S, 1 + K] for terms exp(log_terms) [S, n, K]: with the best floor, and with fixed ones."""
+    terms = np.exp(log_terms) / loss[:, None]
+    floor = np.broadcast_to((1 / loss)[None, :, None], (*terms.shape[:2], 1))
+    found = [np.log(_positive(_least_squares(np.concatenate([floor, terms], axis=2))))]
+    for part in (0.05, 0.5, 0.9):
+        e = part * loss.min()
+        amplitude = _positive(_least_squares(terms / (1 - e / loss)[:, None]))
+        found.append(np.column_stack([np.full(len(terms), np.log(e)), np.log(amplitude)]))
+    return found
