@@ -46,15 +46,15 @@ def test_derivatives_agree_with_differences(form):
     ],
 )
 def test_exact_laws_are_recovered(form, params):
+    def truth(n, d):
+        if form == "gadre":
+            return params["E"] + params["a"] * n ** params["eta"] + params["b"] * (6**0.5 * d) ** params["eta"]
+        return law(n, d, params)
+
     n, d = grid(7, 6)
-    if form == "gadre":
-        loss = params["E"] + params["a"] * n ** params["eta"] + params["b"] * (6**0.5 * d) ** params["eta"]
-    else:
-        loss = law(n, d, params)
-    fit = fit_surface(make_runs(n, d, loss), form)
+    fit = fit_surface(make_runs(n, d, truth(n, d)), form)
     assert fit.params == pytest.approx(params, rel=1e-4)
-    np.testing.assert_allclose(fit.predict(3 * n, 0.2 * d), law(3 * n, 0.2 * d, params) if form != "gadre" else
-        params["E"] + params["a"] * (3 * n) ** params["eta"] + params["b"] * (6**0.5 * 0.2 * d) ** params["eta"], rtol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(fit.predict(3 * n, 0.2 * d), truth(3 * n, 0.2 * d), rtol=1e-5)
 
 
 def test_optimum_is_the_lowest_loss_along_the_isoflop_line():

@@ -20,6 +20,7 @@ from scipy.optimize import least_squares
 from scipy.signal import lfilter
 
 from qies.errors import UserError
+from qies.plotting import Figure
 from qies.scaling.intervals import ILL_CONDITIONED, condition_number, huber_covariance, t_quantile
 
 Array = NDArray[np.float64]
@@ -69,7 +70,7 @@ class CurveFit:
         parts = [f"{self.form} through {self.n} points: {', '.join(values)}{scatter}"]
         return ". ".join([*parts, *(w[0].upper() + w[1:] for w in self.warnings)]) + "."
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """The points and the curve."""
         from qies.scaling.curve_figures import curve_figure
 

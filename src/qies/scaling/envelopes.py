@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import Akima1DInterpolator
 
 from qies.errors import UserError, nearest
+from qies.plotting import Figure
 from qies.scaling.fits import fit_surface
 from qies.scaling.intervals import t_quantile
 from qies.scaling.table import Runs
@@ -86,7 +87,7 @@ class EnvelopeFit:
         ]
         return ". ".join([*parts, *(w[0].upper() + w[1:] for w in self.warnings)]) + "."
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Best N and D against compute."""
         from qies.scaling.curve_figures import envelope_figure
 
