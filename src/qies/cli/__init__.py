@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from qies.cli.models import generate
-from qies.cli.numbers import bench, compare, report
+from qies.cli.numbers import bench, compare, fit, report
 from qies.cli.runs import data, plan, study, train
 from qies.terminal import run
 
@@ -18,6 +18,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "report": report,
     "bench": bench,
+    "fit": fit,
     "compare": compare,
 }
 

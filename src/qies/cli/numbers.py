@@ -1,4 +1,4 @@
-"""Verbs that read what was measured, or measure: report, bench, compare."""
+"""Verbs that read what was measured, or measure: report, bench, fit, compare."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.progress import Progress
 from tyro.conf import Positional
 
 from qies.errors import UserError
@@ -81,12 +82,81 @@ def bench(
     show(json, value, lambda: Console().print(benches.comparison_table(f"bench {what}", results)))
 
 
+def fit(
+    runs: Positional[Path],
+    /,
+    form: str = "approach3",
+    axis: str = "params",
+    columns: tuple[str, ...] = (),
+    arm: str | None = None,
+    flops: str | None = None,
+    delta: float | None = None,
+    drop_worst: int = 0,
+    bootstrap: int = 0,
+    resample: str = "runs",
+    level: float = 0.95,
+    seed: int = 0,
+    leave_largest: int = 0,
+    beside: tuple[str, ...] = (),
+    predict: tuple[str, ...] = (),
+    json: Path | None = None,
+) -> None:
+    """Fit a scaling law to a table of runs or a folder of run records.
+
+    Forms of N and D: approach3, approach3-gamma, gadre. Of one variable (--axis): power, power+floor. Of the best size:
+    approach1 (envelope), approach2 (isoFLOP parabolas). Of a curve: annealing (columns step, lr, loss), downstream
+    (columns bpb, accuracy).
+
+    For example:
+
+        qies fit results/quick --arm qies --form power
+        qies fit runs.csv --form approach3 --delta 1e-3 --bootstrap 400 --json fit.json
+        qies fit runs.csv --columns params=N,tokens=D "loss=Val Loss" --drop-worst 5 --leave-largest 1
+        qies fit runs.csv --form gadre --beside approach3 --predict 6.9e9,1.38e11
+
+    Args:
+        runs: CSV, TSV, JSONL, JSON or Parquet with columns params, tokens and loss, or a folder of run records.
+        form: The law.
+        axis: What a power law runs along: params, tokens or flops.
+        columns: The table's names for ours, as OURS=THEIRS.
+        arm: Fit the runs of this arm only.
+        flops: Convention of C: 6ND or another multiple, or given; by default the table's, and 6ND where it has none.
+        delta: Residual of log loss beyond which a run counts linearly; by default the form's (1e-3 for approach3).
+        drop_worst: Leave out so many runs with the largest residuals, instead of what looks diverged.
+        bootstrap: Draws for the intervals; 0 takes Student's t.
+        resample: What a draw resamples: runs, or seeds within runs.
+        level: Coverage of the intervals.
+        seed: Of the bootstrap.
+        leave_largest: Also fit without the so many largest sizes and predict them.
+        beside: Other forms of N and D to compare with.
+        predict: Points N,D to predict the loss at.
+        json: Write the result here as JSON.
+    """
+    from qies import runs as records
+    from qies.scaling.pipeline import fit_file
+
+    with Progress(disable=not bootstrap, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("bootstrap", total=bootstrap)
+        outcome = fit_file(
+            runs, form, columns=_pairs("columns", columns), flops=flops, arm=arm, axis=axis, delta=delta,
+            drop_worst=drop_worst, bootstrap=bootstrap, resample=resample, level=level, seed=seed,
+            leave_largest=leave_largest, beside=beside, predict=_points(predict),
+            progress=lambda done: bar.update(task, completed=done),
+        )  # fmt: skip
+    if json is not None:
+        records.write_json(json, outcome.to_dict())
+    console = Console()
+    for table in outcome.tables():
+        console.print(table)
+    console.print(outcome.summary(), highlight=False)
+
+
 def compare(
     runs: Positional[Path],
     /,
     arms: tuple[str, str],
     json: Path | None = None,
-    columns: str = "",
+    columns: tuple[str, ...] = (),
     flops: str | None = None,
     form: Literal["auto", "surface", "power"] = "auto",
     level: float = 0.95,
@@ -105,7 +175,7 @@ def compare(
         runs: A table (CSV, TSV, JSONL, JSON, Parquet) or a folder of run records.
         arms: The candidate and its baseline.
         json: Write the whole result here as JSON.
-        columns: Other names of the table's columns, as params=N,tokens=D.
+        columns: The table's names for ours, as OURS=THEIRS.
         flops: How FLOPs are counted: 6ND, another multiple of ND, or given. By default the table's, else 6ND.
         form: surface (L(N, D) an arm), power (power laws along the runs) or auto.
         level: Coverage of every interval.
@@ -114,15 +184,34 @@ def compare(
     from qies.scaling import compare as compare_arms
     from qies.scaling import read_runs
 
-    result = compare_arms(read_runs(runs, _pairs(columns), flops), *arms, form=form, level=level)
+    result = compare_arms(read_runs(runs, _pairs("columns", columns), flops), *arms, form=form, level=level)
     if json is not None:
         records.write_json(json, result.to_dict())
     print(result.summary())
 
 
-def _pairs(text: str) -> dict[str, str]:
-    """`params=N,tokens=D` as a dictionary."""
-    pairs = [pair.split("=", 1) for pair in text.split(",") if pair]
-    if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise UserError(f"--columns '{text}' is not of the form params=N,tokens=D.")
-    return {ours.strip(): theirs.strip() for ours, theirs in pairs}
+def _pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
+    """OURS=THEIRS, separated by commas or as several words."""
+    found = {}
+    for part in (p for word in words for p in word.split(",")):
+        ours, equals, theirs = part.partition("=")
+        if not (ours.strip() and equals and theirs.strip()):
+            raise UserError(f"--{option} wants OURS=THEIRS, such as params=N,tokens=D; got '{part}'.")
+        found[ours.strip()] = theirs.strip()
+    return found
+
+
+def _points(words: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
+    """N,D pairs."""
+    from qies.scaling.table import parse_number
+
+    points = []
+    for word in words:
+        try:
+            n, d = (parse_number(part) for part in word.split(","))
+            if not (0 < n < float("inf") and 0 < d < float("inf")):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"--predict wants N,D such as 6.9e9,1.38e11; got '{word}'.") from None
+        points.append((n, d))
+    return tuple(points)

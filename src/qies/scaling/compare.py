@@ -60,7 +60,8 @@ def compare(
     warnings += views.warnings
     gains = {variable: _curve(view, points) for variable, view in views.of.items()}
     view = views.of.get("compute")
-    shared, crossed, power = None, (), None
+    shared, power = None, None
+    crossed: tuple[Crossing, ...] = ()
     if view is not None:
         warnings += _band_warnings(view.joint)
         shared = shared_fit(view.joint, match(ca, cb), SHARED[views.form], (candidate, baseline))
@@ -173,10 +174,13 @@ def _frontiers(
         spent = np.exp(at) if views.form == "surface" else np.full((points, 2), np.nan)
         out[arm] = tuple(
             FrontierPoint(
-                float(np.exp(x[i])),
-                float(loss[i]),
-                *(_number(value) for value in (lo[i], hi[i], *spent[i])),
-                float(law.reach(at[i : i + 1])[0]),
+                compute=float(np.exp(x[i])),
+                loss=float(loss[i]),
+                lo=_number(lo[i]),
+                hi=_number(hi[i]),
+                params=_number(spent[i, 0]),
+                tokens=_number(spent[i, 1]),
+                reach=float(law.reach(at[i : i + 1])[0]),
             )
             for i in range(points)
         )
@@ -185,7 +189,7 @@ def _frontiers(
 
 def _points(cells: Cells) -> tuple[tuple[float, float, float, float], ...]:
     columns = (cells.flops, cells.params, cells.tokens, np.exp(cells.log_loss))
-    return tuple(tuple(row) for row in np.stack(columns, axis=1).tolist())  # type: ignore[misc]
+    return tuple((float(c), float(n), float(d), float(loss)) for c, n, d, loss in zip(*columns, strict=True))
 
 
 def _power(view: View, ca: Cells, cb: Cells, paired: tuple[Paired, ...]) -> Power | None:

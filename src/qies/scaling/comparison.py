@@ -138,11 +138,15 @@ class Comparison:
             "summary": self.summary(),
         }
 
-    def plot(self, kind: str = "gain") -> Any:
-        """The figure: "gain" (multipliers with their bands) or "frontier" (loss against compute of both arms)."""
+    def plot(self, kind: str = "compute") -> Any:
+        """The gain in "compute", "params", "data" or "time"; the "frontier"; the "paired" differences.
+
+        Raises UserError for another kind, or where nothing is known of it.
+        """
         from qies.scaling import figures
 
-        return {"gain": figures.gain_figure, "frontier": figures.frontier_figure}[kind](self)
+        others = {"frontier": figures.frontier_figure, "paired": figures.paired_figure}
+        return others[kind](self) if kind in others else figures.gain_figure(self, kind)
 
     def summary(self) -> str:
         """The verdict, the gains with their intervals, what they rest on and every warning, as one paragraph."""

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 Array = NDArray[np.float64]
+Rows = NDArray[np.int64]
 Evaluate = Callable[[Array, Array], tuple[Array, Array]]
 Path = Callable[[Array], Array]
 
@@ -103,7 +104,7 @@ class Joint:
         return np.exp(value), np.exp(value - half), np.exp(value + half)
 
 
-def join(a: Law, b: Law, matched: Array, level: float, seeds: tuple[Array, int] | None = None) -> Joint:
+def join(a: Law, b: Law, matched: Rows, level: float, seeds: tuple[Array, int] | None = None) -> Joint:
     """Both laws with their covariance. `matched` [m, 2] integer: row of a's cell, row of b's.
 
     `seeds`: (covariance 2 x 2 of cell means over seeds, its degrees of freedom), taken where the laws pass

@@ -11,13 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import nct
+import numpy as np
+from scipy.stats import chi2, norm
 from scipy.stats import t as student
 
 from qies.scaling.matching import Paired
 
 TARGET = 0.8
 MOST = 1000
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,11 @@ def t_power(effect: float, error: float, dof: float, level: float) -> float:
         return 0.0
     if error == 0:
         return float(effect != 0)
-    quantile, shift = float(student.ppf(0.5 + level / 2, dof)), abs(effect) / error
-    if shift - quantile > 37:  # beyond what the noncentral t's series can do, and certain
-        return 1.0
-    return float(nct.sf(quantile, dof, shift) + nct.cdf(-quantile, dof, shift))
+    # Given the estimated scale s (chi over sqrt(dof)) the estimate is normal; averaged over s by its quantiles. scipy's
+    # noncentral t gives NaN far in the tails, where plans of many runs lie.
+    scale = np.sqrt(chi2.ppf((NODES + 1) / 2, dof) / dof) * student.ppf(0.5 + level / 2, dof)
+    shift = abs(effect) / error
+    return float(WEIGHTS @ (norm.cdf(shift - scale) + norm.cdf(-shift - scale)) / 2)
 
 
 def pairs_needed(effect: float, sd: float, level: float, target: float = TARGET) -> int | None:

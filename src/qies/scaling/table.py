@@ -6,7 +6,6 @@ Legend: N parameters, D training tokens, C training FLOPs, L loss in nats a toke
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import math
 import re
@@ -65,9 +64,21 @@ class Runs:
     def select(self, which: ArrayLike) -> Runs:
         """The runs that a boolean mask [n] or an index array (in its order, repeats allowed) picks."""
         pick = np.arange(len(self))[np.asarray(which)]
-        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "convention"}
+
+        def words(column: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(column[i] for i in pick)
+
         return Runs(
-            **{k: v[pick] if isinstance(v, np.ndarray) else tuple(v[i] for i in pick) for k, v in columns.items()},
+            params=self.params[pick],
+            tokens=self.tokens[pick],
+            flops=self.flops[pick],
+            loss=self.loss[pick],
+            arm=words(self.arm),
+            seed=self.seed[pick],
+            weight=self.weight[pick],
+            wall_seconds=self.wall_seconds[pick],
+            status=words(self.status),
+            name=words(self.name),
             convention=self.convention,
         )
 
@@ -116,6 +127,21 @@ def read_runs(path: str | Path, columns: Mapping[str, str] | None = None, flops:
         name=text.get("name", tuple(f"row {i + 1}" for i in range(n))),
         convention=convention,
     )
+
+
+def read_columns(path: str | Path, needed: Iterable[str], columns: Mapping[str, str] | None = None) -> dict[str, Array]:
+    """The needed columns of any table of numbers, float64 [n] each (NaN where missing), for fits that are not of runs.
+
+    Files, `columns` and errors as in `read_runs`.
+    """
+    path, needed = Path(path), tuple(needed)
+    rows = _rows(path)
+    known = list(dict.fromkeys(key for row in rows for key in row))
+    names = _resolve(columns or {}, known, path, needed)
+    for need in needed:
+        if need not in names:
+            raise _missing(need, known, path)
+    return {need: _numbers(rows, names[need], path) for need in needed}
 
 
 @dataclass(frozen=True)
@@ -261,15 +287,17 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _resolve(columns: Mapping[str, str], known: list[str], path: Path) -> dict[str, str]:
+def _resolve(
+    columns: Mapping[str, str], known: list[str], path: Path, allowed: tuple[str, ...] = COLUMNS
+) -> dict[str, str]:
     """Our name -> the table's, as given or, without a word, the same name or the run record's."""
     for ours, theirs in columns.items():
-        if ours not in COLUMNS:
-            raise UserError(f"'{ours}' is no column of ours; choose from {', '.join(COLUMNS)}.{nearest(ours, COLUMNS)}")
+        if ours not in allowed:
+            raise UserError(f"'{ours}' is no column of ours; choose from {', '.join(allowed)}.{nearest(ours, allowed)}")
         if theirs not in known:
             raise UserError(f"{path} has no column '{theirs}' for {ours}.{nearest(theirs, known) or _listed(known)}")
     found = dict(columns)
-    for ours in COLUMNS:
+    for ours in allowed:
         for theirs in (ours, RECORD.get(ours, ours)):
             if theirs in known:
                 found.setdefault(ours, theirs)

@@ -1,0 +1,186 @@
+"""From a file to a fit of any form: read, leave out what is unsound, fit. What `qies fit` calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from qies.errors import UserError, nearest
+from qies.scaling.curves import CURVE_COLUMNS, CurveFit, fit_annealing, fit_downstream
+from qies.scaling.envelopes import EnvelopeFit, fit_approach1, fit_approach2
+from qies.scaling.fits import Residual, SurfaceFit, fit_surface
+from qies.scaling.forms import FORMS
+from qies.scaling.laws import PowerLaw, fit_power
+from qies.scaling.selection import Comparison, HeldOut, HeldOutRun, compare_forms, leave_largest_out
+from qies.scaling.table import Dropped, Runs, read_columns, read_runs, sound
+
+POWERS = ("power", "power+floor")
+ENVELOPES = ("approach1", "approach2")
+ALL_FORMS = (*FORMS, *POWERS, *ENVELOPES, *CURVE_COLUMNS)
+POWER_DELTA = 0.05  # as in `fit_power`: few points, so only broken runs are to count less
+AXES = ("params", "tokens", "flops")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A fit with what the file's way to it adds: the runs used, those left out, tests beside the fit, predictions."""
+
+    fit: SurfaceFit | PowerLaw | EnvelopeFit | CurveFit
+    runs: Runs | None
+    dropped: tuple[Dropped, ...]
+    warnings: tuple[str, ...] = ()
+    held_out: HeldOut | None = None
+    comparison: Comparison | None = None
+    predictions: tuple[dict[str, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fit's own dictionary with `dropped`, `warnings` and the rest; `exponents` is {} where there are none."""
+        own = self.fit.to_dict()
+        extra: dict[str, Any] = {"predictions": list(self.predictions)}
+        if self.held_out is not None:
+            extra["held_out"] = self.held_out.to_dict()
+        if self.comparison is not None:
+            extra["comparison"] = self.comparison.to_dict()
+        return {
+            "exponents": {},
+            **own,
+            "convention": None if self.runs is None else self.runs.convention,
+            "dropped": [vars(d) for d in self.dropped],
+            "warnings": [*self.warnings, *own["warnings"]],
+            **extra,
+        }
+
+    def tables(self) -> list[Table]:
+        """What a terminal shows: parameters with intervals, then predictions and held-out runs where asked for."""
+        found = self.to_dict()
+        shown = Table("", "value", f"{100 * found['level']:g} % interval", title=f"{found['form']}, {found['n']} runs")
+        own = {**found["params"], **{k: v for k, v in found["exponents"].items() if k not in found["params"]}}
+        for name, value in {**own, "objective": found["objective"]}.items():
+            pair = found["ci"].get(name)
+            shown.add_row(name, f"{value:.6g}", "" if pair is None else f"{pair[0]:.4g} to {pair[1]:.4g}")
+        tables = [shown]
+        if self.predictions:
+            tables.append(Table("N", "D", "loss", "interval", title="predictions"))
+            for p in self.predictions:
+                band = f"{p['lo']:.4f} to {p['hi']:.4f}" if "lo" in p else ""
+                tables[-1].add_row(f"{p['params']:.4g}", f"{p['tokens']:.4g}", f"{p['loss']:.4f}", band)
+        if self.held_out is not None:
+            tables.append(Table("run", "N", "D", "loss", "predicted", "error", title="held out: the largest sizes"))
+            for held in self.held_out.runs:
+                tables[-1].add_row(*_cells(held), f"{100 * held.error:+.2f} %")
+        far = [r for r in self.fit.residuals if r.outlier] if isinstance(self.fit, SurfaceFit) else []
+        if far:
+            tables.append(Table("outlier", "N", "D", "loss", "predicted", "residual", title="far from the law"))
+            for r in sorted(far, key=lambda r: -abs(r.residual)):
+                tables[-1].add_row(*_cells(r), f"{100 * np.expm1(r.residual):+.2f} %")
+        return tables
+
+    def summary(self) -> str:
+        """The fit in words, with what was left out and what was tried beside it."""
+        parts = [self.fit.summary()]
+        if self.runs is not None and not isinstance(self.fit, SurfaceFit):
+            parts.append(f"FLOPs {self.runs.convention}.")
+        if self.dropped and not isinstance(self.fit, SurfaceFit):
+            parts.append("Left out: " + "; ".join(f"{d.name} ({d.reason})" for d in self.dropped) + ".")
+        parts += [f"{w[0].upper()}{w[1:]}." for w in self.warnings]
+        parts += [part.summary() for part in (self.held_out, self.comparison) if part is not None]
+        return " ".join(parts)
+
+
+def fit_file(
+    path: str | Path,
+    form: str = "approach3",
+    *,
+    columns: Mapping[str, str] | None = None,
+    flops: str | None = None,
+    arm: str | None = None,
+    axis: str = "params",
+    delta: float | None = None,
+    drop_worst: int = 0,
+    bootstrap: int = 0,
+    resample: str = "runs",
+    level: float = 0.95,
+    seed: int = 0,
+    leave_largest: int = 0,
+    beside: tuple[str, ...] = (),
+    predict: tuple[tuple[float, float], ...] = (),
+    progress: Callable[[int], None] = lambda done: None,
+) -> Outcome:
+    """Fit `form` to the runs of a file or folder (`table.read_runs`).
+
+    With `drop_worst` the user says how many runs lie off, so the search for diverged runs against a fit is left out;
+    runs that did not finish or hold no number always are. `leave_largest`: also fit without the so many largest model
+    sizes and predict them. `beside`: other forms to compare this one with. `predict`: pairs of N and D. `axis` is what
+    `power` and `power+floor` run along. Raises UserError for an unknown form or axis, and what the parts raise.
+    """
+    if form not in ALL_FORMS:
+        raise UserError(f"form '{form}' is unknown; choose from {', '.join(ALL_FORMS)}.{nearest(form, ALL_FORMS)}")
+    if axis not in AXES:
+        raise UserError(f"axis '{axis}' is unknown; choose from {', '.join(AXES)}.{nearest(axis, AXES)}")
+    if form not in FORMS and (leave_largest or beside or predict or drop_worst):
+        raise UserError(
+            f"--leave-largest, --beside, --predict and --drop-worst need a law of N and D: {', '.join(FORMS)}"
+        )
+    if form in CURVE_COLUMNS:
+        table = read_columns(path, CURVE_COLUMNS[form], columns)
+        return Outcome(
+            (fit_annealing if form == "annealing" else fit_downstream)(*table.values(), level=level), None, ()
+        )
+    everything = read_runs(path, columns, flops)
+    chosen = np.array([arm is None or a == arm for a in everything.arm])
+    if arm is not None:
+        everything.of_arm(arm)  # which says what arms there are
+    index = np.flatnonzero(chosen)
+    runs, unsound = sound(everything.select(index), against_fit=not drop_worst)
+    dropped = [dataclasses.replace(d, index=int(index[d.index])) for d in unsound]
+    if not len(runs):
+        raise UserError(f"{path}: no sound run is left; the first was left out because: {dropped[0].reason}")
+    kept = np.delete(index, [d.index for d in unsound])
+    warnings = () if len(runs.arms) < 2 else (f"runs of {len(runs.arms)} arms are fitted as one; choose with --arm",)
+    if form in POWERS:
+        law = fit_power(
+            getattr(runs, axis),
+            runs.loss,
+            floor=form == "power+floor",
+            delta=POWER_DELTA if delta is None else delta,
+            level=level,
+            interval="bootstrap" if bootstrap else "auto",
+            draws=bootstrap or 400,
+            seed=seed,
+        )
+        return Outcome(law, runs, tuple(dropped), warnings)
+    if form in ENVELOPES:
+        return Outcome(
+            (fit_approach1 if form == "approach1" else fit_approach2)(runs, level=level), runs, tuple(dropped), warnings
+        )
+    fit = fit_surface(
+        runs, form, delta=delta, bootstrap=bootstrap, resample=resample, level=level, drop_worst=drop_worst, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    dropped += [dataclasses.replace(d, index=int(kept[d.index])) for d in fit.dropped]
+    fit = dataclasses.replace(fit, dropped=tuple(dropped))
+    used = runs.select(~np.isin(kept, [d.index for d in dropped]))
+    predictions = []
+    for n, d in predict:
+        loss, lo, hi = (float(v) for v in fit.predict_band(n, d))
+        band = {"lo": lo, "hi": hi} if np.isfinite(lo) else {}
+        predictions.append({"params": n, "tokens": d, "loss": loss, **band})
+    return Outcome(
+        fit,
+        used,
+        tuple(dropped),
+        warnings,
+        held_out=leave_largest_out(used, form, leave_largest, delta=delta) if leave_largest else None,
+        comparison=compare_forms(used, (form, *beside), delta=delta) if beside else None,
+        predictions=tuple(predictions),
+    )
+
+
+def _cells(run: Residual | HeldOutRun) -> tuple[str, ...]:
+    return run.name, f"{run.params:.4g}", f"{run.tokens:.4g}", f"{run.loss:.4f}", f"{run.predicted:.4f}"

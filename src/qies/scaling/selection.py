@@ -1,0 +1,163 @@
+"""Which form, and how far it reaches: information criteria, likelihood ratios, error on the largest models.
+
+The Huber sum is the log likelihood of a density, exp(-rho(r) / tau) / Z(tau), normal within delta and Laplace beyond.
+Its scale tau has a best value for every fit, so forms of different size compare on the same footing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.stats import chi2
+
+from qies.errors import UserError
+from qies.scaling.fits import DELTA, fit_surface
+from qies.scaling.forms import surface_form
+from qies.scaling.table import Runs
+
+# Which form is a special case of which: by gamma = 1, and by alpha = beta.
+NESTED = {("approach3", "approach3-gamma"), ("gadre", "approach3"), ("gadre", "approach3-gamma")}
+
+
+@dataclass(frozen=True)
+class FormScore:
+    """`log_likelihood` at the best scale; AIC (corrected for small n), BIC; lower is better."""
+
+    form: str
+    parameters: int
+    objective: float
+    log_likelihood: float
+    aic: float
+    bic: float
+
+
+@dataclass(frozen=True)
+class RatioTest:
+    """Twice the gain in log likelihood of `wider` over `narrower`, and its p by chi-squared."""
+
+    narrower: str
+    wider: str
+    statistic: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Forms on the same runs and criterion (Huber sum on log L), best AIC first, and tests of the nested ones."""
+
+    n: int
+    scores: tuple[FormScore, ...]
+    tests: tuple[RatioTest, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"n": self.n, "scores": [vars(s) for s in self.scores], "tests": [vars(t) for t in self.tests]}
+
+    def summary(self) -> str:
+        """Which form the data prefer, in one sentence a fact."""
+        best = self.scores[0]
+        others = ", ".join(f"{s.form} +{s.aic - best.aic:.1f}" for s in self.scores[1:])
+        tests = "".join(
+            f" {t.wider} over {t.narrower}: likelihood ratio {t.statistic:.2f}, p = {t.p:.2g}." for t in self.tests
+        )
+        return f"Lowest AIC: {best.form} ({others}).{tests}"
+
+
+@dataclass(frozen=True)
+class HeldOutRun:
+    """A run that the fit did not see; `error` is predicted / loss - 1."""
+
+    name: str
+    params: float
+    tokens: float
+    loss: float
+    predicted: float
+    error: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prediction of the runs of the `k` largest models by a fit to the `n` others."""
+
+    form: str
+    k: int
+    n: int
+    runs: tuple[HeldOutRun, ...]
+    mean_error: float
+    worst_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**vars(self), "runs": [vars(r) for r in self.runs]}
+
+    def summary(self) -> str:
+        """How far the predictions lie off."""
+        worst = max(self.runs, key=lambda r: abs(r.error))
+        return (
+            f"Without the {self.k} largest sizes, {self.form} through {self.n} runs predicts their "
+            f"{len(self.runs)} runs to {100 * self.mean_error:.2f} % on average; worst {worst.name} "
+            f"(N {worst.params:.3g}, D {worst.tokens:.3g}) at {100 * worst.error:+.2f} %."
+        )
+
+
+def huber_log_likelihood(objective: float, n: float, delta: float) -> float:
+    """Highest log likelihood over tau of n residuals whose Huber sum is `objective`; -inf-free for a perfect fit."""
+    objective = max(objective, 1e-300)
+
+    def negative(log_tau: float) -> float:
+        root = math.sqrt(math.exp(log_tau))
+        inside = math.sqrt(2 * math.pi) * root * math.erf(delta / (math.sqrt(2) * root))
+        outside = 0.0 if math.isinf(delta) else 2 * root * root / delta * math.exp(-(delta**2) / (2 * root * root))
+        return objective / root**2 + n * math.log(inside + outside)
+
+    start = math.log(2 * objective / n)
+    found = minimize_scalar(negative, bounds=(start - 5, start + 15), method="bounded", options={"xatol": 1e-10})
+    return -float(found.fun)
+
+
+def compare_forms(runs: Runs, forms: tuple[str, ...], *, delta: float | None = None) -> Comparison:
+    """Fit every form to the same runs by the Huber sum on log L (delta 1e-3 by default) and rank them.
+
+    Raises UserError for an unknown form, and where n leaves no degree of freedom.
+    """
+    used = DELTA if delta is None else delta
+    fits = {form: fit_surface(runs, form, delta=used, criterion="log") for form in dict.fromkeys(forms)}
+    n = len(runs)
+    scores = []
+    for form, fit in fits.items():
+        k = len(surface_form(form).names) + 1  # and the scale
+        if n <= k + 1:
+            raise UserError(f"{n} runs are too few to compare {form} with others; {k + 2} or more are needed")
+        height = huber_log_likelihood(fit.objective, float(runs.weight.sum()), used)
+        aic = 2 * k - 2 * height + 2 * k * (k + 1) / (n - k - 1)
+        scores.append(FormScore(form, k - 1, fit.objective, height, aic, k * math.log(n) - 2 * height))
+    by_name = {s.form: s for s in scores}
+    tests = []
+    for narrow, wide in ((a, b) for a in by_name for b in by_name if (a, b) in NESTED):
+        a, b = by_name[narrow], by_name[wide]
+        statistic = max(2 * (b.log_likelihood - a.log_likelihood), 0.0)
+        tests.append(RatioTest(narrow, wide, statistic, float(chi2.sf(statistic, b.parameters - a.parameters))))
+    return Comparison(n, tuple(sorted(scores, key=lambda s: s.aic)), tuple(tests))
+
+
+def leave_largest_out(runs: Runs, form: str, k: int, *, delta: float | None = None) -> HeldOut:
+    """Fit without the runs of the k largest N, and predict them: what an extrapolation is worth.
+
+    Raises UserError when k sizes are not to be spared.
+    """
+    sizes = np.unique(runs.params)
+    if not 1 <= k < len(sizes):
+        raise UserError(f"leave out between 1 and {len(sizes) - 1} of the {len(sizes)} sizes, not {k}")
+    largest = np.isin(runs.params, sizes[-k:])
+    fit = fit_surface(runs.select(~largest), form, delta=delta)
+    held = runs.select(largest)
+    predicted = fit.predict(held.params, held.tokens)
+    error = predicted / held.loss - 1
+    columns = (held.params, held.tokens, held.loss, predicted, error)
+    rows = tuple(HeldOutRun(*row) for row in zip(held.name, *(c.tolist() for c in columns), strict=True))
+    size = np.abs(error)
+    return HeldOut(form, k, fit.n, rows, float(size.mean()), float(size.max()))

@@ -1,0 +1,291 @@
+"""Comparisons whose answer is known, the null, and input that must be refused or reported."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from two_arms import E, chinchilla, grid, ladder, noisy, runs_of, table
+
+from qies.cli import main
+from qies.errors import UserError
+from qies.scaling import compare, read_runs
+
+GRID, LADDER = grid(), ladder()
+QUICK = Path(__file__).parents[2] / "results" / "reference" / "quick"
+
+
+def flat(law):
+    return {arm: values[:, None] for arm, values in law.items()}
+
+
+def gains(result, variable):
+    return [point.gain for point in result.gain[variable]]
+
+
+def null(cells, count, seed, seeds=1, **noise):
+    """(share of "no difference", coverage of a gain of 1 at the largest compute) over simulated nulls."""
+    rng = np.random.default_rng(seed)
+    base = chinchilla(*cells.T)
+    results = [
+        compare(table(cells, noisy(rng, {"q": base, "t": base}, seeds, **noise), seeds), "q", "t", points=2)
+        for _ in range(count)
+    ]
+    return (
+        np.mean([r.verdict == "no difference" for r in results]),
+        np.mean([r.at_largest.lo <= 1 and (r.at_largest.hi or np.inf) >= 1 for r in results]),
+    )
+
+
+@pytest.mark.parametrize("cells", [GRID, LADDER], ids=["surface", "power"])
+def test_half_the_compute_for_the_same_loss_is_a_gain_of_two_everywhere(cells):
+    n, d = cells.T
+    base = np.exp(4 - 0.05 * np.log(n * d)) if cells is LADDER else chinchilla(n, d)
+    runs = table(cells, flat({"q": base, "t": base}), flops={"q": 3 * n * d, "t": 6 * n * d})
+    result = compare(runs, "q", "t")
+    assert gains(result, "compute") == pytest.approx([2] * 13, rel=1e-5)
+    assert gains(result, "params") == pytest.approx([1] * 13, rel=1e-5)
+    assert gains(result, "data") == pytest.approx([1] * 13, rel=1e-5)
+    assert result.verdict == "q wins" and compare(runs, "t", "q").verdict == "q wins"
+    assert compare(runs, "t", "q").at_largest.gain == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(("variable", "n_times", "d_times"), [("params", 2, 1), ("data", 1, 3)])
+def test_multiplier_of_parameters_or_data(variable, n_times, d_times):
+    n, d = GRID.T
+    result = compare(table(GRID, flat({"q": chinchilla(n_times * n, d_times * d), "t": chinchilla(n, d)})), "q", "t")
+    assert gains(result, variable) == pytest.approx([n_times * d_times] * 13, rel=1e-4)
+    assert gains(result, "compute") == pytest.approx([n_times * d_times] * 13, rel=1e-4)
+    assert result.gain[variable][-1].reach == pytest.approx(n_times * d_times, rel=1e-4)  # read beyond the baseline's
+
+
+@pytest.mark.parametrize("cells", [GRID, LADDER], ids=["surface", "power"])
+def test_gain_in_time_is_apart_from_that_in_compute(cells):
+    n, d = cells.T
+    loss = 30 * (n * d) ** -0.06 if cells is LADDER else chinchilla(n, d)
+    seconds = {"q": 3e-9 * n * d, "t": 1e-9 * n * d}
+    result = compare(table(cells, flat({"q": loss, "t": loss}), seconds=seconds), "q", "t")
+    assert gains(result, "time") == pytest.approx([1 / 3] * 13, rel=1e-5)
+    assert gains(result, "compute") == pytest.approx([1] * 13, rel=1e-5)
+    assert "time" not in compare(table(cells, flat({"q": loss, "t": loss})), "q", "t").gain
+
+
+def test_crossing_of_two_power_laws_by_hand():
+    c = 6 * LADDER.prod(axis=1)
+    # 40 C^-0.06 = 20 C^-0.04 at C = 2^50 = 1.126e15
+    result = compare(table(LADDER, flat({"q": 40 * c**-0.06, "t": 20 * c**-0.04})), "q", "t")
+    (crossing,) = result.crossings
+    assert crossing.compute == pytest.approx(2.0**50, rel=1e-6)
+    assert crossing.lower_beyond == "q" and crossing.reach == 1.0
+    assert result.gain["compute"][0].gain < 1 < result.at_largest.gain
+
+
+def test_crossing_beyond_the_runs_says_how_far():
+    c = 6 * LADDER.prod(axis=1)
+    at = 10 * c.max()
+    result = compare(table(LADDER, flat({"q": 20 * (c / at) ** -0.06, "t": 20 * (c / at) ** -0.04})), "q", "t")
+    assert result.verdict == "t wins"
+    assert result.crossings[0].reach == pytest.approx(10, rel=1e-6)
+    assert "10 times beyond the runs" in result.summary()
+
+
+def test_frontier_of_a_surface_is_its_optimum():
+    n, d = GRID.T
+    result = compare(table(GRID, flat({"q": chinchilla(n, d), "t": chinchilla(n, d, e=E + 0.1)})), "q", "t")
+    point = result.frontier["q"][5]
+    assert 6 * point.params * point.tokens == pytest.approx(point.compute)
+    assert point.loss == pytest.approx(chinchilla(point.params, point.tokens), rel=1e-6)
+    tilted = chinchilla(point.params * np.array([0.8, 1.25]), point.tokens / np.array([0.8, 1.25]))
+    assert (tilted > point.loss).all()
+
+
+def test_both_directions_are_found_with_noise():
+    rng = np.random.default_rng(0)
+    for cells, seeds in ((GRID, 2), (LADDER, 3)):
+        n, d = cells.T
+        losses = noisy(rng, {"q": chinchilla(1.6 * n, 1.6 * d), "t": chinchilla(n, d)}, seeds, 0.002, 0.003)
+        runs = table(cells, losses, seeds)
+        there, back = compare(runs, "q", "t"), compare(runs, "t", "q")
+        assert there.verdict == back.verdict == "q wins"
+        assert there.at_largest.lo > 1 > back.at_largest.hi
+        assert there.paired[-1].p < 0.05 and there.paired[-1].difference == -back.paired[-1].difference
+
+
+def test_gain_is_inside_its_band_when_there_is_one():
+    rng = np.random.default_rng(5)
+    n, d = GRID.T
+    law = {"q": chinchilla(n, d), "t": chinchilla(n, d)}
+    flops = {"q": 6 * n * d / 1.5, "t": 6 * n * d}
+    inside = []
+    for _ in range(10):
+        end = compare(table(GRID, noisy(rng, law, 1, 0.003), flops=flops), "q", "t", points=2).at_largest
+        inside.append(end.lo <= 1.5 <= end.hi)
+    assert np.mean(inside) >= 0.8
+
+
+def test_no_difference_under_the_null_quickly():
+    for cells, count in ((GRID, 12), (LADDER, 50)):
+        silent, covered = null(cells, count, 1, seed_sd=0.003, shared_sd=0.003)
+        assert silent >= 0.88 and covered >= 0.88
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("cells", "seeds", "cell_sd"), [(GRID, 1, 0), (GRID, 2, 0.002), (LADDER, 1, 0), (LADDER, 3, 0.002)]
+)
+def test_under_the_null_the_verdict_is_wrong_in_about_five_percent(cells, seeds, cell_sd):
+    silent, covered = null(cells, 400, 2, seeds, seed_sd=0.003, shared_sd=0.003, cell_sd=cell_sd)
+    assert silent >= 0.93 and 0.90 <= covered <= 0.98
+
+
+def test_power_analysis_answers_where_nothing_is_shown():
+    rng = np.random.default_rng(3)
+    n, d = LADDER.T
+    losses = noisy(rng, {"q": chinchilla(1.02 * n, d), "t": chinchilla(n, d)}, 3, seed_sd=0.004)
+    result = compare(table(LADDER, losses, 3), "q", "t")
+    assert result.verdict == "no difference"
+    assert result.power.detectable > 1 and (result.power.cells_needed or 1001) > result.power.cells
+    assert all(size.have == 3 and size.measured for size in result.power.sizes)
+    assert "Seeds show the difference soonest" in result.summary()
+
+
+def test_identical_arms_have_a_gain_of_one_and_no_winner():
+    rng = np.random.default_rng(0)
+    for cells in (GRID, LADDER):
+        losses = noisy(rng, {"q": chinchilla(*cells.T)}, 1, 0.003)
+        result = compare(table(cells, {"q": losses["q"], "t": losses["q"]}), "q", "t")
+        assert result.verdict == "no difference" and result.crossings == ()
+        assert gains(result, "compute") == pytest.approx([1] * 13, abs=1e-6)
+
+
+def test_one_seed_is_said_to_show_nothing():
+    result = compare(table(LADDER, flat({"q": chinchilla(*LADDER.T), "t": chinchilla(*LADDER.T)})), "q", "t")
+    assert any("one seed says nothing" in w for w in result.warnings)
+    assert all(row.p is None for row in result.paired)
+
+
+def test_one_budget_a_size_falls_back_to_power_laws_and_says_so():
+    law = {"q": chinchilla(*LADDER.T), "t": chinchilla(*LADDER.T)}
+    result = compare(table(LADDER, flat(law)), "q", "t")
+    assert result.form == "power" and "no surface L(N, D) is identified" in result.summary()
+    with pytest.raises(UserError, match="form 'surface' needs"):
+        compare(table(LADDER, flat(law)), "q", "t", form="surface")
+
+
+def test_unequal_designs_and_missing_seeds():
+    rng = np.random.default_rng(1)
+    n, d = GRID.T
+    runs = table(GRID, noisy(rng, {"q": chinchilla(n, d), "t": chinchilla(n, d)}, 3, 0.003), 3)
+    gone = np.array(
+        [
+            (a == "q" and p > 2e7) or (s == 2 and p < 2e6)
+            for a, p, s in zip(runs.arm, runs.params, runs.seed, strict=True)
+        ]
+    )
+    result = compare(runs.select(~gone), "q", "t")
+    assert result.cells == {"q": 15, "t": 20} and len(result.paired) == 15
+    assert {row.n for row in result.paired} == {2, 3}
+    assert any("5 of t (size, tokens) points have no match" in w for w in result.warnings)
+    assert result.gain["params"][-1].x == pytest.approx(1e7)  # the largest size both arms have
+
+
+def test_two_sizes_rest_on_seeds_and_one_on_the_paired_test():
+    rng = np.random.default_rng(2)
+    n, d = LADDER.T
+    losses = noisy(rng, {"q": chinchilla(2 * n, d), "t": chinchilla(n, d)}, 4, 0.001)
+    runs = table(LADDER, losses, 4)
+    two = compare(runs.select(runs.params > 5e6), "q", "t")
+    assert two.at_largest.lo > 1 and two.verdict == "q wins" and two.shared_fit.p is None
+    assert any("noise of seeds alone" in w for w in two.warnings)
+    one = compare(runs.select(runs.params > 2e7), "q", "t")
+    assert one.at_largest is None and one.gain == {} and one.verdict == "q wins"
+    assert "paired test at the largest matched size" in one.reason
+    lone = compare(runs.select((runs.params > 5e6) & (runs.seed == 0)), "q", "t")
+    assert lone.verdict == "no difference" and lone.at_largest.lo is None
+    json.dumps(lone.to_dict(), allow_nan=False)
+
+
+def test_a_paired_test_that_says_the_opposite_stops_the_verdict():
+    rng = np.random.default_rng(0)
+    sizes = np.geomspace(1e5, 1e8, 12)
+    cells = ladder(sizes)
+    base = 30 * (6 * cells.prod(axis=1)) ** -0.06
+    better = base * np.where(np.arange(12) == 11, 1.004, 0.97)  # lower everywhere but at the largest size
+    result = compare(table(cells, noisy(rng, {"q": better, "t": base}, 4, 0.0005), 4), "q", "t")
+    assert result.at_largest.lo > 1
+    assert result.verdict == "no difference" and "says the opposite" in result.reason
+
+
+def test_a_diverged_run_in_one_arm_is_left_out_and_named():
+    n, d = GRID.T
+    rng = np.random.default_rng(0)
+    runs = table(GRID, noisy(rng, {"q": chinchilla(n, d), "t": chinchilla(n, d)}, 1, 0.003))
+    loss = runs.loss.copy()
+    loss[7], loss[30] = 9.5, np.nan
+    result = compare(dataclasses.replace(runs, loss=loss), "q", "t")
+    assert [run.index for run in result.dropped] == [7, 30] and [run.name for run in result.dropped] == [
+        "run 7",
+        "run 30",
+    ]
+    assert result.verdict == "no difference" and "2 runs left out" in result.summary()
+
+
+def test_ranges_that_do_not_overlap_give_no_gain():
+    small, large = ladder(np.geomspace(1e4, 1e5, 4)), ladder(np.geomspace(1e7, 1e8, 4))
+    rows = [
+        (n, d, 6 * n * d, chinchilla(n, d), arm, 0, np.nan) for arm, c in (("q", small), ("t", large)) for n, d in c
+    ]
+    result = compare(runs_of(*zip(*rows, strict=True)), "q", "t")
+    assert result.verdict == "no difference" and "do not overlap" in result.summary()
+
+
+@pytest.mark.parametrize(
+    ("arms", "options", "message"),
+    [
+        (("qq", "transformer"), {}, r"arm 'qq' is not in these runs \(arms: .*\)"),
+        (("qies", "transfomer"), {}, "Did you mean 'transformer'"),
+        (("qies", "qies"), {}, "both arms are 'qies'"),
+        (("qies", "transformer"), {"form": "surfase"}, "Did you mean 'surface'"),
+        (("qies", "transformer"), {"level": 1.0}, "0 < level < 1"),
+    ],
+)
+def test_bad_input_is_one_line(arms, options, message):
+    with pytest.raises(UserError, match=message):
+        compare(read_runs(QUICK / "runs"), *arms, **options)
+
+
+def test_an_arm_without_a_sound_run_is_refused():
+    runs = table(LADDER, flat({"q": chinchilla(*LADDER.T), "t": np.full(4, np.nan)}))
+    with pytest.raises(UserError, match="arm 't' has no sound run left"):
+        compare(runs, "q", "t")
+
+
+def test_the_verb_writes_the_result_and_prints_the_summary(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", str(QUICK), "--arms", "qies", "transformer", "--json", str(out)])
+    assert stop.value.code == 0
+    value = json.loads(out.read_text())
+    assert value["summary"] == capsys.readouterr().out.strip()
+    assert value["gain"]["at_largest"] == value["gain"]["compute"][-1]
+    assert {"compute", "gain", "lo", "hi"} <= set(value["gain"]["at_largest"])
+    assert set(value["gain"]) == {"compute", "params", "data", "time", "at_largest"}
+    assert value["verdict"] in ("qies wins", "transformer wins", "no difference")
+    assert {"statistic", "p"} <= set(value["shared_fit"]) and len(value["paired"]) == 4
+    assert value["flops_convention"].startswith("matrix products only")
+
+
+def test_the_verb_refuses_bad_columns(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", str(QUICK), "--arms", "qies", "transformer", "--columns", "params"])
+    assert stop.value.code == 2 and "wants OURS=THEIRS" in capsys.readouterr().err
+
+
+def test_every_figure_is_drawn():
+    result = compare(read_runs(QUICK), "qies", "transformer")
+    for kind in ("compute", "params", "data", "time", "frontier", "paired"):
+        assert result.plot(kind).svg().startswith("<svg")
+    with pytest.raises(UserError, match="gain 'compite' is unknown"):
+        result.plot("compite")

@@ -1,0 +1,288 @@
+"""Laws of N and D: derivatives, exact recovery, the global optimum, intervals, and the published tables."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scaling_tables import CHINCHILLA, grid, law, make_runs, noisy, published
+
+from qies.errors import UserError
+from qies.scaling import fit_surface, read_runs
+from qies.scaling.forms import FORMS, surface_form
+from qies.scaling.solver import huber, minimise
+
+GAMMA = {"E": 1.7, "A": 3e4, "B": 9e4, "alpha": 0.55, "beta": 0.5, "gamma": 0.7}
+
+
+def centred(n, d):
+    logs = np.log(np.stack([n, d], axis=1))
+    return logs - logs.mean(axis=0), logs.mean(axis=0)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_derivatives_agree_with_differences(form):
+    rng = np.random.default_rng(0)
+    x, _ = centred(*grid(4, 3))
+    theta = np.abs(rng.normal(0.5, 0.2, (3, len(form.names))))
+    step = 1e-6 * np.eye(theta.shape[1])
+    c = rng.standard_normal((3, len(x)))
+    jacobian = form.evaluate(theta, x)[1]
+    for i, e in enumerate(step):
+        (up, ju), (down, jd) = form.evaluate(theta + e, x), form.evaluate(theta - e, x)
+        np.testing.assert_allclose(jacobian[..., i], (up - down) / 2e-6, atol=1e-8)
+        np.testing.assert_allclose(
+            form.curvature(theta, x, c)[:, i], ((ju - jd) * c[..., None]).sum(1) / 2e-6, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize(
+    ("form", "params"),
+    [
+        ("approach3", CHINCHILLA),
+        ("approach3", {"E": 0.4, "A": 20.0, "B": 4e6, "alpha": 0.12, "beta": 0.8}),
+        ("approach3-gamma", GAMMA),
+        ("gadre", {"E": 1.8, "a": 150.0, "b": 350.0, "eta": -0.27}),
+    ],
+)
+def test_exact_laws_are_recovered(form, params):
+    n, d = grid(7, 6)
+    if form == "gadre":
+        loss = params["E"] + params["a"] * n ** params["eta"] + params["b"] * (6**0.5 * d) ** params["eta"]
+    else:
+        loss = law(n, d, params)
+    fit = fit_surface(make_runs(n, d, loss), form)
+    assert fit.params == pytest.approx(params, rel=1e-4)
+    np.testing.assert_allclose(fit.predict(3 * n, 0.2 * d), law(3 * n, 0.2 * d, params) if form != "gadre" else
+        params["E"] + params["a"] * (3 * n) ** params["eta"] + params["b"] * (6**0.5 * 0.2 * d) ** params["eta"], rtol=1e-5)  # fmt: skip
+
+
+def test_optimum_is_the_lowest_loss_along_the_isoflop_line():
+    n, d = grid()
+    fit = fit_surface(make_runs(n, d, law(n, d)))
+    for c in (1e19, 1e22):
+        best_n, best_d, loss = fit.optimum(c)
+        assert 6 * best_n * best_d == pytest.approx(c)
+        line = best_n * np.geomspace(0.2, 5, 401)
+        along = fit.predict(line, c / 6 / line)
+        assert np.argmin(along) == 200 and along[200] == pytest.approx(loss)
+    ratio = np.log(fit.optimum(1e22)[0] / fit.optimum(1e19)[0]) / np.log(1e3)
+    assert ratio == pytest.approx(fit.exponents["a"]) == pytest.approx(0.366 / 0.714, rel=1e-4)
+    np.testing.assert_allclose(fit.frontier([1e19, 1e22]), [fit.optimum(1e19)[2], fit.optimum(1e22)[2]])
+
+
+def test_objective_is_the_huber_sum():
+    rng = np.random.default_rng(1)
+    n, d = grid()
+    loss = noisy(rng, law(n, d), 0.01)
+    fit = fit_surface(make_runs(n, d, loss), delta=5e-3)
+    r = np.abs(np.log(fit.predict(n, d) / loss))
+    assert fit.objective == pytest.approx(np.where(r <= 5e-3, r**2 / 2, 5e-3 * (r - 2.5e-3)).sum())
+    assert huber(np.array([3.0]), math.inf) == 4.5
+
+
+@pytest.mark.parametrize("form", ["approach3", "approach3-gamma", "gadre"])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_random_start_beats_the_fit(form, seed):
+    """Few points, wide noise, odd exponents: many valleys."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(8, 25))
+    n, d = 10 ** rng.uniform(6, 10, count), 10 ** rng.uniform(8, 12, count)
+    truth = {"E": rng.uniform(0.1, 2.5), "A": 10 ** rng.uniform(1, 4), "B": 10 ** rng.uniform(1, 6),
+             "alpha": rng.uniform(0.1, 0.8), "beta": rng.uniform(0.1, 0.8)}  # fmt: skip
+    loss = noisy(rng, law(n, d, truth), rng.choice([0.003, 0.02, 0.1]))
+    fit = fit_surface(make_runs(n, d, loss), form, delta=1e-3)
+    x, _ = centred(n, d)
+    shape = surface_form(form)
+    low, high = shape.bounds(loss)
+    low, high = np.maximum(low, -6), np.minimum(high, 3)
+    starts = rng.uniform(low, np.maximum(high, low + 1e-6), (300, len(low)))
+    found = minimise(shape, starts, x, loss, np.ones((1, count)), 1e-3, "log")[1]
+    assert fit.objective <= found.min() * (1 + 1e-6)
+
+
+def test_the_worst_runs_are_dropped_and_named():
+    rng = np.random.default_rng(3)
+    n, d = grid()
+    loss = noisy(rng, law(n, d), 0.002)
+    loss[[4, 11]] *= [1.3, 0.8]
+    fit = fit_surface(make_runs(n, d, loss), drop_worst=2)
+    assert [(r.index, r.name) for r in fit.dropped] == [(4, "row 5"), (11, "row 12")]
+    assert "+30" in fit.dropped[0].reason and fit.n == 28
+    without = fit_surface(make_runs(n, d, loss).select(np.delete(np.arange(30), [4, 11])))
+    assert fit.params == without.params
+
+
+def test_an_outlier_is_named_and_hardly_moves_the_law():
+    rng = np.random.default_rng(4)
+    n, d = grid()
+    loss = noisy(rng, law(n, d), 0.002)
+    clean = fit_surface(make_runs(n, d, loss))
+    loss[9] *= 1.1
+    fit = fit_surface(make_runs(n, d, loss))
+    assert [r.name for r in fit.residuals if r.outlier] == ["row 10"]
+    assert "row 10 (+" in fit.summary()
+    assert fit.params["alpha"] == pytest.approx(clean.params["alpha"], abs=0.02)
+
+
+def test_weights_count_as_repeats():
+    rng = np.random.default_rng(6)
+    n, d = grid()
+    loss = noisy(rng, law(n, d), 0.01)
+    weight = np.ones(30)
+    weight[:5] = 2
+    weighted = fit_surface(make_runs(n, d, loss, weight=weight))
+    repeated = fit_surface(make_runs(n, d, loss).select(np.r_[0:30, 0:5]))
+    assert weighted.params == pytest.approx(repeated.params, rel=1e-5)
+    assert weighted.objective == pytest.approx(repeated.objective)
+
+
+def test_one_tokens_per_parameter_ratio_is_said_not_to_identify_the_law():
+    rng = np.random.default_rng(0)
+    n = np.geomspace(1e7, 1e9, 12)
+    fit = fit_surface(make_runs(n, 20 * n, noisy(rng, law(n, 20 * n), 0.002)))
+    assert fit.condition > 1e3
+    assert any("not identified (condition number" in w for w in fit.warnings)
+    assert not fit_surface(make_runs(*grid(), noisy(rng, law(*grid()), 0.002))).condition > 1e3
+
+
+def test_no_floor_is_said():
+    n, d = grid()
+    fit = fit_surface(make_runs(n, d, law(n, d, {**CHINCHILLA, "E": 0.0})))
+    assert fit.params["E"] < 1e-2
+    assert any("the best floor is 0" in w for w in fit.warnings)
+
+
+def test_as_many_runs_as_parameters_gives_no_interval():
+    n, d = grid()
+    fit = fit_surface(make_runs(n, d, law(n, d)).select([0, 7, 14, 21, 29]), bootstrap=10)
+    assert set(fit.ci.values()) == {None} and np.isnan(fit.predict_band(1e9, 1e10)[1])
+    json.dumps(fit.to_dict(), allow_nan=False)
+
+
+def test_seeds_of_one_cell_are_one_observation_and_can_be_resampled():
+    rng = np.random.default_rng(8)
+    n, d = grid()
+    once = noisy(rng, law(n, d), 0.01)
+    runs = make_runs(np.tile(n, 3), np.tile(d, 3), np.concatenate([once * 1.001, once, once / 1.001]))
+    fit = fit_surface(runs, delta=1.0)
+    alone = fit_surface(make_runs(n, d, once), delta=1.0)
+    assert (fit.n, fit.cells) == (90, 30)
+    assert fit.ci["alpha"] == pytest.approx(alone.ci["alpha"], rel=1e-2)
+    seeds = fit_surface(runs, delta=1.0, bootstrap=50, resample="seeds")
+    cells = fit_surface(runs, delta=1.0, bootstrap=50)
+    assert np.ptp(seeds.ci["alpha"]) < 0.3 * np.ptp(cells.ci["alpha"])
+    with pytest.raises(UserError, match="more than one seed"):
+        fit_surface(make_runs(n, d, once), bootstrap=9, resample="seeds")
+
+
+def test_bootstrap_is_repeatable_and_agrees_with_t():
+    rng = np.random.default_rng(9)
+    n, d = grid(8, 8)
+    runs = make_runs(n, d, noisy(rng, law(n, d), 0.005))
+    done = []
+    fit = fit_surface(runs, delta=0.02, bootstrap=200, seed=4, progress=done.append)
+    assert fit.draws.shape == (200, 5) and done[-1] == 200
+    assert fit.to_dict() == fit_surface(runs, delta=0.02, bootstrap=200, seed=4).to_dict()
+    t = fit_surface(runs, delta=0.02)
+    for name in ("E", "alpha", "beta", "a", "b"):
+        assert np.ptp(fit.ci[name]) == pytest.approx(np.ptp(t.ci[name]), rel=0.5)
+    mean, lo, hi = fit.predict_band(n, d)
+    assert (lo <= mean).all() and (mean <= hi).all()
+    assert fit.ci["b"] == pytest.approx([1 - v for v in fit.ci["a"][::-1]])
+
+
+def test_dictionary_is_json_and_the_summary_one_paragraph():
+    rng = np.random.default_rng(10)
+    n, d = grid()
+    fit = fit_surface(make_runs(n, d, noisy(rng, law(n, d), 0.01)), drop_worst=1)
+    stored = json.loads(json.dumps(fit.to_dict(), allow_nan=False))
+    assert stored["params"] == fit.params and stored["dropped"][0]["name"] == fit.dropped[0].name
+    assert set(stored["ci"]) == {"E", "A", "B", "alpha", "beta", "a", "b"} and len(stored["residuals"]) == 29
+    assert "\n" not in fit.summary() and "FLOPs 6ND" in fit.summary()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"form": "aproach3"}, "Did you mean 'approach3'"),
+        ({"resample": "sees"}, "Did you mean 'seeds'"),
+        ({"criterion": "lss"}, "Did you mean 'loss'"),
+        ({"delta": 0.0}, "delta > 0"),
+        ({"bootstrap": 1}, "at least 2"),
+        ({"drop_worst": 27}, "found 30 less 27 dropped"),
+    ],
+)
+def test_bad_options_are_refused(options, says):
+    n, d = grid()
+    with pytest.raises(UserError, match=says):
+        fit_surface(make_runs(n, d, law(n, d)), **options)
+
+
+def test_unsound_runs_are_refused():
+    n, d = grid()
+    loss = law(n, d)
+    loss[0] = np.nan
+    with pytest.raises(UserError, match="finite and positive"):
+        fit_surface(make_runs(n, d, loss))
+
+
+def test_gemstones_as_published():
+    columns = {"params": "params_active_precise", "loss": "final_loss"}
+    fit = fit_surface(read_runs(published("gemstones_hot.jsonl"), columns), delta=1e-3)
+    assert fit.n == 220
+    assert round(fit.objective, 8) == 0.00198161
+    assert np.log(fit.params["A"]) == pytest.approx(5.361, abs=2e-3)
+    assert np.log(fit.params["B"]) == pytest.approx(15.416, abs=5e-3)
+    assert np.log(fit.params["E"]) == pytest.approx(0.7623, abs=1e-4)
+    assert fit.params["alpha"] == pytest.approx(0.2929, abs=1e-4)
+    assert fit.params["beta"] == pytest.approx(0.7129, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("arm", "errors"),
+    [("rpj", {(1.4, 640): 0.0071, (6.9, 20): 0.0073}), ("c4_original", {(6.9, 20): -0.043})],
+)
+def test_gadre_extrapolates_as_published(arm, errors):
+    columns = {"params": "N", "tokens": "D", "loss": "loss_c4_val", "arm": "train_set"}
+    runs = read_runs(published("gadre_104_runs.csv"), columns).of_arm(arm)
+    multiplier, sizes = np.round(runs.tokens / runs.params), np.unique(runs.params)
+    small = ((multiplier == 20) & (runs.params <= sizes[3])) | ((multiplier == 320) & (runs.params == sizes[0]))
+    fit = fit_surface(runs.select(small), "gadre")
+    assert fit.n == 5
+    for (billions, m), error in errors.items():
+        [i] = np.flatnonzero((np.round(runs.params / 1e9, 1) == billions) & (multiplier == m))
+        assert fit.predict(runs.params[i], runs.tokens[i]) / runs.loss[i] - 1 == pytest.approx(error, abs=2e-4)
+
+
+def coverage(datasets, bootstrap, delta, scatter=0.01, shape=(6, 6)):
+    rng = np.random.default_rng(12)
+    n, d = grid(*shape)
+    truth = {**CHINCHILLA, "a": 0.366 / 0.714, "b": 0.348 / 0.714}
+    held = dict.fromkeys([*truth, "curve"], 0)
+    for i in range(datasets):
+        fit = fit_surface(make_runs(n, d, noisy(rng, law(n, d), scatter)), delta=delta, bootstrap=bootstrap, seed=i)
+        for name, value in truth.items():
+            held[name] += fit.ci[name][0] <= value <= fit.ci[name][1]
+        _, lo, hi = fit.predict_band(1e10, 2e11)
+        held["curve"] += lo <= law(1e10, 2e11) <= hi
+    return {name: count / datasets for name, count in held.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delta", [1e-3, 0.02])
+@pytest.mark.parametrize("bootstrap", [0, 400])
+def test_intervals_cover_as_stated(bootstrap, delta):
+    found = coverage(200, bootstrap, delta)
+    assert all(0.90 <= rate <= 0.98 for rate in found.values()), found
+
+
+def test_240_points_and_400_bootstraps_are_quick():
+    import time
+
+    rng = np.random.default_rng(13)
+    n, d = grid(16, 15)
+    runs = make_runs(n, d, noisy(rng, law(n, d), 0.01))
+    began = time.perf_counter()
+    fit_surface(runs, delta=1e-3, bootstrap=400)
+    assert time.perf_counter() - began < 20

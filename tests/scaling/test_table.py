@@ -1,0 +1,222 @@
+"""Reading runs: every kind of file, names, numbers, FLOPs, and what is left out."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from scaling_tables import grid, law, make_runs, noisy
+
+from qies.errors import UserError
+from qies.scaling import read_runs, sound
+from qies.scaling.table import parse_number
+
+ROWS = [
+    {"params": 1e6, "tokens": 2e7, "loss": 4.5, "arm": "a", "seed": 1, "status": "done"},
+    {"params": 2e6, "tokens": 4e7, "loss": 4.0, "arm": "b", "seed": 2, "status": "done"},
+]
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def csv_of(rows, separator=","):
+    return "\n".join([separator.join(rows[0]), *(separator.join(str(v) for v in r.values()) for r in rows)])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", csv_of(ROWS)),
+        ("t.tsv", csv_of(ROWS, "\t")),
+        ("semicolons.csv", "\ufeff" + csv_of(ROWS, ";") + "\n\n"),
+        ("t.jsonl", "\n".join(json.dumps(r) for r in ROWS)),
+        ("t.json", json.dumps(ROWS)),
+        ("runs.json", json.dumps({"runs": ROWS})),
+        ("columns.json", json.dumps({k: [r[k] for r in ROWS] for k in ROWS[0]})),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_runs(tmp_path, name, text):
+    runs = read_runs(write(tmp_path / name, text))
+    assert runs.params.tolist() == [1e6, 2e6] and runs.tokens.tolist() == [2e7, 4e7]
+    assert runs.flops.tolist() == [1.2e14, 4.8e14] and runs.convention == "6ND"
+    assert (runs.arm, runs.seed.tolist(), runs.name) == (("a", "b"), [1, 2], ("row 1", "row 2"))
+    assert np.isnan(runs.wall_seconds).all() and runs.weight.tolist() == [1, 1]
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "t.parquet")
+    assert read_runs(tmp_path / "t.parquet").loss.tolist() == [4.5, 4.0]
+
+
+def test_parquet_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        read_runs(write(tmp_path / "t.parquet", ""))
+
+
+def test_folder_of_run_records(tmp_path):
+    from qies.runs import SCHEMA
+
+    for i, status in enumerate(["done", "diverged"]):
+        record = {
+            "schema": SCHEMA, "arm": "qies", "seed": i, "status": status, "params": {"non_embedding": 50000, "total": 9e5},
+            "tokens": 1000, "flops": 7e9, "flops_convention": "matrix products", "wall_seconds": 3.5,
+            "metrics": {"val_loss": 5.0} if status == "done" else {},
+        }  # fmt: skip
+        (tmp_path / f"runs/{i}").mkdir(parents=True)
+        (tmp_path / f"runs/{i}/run.json").write_text(json.dumps(record))
+    runs = read_runs(tmp_path)
+    assert runs.params.tolist() == [50000, 50000] and runs.flops.tolist() == [7e9, 7e9]
+    assert runs.convention == "matrix products" and runs.wall_seconds.tolist() == [3.5, 3.5]
+    kept, dropped = sound(runs)
+    assert kept.name == ("runs/0",)
+    assert [(d.index, d.name, d.reason) for d in dropped] == [(1, "runs/1", "status diverged")]
+    assert read_runs(tmp_path, {"params": "params.total"}).params[0] == 9e5
+    assert read_runs(tmp_path, flops="6ND").flops[0] == 6 * 50000 * 1000
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [("1,200,000", 1.2e6), ("1.2M", 1.2e6), ("70 B", 7e10), ("1.4T", 1.4e12), ("400k", 4e5), ("3.5 %", 0.035), ("+2e-3", 2e-3),
+     ("1_000", 1000.0), (".5", 0.5), ("12.", 12.0), (7, 7.0), ("inf", np.inf), ("1,234.5", 1234.5)],
+)  # fmt: skip
+def test_numbers_as_people_write_them(cell, value):
+    assert parse_number(cell) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("cell", ["", "NaN", "n/a", None, " - "])
+def test_missing_numbers(cell):
+    assert np.isnan(parse_number(cell))
+
+
+@pytest.mark.parametrize("cell", ["1,5", "12,34", "abc", "1.2.3", "M"])
+def test_what_is_no_number(cell):
+    with pytest.raises(ValueError):
+        parse_number(cell)
+
+
+def test_two_of_params_tokens_and_flops_are_enough(tmp_path):
+    path = write(tmp_path / "t.csv", "Model Size,Training FLOP,loss\n1e9,6e19,3.0\n2e9,2.4e20,2.8\n")
+    runs = read_runs(path, {"params": "Model Size", "flops": "Training FLOP"})
+    np.testing.assert_allclose(runs.tokens, [1e10, 2e10])
+    assert runs.flops.tolist() == [6e19, 2.4e20] and runs.convention == "given, D = C/6N"
+    path = write(tmp_path / "u.csv", "tokens,flops,loss\n1e10,6e19,3.0\n")
+    assert read_runs(path).params[0] == pytest.approx(1e9)
+
+
+def test_flops_conventions(tmp_path):
+    path = write(tmp_path / "t.csv", "params,tokens,flops,loss\n1e9,1e10,7e19,3\n2e9,1e10,,3\n")
+    assert read_runs(path).flops.tolist() == [7e19, 1.2e20]
+    assert read_runs(path).convention == "given, 6ND where missing"
+    assert read_runs(path, flops="8ND").flops.tolist() == [8e19, 1.6e20]
+    assert read_runs(path, flops="8nd").convention == "8ND"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        ("N,tokens,loss\n1,2,3\n", {}, "no column 'params'; name it with --columns params="),
+        ("params,tokens,lss\n1,2,3\n", {}, "Did you mean 'lss'"),
+        ("params,tokens,loss\n1,2,3\n", {"columns": {"params": "parms"}}, "Did you mean 'params'"),
+        ("params,tokens,loss\n1,2,3\n", {"columns": {"parms": "params"}}, "'parms' is no column of ours"),
+        ("params,tokens,loss\n1,2,three\n", {}, "row 1, column 'loss': 'three' is no number"),
+        ("params,tokens,loss\n1,200,000,3\n", {}, "row 1 has 4 cells and the head 3; quote"),
+        ("params,params,loss\n1,2,3\n", {}, "two columns are called 'params'"),
+        ("", {}, "no rows"),
+        ("params,tokens,loss\n1,2,3\n", {"flops": "7DN"}, "'7DN' is unknown"),
+        ("params,tokens,loss\n1,2,3\n", {"flops": "given"}, "no FLOPs to take as given"),
+        ("params,tokens,loss,flops,flops_convention\n1,2,3,4,x\n1,2,3,4,y\n", {}, "2 conventions"),
+    ],
+)
+def test_bad_tables_are_refused_in_one_line(tmp_path, text, options, says):
+    with pytest.raises(UserError, match=says) as error:
+        read_runs(write(tmp_path / "t.csv", text), **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("t.xlsx", "", "no known kind"),
+        ("t.jsonl", "{", "not valid JSONL"),
+        ("t.json", "3", "a list of runs"),
+        ("t.json", "[3]", "an object"),
+        ("t.json", '{"a": [1], "b": [1, 2]}', "differ in length"),
+        ("t.parquet", "no", "not a readable Parquet"),
+    ],
+)
+def test_unreadable_files_are_refused(tmp_path, name, text, says):
+    with pytest.raises(UserError, match=says):
+        read_runs(write(tmp_path / name, text))
+
+
+def test_absent_files_and_empty_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no table at"):
+        read_runs(tmp_path / "absent.csv")
+    with pytest.raises(UserError, match="no run record"):
+        read_runs(tmp_path)
+
+
+def test_selection_keeps_every_column_in_step():
+    n, d = grid()
+    runs = make_runs(n, d, law(n, d), arm=tuple("ab"[i % 2] for i in range(len(n))))
+    assert runs.arms == ("a", "b") and len(runs.of_arm("b")) == 15
+    picked = runs.select([3, 3, 0])
+    assert picked.name == ("row 4", "row 4", "row 1") and picked.params.tolist() == [n[3], n[3], n[0]]
+    assert len(runs.select(runs.params > 1e9)) == int((n > 1e9).sum())
+    with pytest.raises(UserError, match="Did you mean"):
+        make_runs(n, d, law(n, d), arm=("qies",) * len(n)).of_arm("qeis")
+
+
+def test_unfinished_and_impossible_runs_are_left_out_with_the_reason():
+    n, d = grid()
+    loss = law(n, d)
+    loss[1], loss[2] = np.nan, -1.0
+    n[3] = 0.0
+    status = ["done"] * len(n)
+    status[4], status[5] = "failed", "Running"
+    kept, dropped = sound(make_runs(n, d, loss, status=tuple(status)))
+    assert [d.index for d in dropped] == [1, 2, 3, 4, 5]
+    assert [d.reason for d in dropped] == [
+        "loss is nan",
+        "loss is -1",
+        "params is 0",
+        "status failed",
+        "status Running",
+    ]
+    assert len(kept) == len(n) - 5
+
+
+@pytest.mark.parametrize("factor", [1.5, 2.0, 4.0])
+def test_diverged_runs_are_found_against_the_fit(factor):
+    rng = np.random.default_rng(2)
+    n, d = grid()
+    loss = noisy(rng, law(n, d), 0.01)
+    loss[[7, 29]] *= factor
+    kept, dropped = sound(make_runs(n, d, loss))
+    assert [d.index for d in dropped] == [7, 29]
+    assert all("diverged" in d.reason for d in dropped) and len(kept) == 28
+
+
+def test_a_diverged_run_among_few_is_found_against_a_line_in_compute():
+    n = np.geomspace(1e6, 1e8, 6)
+    loss = 20 * n**-0.1
+    loss[4] *= 2
+    _, dropped = sound(make_runs(n, 20 * n, loss))
+    assert [d.index for d in dropped] == [4]
+
+
+@pytest.mark.parametrize("scatter", [0.001, 0.01, 0.05])
+def test_good_runs_stay(scatter):
+    rng = np.random.default_rng(5)
+    n, d = grid(8, 6)
+    arms = ("a",) * len(n) + ("b",) * len(n)
+    loss = np.concatenate([noisy(rng, law(n, d), scatter), noisy(rng, 1.3 * law(n, d), scatter)])
+    _, dropped = sound(make_runs(np.tile(n, 2), np.tile(d, 2), loss, arm=arms))
+    assert dropped == []
