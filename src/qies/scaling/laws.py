@@ -148,12 +148,6 @@ class PowerLaw:
         warnings = [w[0].upper() + w[1:] for w in self.warnings]
         return ". ".join([f"{', '.join(parts)} ({basis})", *warnings]) + "."
 
-    def plot(self, title: str = "x") -> Any:
-        """The law and its band (plotly); `title` names x and its unit."""
-        from qies.scaling.curve_figures import power_figure
-
-        return power_figure(self, title)
-
 
 def fit_power(
     x: ArrayLike,
