@@ -45,6 +45,11 @@ def test_every_run_is_done_and_recorded(finished, settings):
     fits = json.loads((folder / "fits.json").read_text())
     assert set(fits["arms"]) == {"transformer", "qies"}
     assert all(fit["params"]["alpha"] == fit["params"]["alpha"] for a in fits["arms"].values() for fit in a.values())
+    compared = json.loads((folder / "comparison.json").read_text())
+    [pair] = compared["pairs"]
+    assert (pair["candidate"], pair["baseline"]) == ("qies", "transformer") and compared["not_compared"] == []
+    assert pair["runs"] == {"qies": 3, "transformer": 3}
+    assert pair["flops_convention"] == fits["flops_convention"]
     entropy = json.loads((folder / "entanglement.json").read_text())
     assert set(entropy["arms"]) == {"qies"}
     for layer in entropy["arms"]["qies"]["200k"]["layers"]:
@@ -61,6 +66,21 @@ def test_the_page_is_made_of_the_records(finished):
     for record in records:
         assert record["config_hash"] in page or record["config_hash"][:8] in page
     assert f"{records[0]['metrics']['val_bpb']:.4f}" in page or f"{records[0]['metrics']['val_bpb']:.3f}" in page
+
+
+def test_every_arm_is_compared_with_the_baseline_and_the_model_with_its_controls(finished, settings, tmp_path):
+    _, records = finished
+    arms = ["qies", "transformer", "no_phase", "gpt2"]
+    everything = configs.from_dict(StudyConfig, configs.to_dict(settings) | {"arms": arms})
+    for record in records:
+        for arm in {"qies": ("qies", "no_phase"), "transformer": ("transformer",)}[record["arm"]]:
+            runs.write(tmp_path / "runs" / f"{arm}{record['size']}", record | {"arm": arm})
+    compared = study.compare_arms(everything, tmp_path)
+    pairs = [(pair["candidate"], pair["baseline"]) for pair in compared["pairs"]]
+    assert pairs == [("qies", "transformer"), ("no_phase", "transformer"), ("qies", "no_phase")]
+    assert compared["pairs"][2]["verdict"] == "no difference"  # the same runs under two names
+    [refused] = compared["not_compared"]
+    assert refused["candidate"] == "gpt2" and "not in these runs" in refused["reason"]
 
 
 def test_a_second_call_trains_nothing(finished, settings):

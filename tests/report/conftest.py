@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from qies.scaling import fit_power
+from qies.scaling import compare, fit_power, read_runs
 
 ARMS = ("transformer", "qies", "no_phase")
 SIZES = {"50k": 5e4, "100k": 1e5, "200k": 2e5, "400k": 4e5}
@@ -147,6 +147,9 @@ def make_study(folder, *, arms=ARMS, seeds=(0,)):
             "flops": fit_power([r["flops"] for r in own], losses).to_dict(),
         }
     write(folder / "fits.json", {"schema": 1, "flops_convention": CONVENTION, "arms": fits})
+    table = read_runs(folder / "runs")
+    pairs = [compare(table, arm, "transformer").to_dict() for arm in arms if arm != "transformer"]
+    write(folder / "comparison.json", {"schema": 1, "pairs": pairs, "not_compared": []})
     entangled = [arm for arm in arms if arm != "transformer"]
     write(
         folder / "entanglement.json",

@@ -13,7 +13,6 @@ from plotly.offline import get_plotlyjs
 from conftest import make_study
 from qies.errors import UserError
 from qies.report import build_report, write_summary_svg
-from qies.report.charts import log_ticks
 from qies.report.records import read_study
 from qies.report.verdict import verdict
 
@@ -71,10 +70,11 @@ def test_page_holds_every_part(whole):
         "Training throughput", "Entropy per layer and head, qies 400k", "Mean entropy of all heads",
         "Mean Schmidt spectrum per layer, no_phase 400k", "And the king said unto him,", "Sources of the corpus",
         "Go up to the house of the LORD", "public domain text", "c0ffee11", "Run records", "tran400k0", "0.1.0+abc",
-        "2.13.0", "qies study",
+        "2.13.0", "qies study", "Compute-equivalent gain", "Difference at each matched size", "Residuals",
+        "Frontier: least loss at each compute", "What would settle it",
     ):  # fmt: skip
         assert words in page.text, words
-    assert len(page.charts) == 2 + 4 + 2 + 5
+    assert len(page.charts) == 2 + 4 + 1 + 4 + 2 + 5  # loss, gains, residuals, training, speed, entanglement
     assert page.elements.count("table") >= len(page.charts)
     assert "left out" not in page.text
 
@@ -103,12 +103,14 @@ def test_table_shows_the_differences_of_the_records(whole):
 
 def test_loss_chart_holds_points_laws_and_bands(whole):
     figure = Page(whole[1]).charts[0]
-    kinds = [(trace["mode"], trace.get("fill")) for trace in figure["data"]]
+    kinds = [(trace["mode"], trace.get("fill")) for trace in figure["data"] if not trace["showlegend"]]
     assert kinds.count(("markers", None)) == 3
     assert kinds.count(("lines", "toself")) == 3
     assert kinds.count(("lines", None)) == 6  # each law within the data and beyond
+    legend = [trace for trace in figure["data"] if trace["showlegend"]]
+    assert [trace["name"] for trace in legend] == ["transformer", "qies", "no_phase"]
+    assert len({trace["marker"]["symbol"] for trace in legend}) == len({trace["line"]["dash"] for trace in legend}) == 3
     assert figure["layout"]["xaxis"]["type"] == figure["layout"]["yaxis"]["type"] == "log"
-    assert len({trace["marker"]["symbol"] for trace in figure["data"] if trace["mode"] == "markers"}) == 3
 
 
 def test_verdict_is_computed_and_claims_no_more_than_one_seed_allows(study):
@@ -117,16 +119,92 @@ def test_verdict_is_computed_and_claims_no_more_than_one_seed_allows(study):
         arm: json.loads(record_of(study, arm, "400k").read_text())["metrics"]["val_loss"]
         for arm in ("transformer", "qies")
     }
+    pairs = {p["candidate"]: p for p in json.loads((study / "comparison.json").read_text())["pairs"]}
     assert "At 400k" in said[0] and "qies has the lowest validation loss" in said[0]
     assert f"{losses['qies']:.4f} nats per token" in said[0]
     assert f"{losses['transformer'] - losses['qies']:.4f} nats" in said[0]
+    for sentence, arm in ((said[1], "qies"), (said[2], "no_phase")):
+        assert sentence.startswith(f"{arm} against transformer: {pairs[arm]['verdict']}; {pairs[arm]['reason']}")
+    assert "One seed at every matched size" in said[3]
+    assert len(said) == len(set(said))  # what both pairs warn of is said once
+
+
+def test_verdict_of_an_old_folder_without_comparison_says_what_the_losses_say(study):
+    (study / "comparison.json").unlink()
+    said = verdict(read_study(study))
     assert "lower at 4 of 4 sizes" in said[1]
     assert "lower at 0 of 4 sizes" in said[2]
     assert "seed to seed is unknown" in said[3]
-    assert "intervals all overlap" in said[4]
+    page = page_of(study)
+    assert "comparison.json is not there" in page.text and "What one arm gains" not in page.text
+    assert "Validation loss against training FLOPs" in page.text and "Residuals" in page.text
+
+
+def test_a_law_read_beyond_its_runs_says_so_in_the_verdict(study):
+    edit(study / "comparison.json", lambda c: c["pairs"][0]["gain"]["at_largest"].update(reach=2.5))
+    edit(study / "comparison.json", lambda c: c["pairs"][1]["gain"]["at_largest"].update(reach=1.0))
+    said = verdict(read_study(study))
+    assert said[1].endswith("(a law is read 2.5 times beyond its runs there).") and "beyond" not in said[2]
+
+
+def test_gain_chart_and_its_table_hold_the_stored_curve(whole):
+    pairs = json.loads((whole[0] / "comparison.json").read_text())["pairs"]
+    page = Page(whole[1])
+    [figure] = [c for c in page.charts if "gain (times the FLOPs" in c["layout"]["yaxis"]["title"]["text"]]
+    x, y = ([point[key] for point in pairs[0]["gain"]["compute"]] for key in ("compute", "gain"))
+    assert any(t["x"] == x and t["y"] == y for t in figure["data"])
+    for stored in pairs:
+        last = stored["gain"]["at_largest"]
+        assert f"{last['gain']:.3g} ({last['lo']:.3g} to {last['hi']:.3g})" in page.text
+        assert f"{stored['paired'][0]['difference']:+.4f}" in page.text
+
+
+def test_sentences_that_all_pairs_share_are_said_once(whole):
+    text = Page(whole[1]).text
+    assert text.count("matmul FLOPs, forward and backward, attention scores included") == 2  # and at the laws
+    assert "For all of them: FLOPs: matmul" in text
+
+
+def test_pairs_that_could_not_be_compared_are_told(study):
+    refused = {"candidate": "complex", "baseline": "transformer", "reason": "arm 'complex' is not in these runs"}
+    edit(study / "comparison.json", lambda c: c["not_compared"].append(refused))
+    assert "Not compared: complex with transformer (arm 'complex' is not in these runs)" in page_of(study).text
+
+
+def test_open_intervals_and_unknown_gains_are_words_not_errors(study):
+    def open_ends(c):
+        for point in c["pairs"][0]["gain"]["compute"]:
+            point.update(hi=None)
+        for point in c["pairs"][1]["gain"]["compute"]:
+            point.update(gain=None, lo=None, hi=None)
+        for row in c["pairs"][0]["paired"]:
+            row.update(lo=None, hi=None, p=None, test="one seed")
+        c["pairs"][0]["power"] = None
+        c["pairs"][1]["power"].update(cells_needed=None, best=None)
+
+    edit(study / "comparison.json", open_ends)
+    text = page_of(study).text
+    assert "to unbounded)" in text and "over 1,000" in text and "left out" not in text
+
+
+def test_bootstrapped_laws_show_their_cloud(study):
+    draws = [[30.0 + 0.1 * i, 0.1 + 0.001 * i] for i in range(20)]
+    edit(study / "fits.json", lambda f: f["arms"]["qies"]["flops"].update(draws=draws))
+    page = page_of(study)
+    assert "Bootstrap of the law in FLOPs, qies" in page.text
+    [cloud] = [t["x"] for c in page.charts for t in c["data"] if t.get("x") == [d[0] for d in draws]]
+    assert len(cloud) == 20
+
+
+def test_an_outlier_of_a_law_is_named_in_the_residuals(study):
+    path = record_of(study, "no_phase", "100k")
+    edit(path, lambda r: r["metrics"].update(val_loss=1.1 * r["metrics"]["val_loss"]))
+    [figure] = [c for c in page_of(study).charts if "run against law" in c["layout"]["yaxis"]["title"]["text"]]
+    assert [note["text"] for note in figure["layout"]["annotations"]] == ["no_phase, 100k, seed 0"]
 
 
 def test_verdict_says_when_the_baseline_wins_or_ties(study):
+    (study / "comparison.json").unlink()
     path = record_of(study, "qies", "400k")
     base = json.loads(record_of(study, "transformer", "400k").read_text())["metrics"]["val_loss"]
     edit(path, lambda r: r["metrics"].update(val_loss=base + 0.02))
@@ -138,6 +216,9 @@ def test_verdict_says_when_the_baseline_wins_or_ties(study):
 
 def test_verdict_pairs_seeds(tmp_path):
     study = make_study(tmp_path / "seeds", seeds=(0, 1, 2))
+    assert "paired t" in page_of(study).text
+    assert "One seed" not in " ".join(verdict(read_study(study)))
+    (study / "comparison.json").unlink()
     said = " ".join(verdict(read_study(study)))
     assert "With up to 3 seeds" in said and "No significance test" in said and "unknown" not in said
 
@@ -158,14 +239,17 @@ def test_only_planned_runs_make_a_page(study):
     for path in study.glob("runs/*/run.json"):
         edit(path, lambda r: r.update(status="planned", metrics={}))
         path.with_name("metrics.jsonl").unlink()
-    for name in ("fits.json", "entanglement.json", "samples.json", "data/manifest.json", "study.yaml"):
+    for name in PARTS:
         (study / name).unlink()
     page = page_of(study)
     assert "No run has finished" in page.text and "fits.json is not there" in page.text
     assert page.charts == []
 
 
+PARTS = ("fits.json", "comparison.json", "entanglement.json", "samples.json", "data/manifest.json", "study.yaml")
 MALFORMED = (
+    '{"pairs": 3, "not_compared": [1]}',
+    '{"pairs": [1, {"candidate": "a", "baseline": "b", "verdict": "a wins", "reason": "r", "summary": "s"}]}',
     "",
     "{",
     "[1]",
@@ -178,7 +262,7 @@ MALFORMED = (
 
 @pytest.mark.parametrize("content", MALFORMED)
 def test_malformed_parts_never_break_the_page(study, content):
-    for name in ("fits.json", "entanglement.json", "samples.json", "data/manifest.json", "study.yaml"):
+    for name in PARTS:
         (study / name).write_text(content)
     page = page_of(study)
     assert "qies has the lowest validation loss" in page.text
@@ -222,6 +306,8 @@ def test_hostile_records_stay_text(tmp_path):
     edit(study / "samples.json", lambda s: s["prompts"].__setitem__(0, evil))
     edit(study / "data/manifest.json", lambda m: m["sources"][0].update(licence=evil, name=evil))
     edit(study / "fits.json", lambda f: f["arms"]["qies"]["params"].update(warnings=[evil]))
+    edit(study / "comparison.json", lambda c: c["pairs"][0].update(reason=evil, warnings=[evil], summary=evil))
+    edit(study / "comparison.json", lambda c: c["pairs"][0]["paired"][0].update(test=evil))
     edit(record_of(study, "qies", "400k"), lambda r: r.update(code_version=evil, error=evil, environment={evil: evil}))
     text = build_report(study).read_text()
     page = Page(text)
@@ -258,8 +344,9 @@ def test_summary_figure_is_clean_svg(study, tmp_path):
     text = write_summary_svg(study, tmp_path / "loss.svg").read_text()
     root = ElementTree.fromstring(text)
     tags = [element.tag.split("}")[1] for element in root.iter()]
-    assert tags.count("circle") == 4 + 1  # the transformer's runs and its place in the legend
-    assert set(tags) <= {"svg", "title", "rect", "clipPath", "g", "path", "text", "circle"}
+    circles = [e for e in root.iter() if "A5 5" in e.get("d", "")]
+    assert len(circles) == 4 + 1  # the transformer's runs and its place in the legend
+    assert set(tags) <= {"svg", "title", "rect", "clipPath", "g", "path", "text"}
     words = [element.text for element in root.iter() if element.tag.endswith("text")]
     for word in (
         "transformer",
@@ -281,16 +368,6 @@ def test_summary_figure_escapes_and_refuses(study, tmp_path):
     with pytest.raises(UserError, match="no finished run"):
         write_summary_svg(study, tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(3.6, 5.1), (4.0, 4.02), (3e4, 5e5), (1e9, 1e15), (1e-4, 0.9), (1, 1e30), (2, 13)]
-)
-def test_log_ticks_lie_in_range_and_are_few_and_distinct(low, high):
-    ticks = log_ticks(low, high)
-    assert 2 <= len(ticks) <= 12
-    assert all(low <= value <= high for value in ticks)
-    assert len(set(ticks.values())) == len(ticks)
 
 
 def test_the_page_needs_no_torch():

@@ -75,7 +75,7 @@ def test_size_is_five_percent(shared):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_power_for_an_exponent_that_differs_by_a_fortieth_is_at_least_80_percent():
+def test_power_for_an_exponent_that_differs_by_0_025_is_at_least_80_percent():
     cells = grid()
     n, d = cells.T
     law = {"q": chinchilla(n, d, alpha=ALPHA + 0.025, a=A * 1e7**0.025), "t": chinchilla(n, d)}

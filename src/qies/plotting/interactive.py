@@ -13,7 +13,7 @@ from qies.plotting.style import Style
 
 GRID = "rgba(128,128,128,0.28)"
 GAP = 0.11  # of the whole, between panels
-TICKS, TICKS_IN_A_GRID = 7, 4
+TICKS, TICKS_IN_A_GRID = 6, 4  # few enough for a telephone
 
 
 def render(figure: Figure) -> dict[str, Any]:
@@ -103,9 +103,7 @@ def _traces(mark: Mark, panel: Panel, y: Scale) -> list[dict[str, Any]]:
             | {"mode": "lines+markers" if mark.markers else "lines", "opacity": opacity, "connectgaps": False,
                "line": {"color": mark.style.colour, "width": width, "dash": mark.style.dash}}
         ]  # fmt: skip
-    trace |= {"mode": "markers", "marker": _marker(mark.style, 4 if mark.faint else 9)}
-    if mark.faint:
-        trace["opacity"] = 0.4
+    trace |= {"mode": "markers", "marker": _cloud(mark.style) if mark.faint else _marker(mark.style)}
     if mark.hover:
         trace["text"] = [escape(text) for text in mark.hover]
         trace["hovertemplate"] = f"%{{text}}<br>{escape(panel.y.title)}: %{{y:.4g}}<extra></extra>"
@@ -127,7 +125,7 @@ def _entry(name: str, entry: Entry) -> dict[str, Any]:
     mode = "lines+markers" if entry.line and entry.marker else "lines" if entry.line else "markers"
     return {
         "type": "scatter", "x": [None], "y": [None], "mode": mode, "name": escape(name), "legendgroup": escape(name),
-        "showlegend": True, "marker": _marker(entry.style, 9),
+        "showlegend": True, "marker": _marker(entry.style),
         "line": {"color": entry.style.colour, "width": 1.8, "dash": entry.style.dash},
     }  # fmt: skip
 
@@ -145,8 +143,14 @@ def _distance(y: Sequence[float | None], end: Sequence[float | None]) -> list[fl
     return [None if a is None or b is None else abs(b - a) for a, b in zip(y, end, strict=True)]
 
 
-def _marker(look: Style, size: int) -> dict[str, Any]:
-    return {"color": look.colour, "symbol": look.symbol, "size": size}
+def _marker(look: Style, size: int = 9) -> dict[str, Any]:
+    """Open, so that those behind it stay visible."""
+    edge = {"color": look.colour, "width": 1.6}
+    return {"color": _faint(look.colour, 0.25), "symbol": look.symbol, "size": size, "line": edge}
+
+
+def _cloud(look: Style) -> dict[str, Any]:
+    return {"color": _faint(look.colour, 0.4), "symbol": look.symbol, "size": 4}
 
 
 def _faint(colour: str, opacity: float) -> str:

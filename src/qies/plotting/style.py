@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
-DASHES = ("solid", "longdash", "dot", "dashdot", "dash", "longdashdot", "solid")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 KNOWN = ("transformer", "qies", "no_phase", "fixed_phase", "complex", "gpt2")
 
 

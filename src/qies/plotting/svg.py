@@ -209,9 +209,9 @@ def _stroke(path: str, look: Style, width: float, opacity: float = 1, clip: str 
 
 
 def _marker(look: Style, x: float, y: float, faint: bool = False) -> str:
-    """A marker with a thin white edge; a small translucent one for clouds."""
+    """A marker, open, so that those behind it stay visible; a small one without an edge for clouds."""
     place = f"translate({x:.1f} {y:.1f})" + (" scale(0.45)" if faint else "")
-    paint = 'fill-opacity="0.4"' if faint else 'stroke="#ffffff" stroke-width="0.8"'
+    paint = 'fill-opacity="0.4"' if faint else f'fill-opacity="0.25" stroke="{look.colour}" stroke-width="1.6"'
     return f'<path transform="{place}" d="{OUTLINES[look.symbol]}" fill="{look.colour}" {paint}/>'
 
 

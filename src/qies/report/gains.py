@@ -62,7 +62,7 @@ def _interval(value: Any, lo: Any, hi: Any, places: str = ".3g") -> str:
 def _largest(pairs: Sequence[Pair]) -> Table:
     rows = []
     for pair in pairs:
-        row = [pair_name(pair), pair["verdict"]]
+        row = [pair_name(pair)]
         for kind, (key, _, _) in GAINS.items():
             curve = pair["gain"].get(kind)
             last = curve[-1] if curve else None
@@ -70,7 +70,7 @@ def _largest(pairs: Sequence[Pair]) -> Table:
                 NONE if last is None else f"{_interval(last['gain'], last['lo'], last['hi'])} at {si(last[key])}"
             )
         rows.append(row)
-    columns = ["pair", "verdict", *(f"gain in {unit}" for _, _, unit in GAINS.values())]
+    columns = ["pair", *(f"gain in {unit}" for _, _, unit in GAINS.values())]
     return Table("Gains at the largest scale that both arms have", columns, rows)
 
 
@@ -104,7 +104,7 @@ def _paired(pairs: Sequence[Pair]) -> Table:
         for pair in pairs for r in pair["paired"]
     ]  # fmt: skip
     columns = ["pair", "N", "D", "difference (nats per token)", "p", "seeds", "test"]
-    return Table("Differences at matched size and tokens", columns, rows)
+    return Table("Differences at matched size and tokens", columns, rows, folded=True)
 
 
 def _settle(pairs: Sequence[Pair]) -> Table:

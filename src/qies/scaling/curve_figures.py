@@ -1,36 +1,47 @@
-"""Figures of the fits in one variable: envelopes of isoFLOP data, whole curves, accuracy against bits per byte."""
+"""Figures of envelopes, whole training curves, and accuracy against bits per byte; `figures` has the laws of N and D.
+
+Each takes a result or its `to_dict()`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from qies.plotting import Axis, Figure, Line, Panel, Points, style
-
-if TYPE_CHECKING:
-    from qies.scaling.curves import CurveFit
-    from qies.scaling.envelopes import EnvelopeFit
+from qies.plotting.figure import Mark
+from qies.plotting.scale import si
 
 AXES = {"annealing": ("training step", "loss (nats per token)"), "downstream": ("bits per byte", "accuracy")}
 
 
-def envelope_figure(fit: EnvelopeFit) -> Figure:
-    """Best parameters and tokens against compute, with the regressions."""
-    compute = [p.compute for p in fit.points]
-    line = np.geomspace(min(compute), max(compute), 50)
-    marks: list[Line | Points] = []
-    observed = {"parameters": [p.params for p in fit.points], "tokens": [p.tokens for p in fit.points]}
-    for i, ((name, values), fitted) in enumerate(zip(observed.items(), fit.optimum(line), strict=True)):
-        marks.append(Line(line.tolist(), fitted.tolist(), f"best {name}", style(i)))
-        marks.append(Points(compute, values, f"best {name}", style(i)))
-    axes = Axis("training FLOPs C", log=True), Axis("parameters N, tokens D", log=True)
-    return Figure(f"Optimum by {fit.form}", [Panel(*axes, marks)])
+def envelope_figure(fit: Any) -> Figure:
+    """The best N and D at each compute, and the regressions N = k_N C^a, D = k_D C^b."""
+    plain = fit if isinstance(fit, Mapping) else fit.to_dict()
+    points, params = plain["points"], plain["params"]
+    compute = [point["compute"] for point in points]
+    grid = np.geomspace(min(compute), max(compute), 50)
+    marks: list[Mark] = []
+    for i, (key, k, exponent, name) in enumerate(
+        (("params", "k_N", "a", "parameters N"), ("tokens", "k_D", "b", "tokens D"))
+    ):
+        hover = [f"C = {si(point['compute'])}, loss {point['loss']:.4f}" for point in points]
+        marks.append(Line(grid.tolist(), (params[k] * grid ** params[exponent]).tolist(), name, style(i)))
+        marks.append(Points(compute, [point[key] for point in points], name, style(i), hover))
+    axes = Axis("training FLOPs C", log=True), Axis("best parameters N, tokens D", log=True)
+    return Figure(f"Compute-optimal size, {plain['form']}", [Panel(*axes, marks)])
 
 
-def curve_figure(fit: CurveFit) -> Figure:
-    """The points and the fitted curve."""
-    x, y = AXES[fit.form]
-    curve = Line(list(fit.curve["x"]), list(fit.curve["fitted"]), fit.form, style(0))
-    data = Points(list(fit.curve["x"]), list(fit.curve["observed"]), "data", style(1))
-    return Figure(f"{fit.form} fit", [Panel(Axis(x), Axis(y), [curve, data])])
+def curve_figure(fit: Any) -> Figure:
+    """The points of a curve and the law through them, in order of x."""
+    plain = fit if isinstance(fit, Mapping) else fit.to_dict()
+    x_title, y_title = AXES[plain["form"]]
+    x, observed, fitted = (np.asarray(plain["curve"][k], np.float64) for k in ("x", "observed", "fitted"))
+    order = np.argsort(x, kind="stable")
+    marks: list[Mark] = [
+        Points(x.tolist(), observed.tolist(), "data", style(0), faint=len(x) > 60),
+        Line(x[order].tolist(), fitted[order].tolist(), plain["form"], style(1)),
+    ]
+    return Figure(f"Law of the curve, {plain['form']}", [Panel(Axis(x_title), Axis(y_title), marks)])

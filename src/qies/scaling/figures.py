@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, count
 from typing import Any
 
 import numpy as np
@@ -250,12 +250,10 @@ def _several(comparison: Result | Sequence[Result]) -> list[Mapping[str, Any]]:
 
 
 def _pair_styles(pairs: Sequence[Mapping[str, Any]]) -> list[Style]:
-    """A candidate keeps its arm's style; one that is compared more than once takes a new style each time."""
+    """A candidate keeps its arm's style in its first pair and takes another, from the fourth on, in further ones."""
     names = [pair["candidate"] for pair in pairs]
-    looks = styles(names)
-    if len(set(names)) == len(names):
-        return [looks[name] for name in names]
-    return [style(i) for i in range(len(names))]
+    looks, again = styles(names), count(3)
+    return [style(next(again)) if name in names[:i] else looks[name] for i, name in enumerate(names)]
 
 
 def _law(curve: Mapping[str, Any], look: Style, low: float, high: float, name: str) -> list[Mark]:
