@@ -151,7 +151,7 @@ def test_gain_chart_and_its_table_hold_the_stored_curve(whole):
     pairs = json.loads((whole[0] / "comparison.json").read_text())["pairs"]
     page = Page(whole[1])
     [figure] = [c for c in page.charts if "gain (times the FLOPs" in c["layout"]["yaxis"]["title"]["text"]]
-    x, y = ([point[key] for point in pairs[0]["gain"]["compute"]] for key in ("compute", "gain"))
+    x, y = ([point[key] for point in pairs[0]["gain"]["curves"]["compute"]] for key in ("compute", "gain"))
     assert any(t["x"] == x and t["y"] == y for t in figure["data"])
     for stored in pairs:
         last = stored["gain"]["at_largest"]
@@ -173,9 +173,9 @@ def test_pairs_that_could_not_be_compared_are_told(study):
 
 def test_open_intervals_and_unknown_gains_are_words_not_errors(study):
     def open_ends(c):
-        for point in c["pairs"][0]["gain"]["compute"]:
+        for point in c["pairs"][0]["gain"]["curves"]["compute"]:
             point.update(hi=None)
-        for point in c["pairs"][1]["gain"]["compute"]:
+        for point in c["pairs"][1]["gain"]["curves"]["compute"]:
             point.update(gain=None, lo=None, hi=None)
         for row in c["pairs"][0]["paired"]:
             row.update(lo=None, hi=None, p=None, test="one seed")

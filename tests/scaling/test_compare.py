@@ -271,7 +271,12 @@ def test_the_verb_writes_the_result_and_prints_the_summary(tmp_path, capsys):
     assert value["summary"] == capsys.readouterr().out.strip()
     assert value["gain"]["at_largest"] == value["gain"]["compute"][-1]
     assert {"compute", "gain", "lo", "hi"} <= set(value["gain"]["at_largest"])
-    assert set(value["gain"]) == {"compute", "params", "data", "time", "at_largest"}
+    assert set(value["gain"]) == {"compute", "params", "data", "time", "at_largest", "curves"}
+    for variable in ("params", "data", "time"):
+        at = value["gain"][variable]
+        assert {"compute", "gain", "lo", "hi"} <= set(at)
+        assert at["gain"] == value["gain"]["curves"][variable][-1]["gain"]
+    assert value["gain"]["curves"]["compute"] == value["gain"]["compute"]
     assert value["verdict"] in ("qies wins", "transformer wins", "no difference")
     assert {"statistic", "p"} <= set(value["shared_fit"]) and len(value["paired"]) == 4
     assert value["flops_convention"].startswith("matrix products only")

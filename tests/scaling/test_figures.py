@@ -32,7 +32,7 @@ def pair(candidate="qies", baseline="transformer", **changes):
     row = {"params": 1e5, "tokens": 2e5, "difference": -0.02, "p": 0.01, "sd": 0.01, "n": 3, "test": "paired t"}
     return {
         "candidate": candidate, "baseline": baseline, "verdict": f"{candidate} wins", "reason": "so",
-        "gain": {"compute": gain_points(), "params": [], "data": gain_points("tokens"), "time": []},
+        "gain": {"curves": {"compute": gain_points(), "params": [], "data": gain_points("tokens"), "time": []}},
         "paired": [row | {"lo": -0.03, "hi": -0.01}, row | {"params": 2e5, "lo": None, "hi": None, "test": "one seed"}],
         "frontier": {candidate: curve(-0.1), baseline: curve(0.0)},
         "losses": {arm: [(1e10, 1e5, 2e5, 5.0), (1e12, 1e6, 2e6, 4.6)] for arm in (candidate, baseline)},
@@ -73,12 +73,12 @@ def test_gain_curve_shows_the_band_the_line_at_one_and_what_is_extrapolated():
 
 
 def test_an_unbounded_gain_leaves_the_curve_readable():
-    shown = figures.gain_figure(pair(gain={"compute": gain_points(hi=None, lo=1e-9)}))
+    shown = figures.gain_figure(pair(gain={"curves": {"compute": gain_points(hi=None, lo=1e-9)}}))
     _, y = shown.panels[0].scales(6)
     assert y.low > 0.3 and y.high < 4
     [band] = marks(shown, Band)
     assert band.segments(y.low, y.high)[0][2][-1] == y.high and band.segments(y.low, y.high)[0][1][-1] == y.low
-    unknown = figures.gain_figure(pair(gain={"compute": gain_points(gain=None, lo=None, hi=None)}))
+    unknown = figures.gain_figure(pair(gain={"curves": {"compute": gain_points(gain=None, lo=None, hi=None)}}))
     [band] = marks(unknown, Band)
     assert len(band.segments(0.1, 10)[0][0]) == 3
     json.dumps(unknown.plotly(), allow_nan=False)

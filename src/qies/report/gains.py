@@ -29,7 +29,7 @@ def comparison(study: Study) -> Section | None:
     ]
     blocks: list[Table | Chart | Passage] = [_largest(pairs)]
     for kind in ("compute", "time"):
-        if any(pair["gain"].get(kind) for pair in pairs):
+        if any(pair["gain"]["curves"].get(kind) for pair in pairs):
             blocks.append(Chart(gain_figure(pairs, kind), _curve(pairs, kind)))
     if any(pair["frontier"] for pair in pairs):
         blocks.append(Chart(frontier_figure(pairs), _frontier(pairs)))
@@ -64,7 +64,7 @@ def _largest(pairs: Sequence[Pair]) -> Table:
     for pair in pairs:
         row = [pair_name(pair)]
         for kind, (key, _, _) in GAINS.items():
-            curve = pair["gain"].get(kind)
+            curve = pair["gain"]["curves"].get(kind)
             last = curve[-1] if curve else None
             row.append(
                 NONE if last is None else f"{_interval(last['gain'], last['lo'], last['hi'])} at {si(last[key])}"
@@ -79,7 +79,7 @@ def _curve(pairs: Sequence[Pair], kind: str) -> Table:
     rows = [
         [pair_name(pair), si(p[key]), _interval(p["gain"], p["lo"], p["hi"]), f"{p['reach']:.2f}"]
         for pair in pairs
-        for p in listed(pair["gain"].get(kind))
+        for p in listed(pair["gain"]["curves"].get(kind))
     ]
     columns = ["pair", x_title, f"gain in {unit}", "times beyond the runs"]
     return Table(f"Gain in {unit}", columns, rows, folded=True)

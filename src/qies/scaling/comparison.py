@@ -11,6 +11,7 @@ from qies.scaling.power import Power
 from qies.scaling.shared import SharedFit
 from qies.scaling.table import Dropped
 
+KEY = {"data": "tokens"}  # what x is called in JSON, where not as the gain
 UNIT = {"compute": "FLOPs", "params": "parameters", "data": "tokens", "time": "seconds"}
 # A law read up to 2 % beyond its runs (sizes of one level differ by as much) is still inside them.
 INSIDE = 1.02
@@ -110,12 +111,15 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; what is not known is null."""
-        key = {"data": "tokens"}
-        gain: dict[str, Any] = {
-            variable: [point.to_dict(key.get(variable, variable)) for point in points]
+        curves = {
+            variable: [point.to_dict(KEY.get(variable, variable)) for point in points]
             for variable, points in self.gain.items()
         }
-        gain["at_largest"] = None if self.at_largest is None else self.at_largest.to_dict("compute")
+        largest = None if self.at_largest is None else self.at_largest.to_dict("compute")
+        compute = None if largest is None else largest["compute"]
+        # every gain at the largest scale that both arms have, that in compute as a curve too
+        gain: dict[str, Any] = {v: {"compute": compute, **curve[-1]} for v, curve in curves.items() if curve}
+        gain |= {"compute": curves.get("compute", []), "at_largest": largest, "curves": curves}
         return {
             "candidate": self.candidate,
             "baseline": self.baseline,

@@ -162,12 +162,12 @@ def gain_figure(comparison: Result | Sequence[Result], kind: str = "compute") ->
     if kind not in GAINS:
         raise UserError(f"gain '{kind}' is unknown; choose from {', '.join(GAINS)}.{nearest(kind, GAINS)}")
     key, x_title, unit = GAINS[kind]
-    pairs = [p for p in _several(comparison) if p["gain"].get(kind)]
+    pairs = [p for p in _several(comparison) if p["gain"]["curves"].get(kind)]
     looks = _pair_styles(pairs)
     bands, lines, seen, xs = list[Mark](), list[Mark](), [1.0], list[float]()
     ends: list[float] = []
     for pair, look in zip(pairs, looks, strict=True):
-        curve = pair["gain"][kind]
+        curve = pair["gain"]["curves"][kind]
         x, gain, lo, hi = ([point[k] for point in curve] for k in (key, "gain", "lo", "hi"))
         bands.append(Band(x, *_open(lo, hi, gain), look))
         inside = [point["reach"] <= INSIDE for point in curve]
