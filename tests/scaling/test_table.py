@@ -66,8 +66,8 @@ def test_folder_of_run_records(tmp_path):
     for i, status in enumerate(["done", "diverged"]):
         record = {
             "schema": SCHEMA, "arm": "qies", "seed": i, "status": status,
-            "params": {"non_embedding": 50000, "total": 9e5},
-            "tokens": 1000, "flops": 7e9, "flops_convention": "matrix products", "wall_seconds": 3.5,
+            "params": {"non_embedding": 50000, "total": 9e5}, "tokens": 1000, "flops": 7e9,
+            "flops_convention": "matrix products", "wall_seconds": 3.5,
             "metrics": {"val_loss": 5.0} if status == "done" else {},
         }  # fmt: skip
         (tmp_path / f"runs/{i}").mkdir(parents=True)
