@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from qies.cli import main
 from qies.errors import UserError
 from qies.plotting import Axis, Band, Line, Note, Points, style
 from qies.scaling import curve_figures, figures, fit_power, fit_surface
@@ -215,3 +216,40 @@ def test_a_curve_is_joined_in_order_of_x():
     assert (line.x, line.y) == ([0.7, 0.8, 0.9], [0.59, 0.42, 0.31])
     assert (dots.x, dots.y) == ([0.9, 0.7, 0.8], [0.3, 0.6, 0.4])
     assert shown.panels[0].x.title == "bits per byte" and shown.panels[0].y.title == "accuracy"
+
+
+def call(*words):
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return ended.value.code
+
+
+@pytest.fixture
+def two_arms(tmp_path):
+    runs, path = surface_runs(0.003), tmp_path / "runs.csv"
+    rows = ["params,tokens,loss,arm"]
+    for arm, times in (("a", 0.98), ("b", 1.0)):
+        rows += [
+            f"{n},{d},{times * loss},{arm}" for n, d, loss in zip(runs.params, runs.tokens, runs.loss, strict=True)
+        ]
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_verbs_write_their_figures(two_arms, tmp_path, capsys):
+    assert call("fit", two_arms, "--arm", "a", "--bootstrap", 10, "--figures", tmp_path / "surface") == 0
+    assert sorted(p.name for p in (tmp_path / "surface").iterdir()) == [
+        "bootstrap.svg", "loss-flops.svg", "loss-params.svg", "loss-tokens.svg", "residuals.svg",
+    ]  # fmt: skip
+    assert (
+        call("fit", two_arms, "--arm", "a", "--form", "power", "--axis", "flops", "--figures", tmp_path / "power") == 0
+    )
+    assert "training FLOPs C" in (tmp_path / "power" / "loss-flops.svg").read_text()
+    assert call("fit", two_arms, "--arm", "a", "--form", "approach1", "--figures", tmp_path / "envelope") == 0
+    assert [p.name for p in (tmp_path / "envelope").iterdir()] == ["approach1.svg"]
+    assert call("compare", two_arms, "--arms", "a", "b", "--figures", tmp_path / "gains") == 0
+    names = {p.name for p in (tmp_path / "gains").iterdir()}
+    assert names == {"gain-compute.svg", "gain-params.svg", "gain-data.svg", "frontier.svg", "paired.svg"}
+    capsys.readouterr()
+    assert call("compare", two_arms, "--arms", "a", "b", "--figures", two_arms) == 2
+    assert "is a file; give a folder" in capsys.readouterr().err

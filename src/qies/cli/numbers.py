@@ -10,6 +10,7 @@ from rich.progress import Progress
 from tyro.conf import Positional
 
 from qies.errors import UserError
+from qies.plotting import Figure
 from qies.terminal import show
 
 
@@ -100,6 +101,7 @@ def fit(
     beside: tuple[str, ...] = (),
     predict: tuple[str, ...] = (),
     json: Path | None = None,
+    figures: Path | None = None,
 ) -> None:
     """Fit a scaling law to a table of runs or a folder of run records.
 
@@ -110,7 +112,7 @@ def fit(
     For example:
 
         qies fit results/quick --arm qies --form power
-        qies fit runs.csv --form approach3 --delta 1e-3 --bootstrap 400 --json fit.json
+        qies fit runs.csv --form approach3 --delta 1e-3 --bootstrap 400 --json fit.json --figures figures/
         qies fit runs.csv --columns params=N,tokens=D "loss=Val Loss" --drop-worst 5 --leave-largest 1
         qies fit runs.csv --form gadre --beside approach3 --predict 6.9e9,1.38e11
 
@@ -131,6 +133,7 @@ def fit(
         beside: Other forms of N and D to compare with.
         predict: Points N,D to predict the loss at.
         json: Write the result here as JSON.
+        figures: Write the figures into this folder as SVG: loss against N, D and C, residuals, bootstrap.
     """
     from qies import runs as records
     from qies.scaling.pipeline import fit_file
@@ -145,6 +148,8 @@ def fit(
         )  # fmt: skip
     if json is not None:
         records.write_json(json, outcome.to_dict())
+    if figures is not None:
+        _save(outcome.figures(), figures)
     console = Console()
     for table in outcome.tables():
         console.print(table)
@@ -156,6 +161,7 @@ def compare(
     /,
     arms: tuple[str, str],
     json: Path | None = None,
+    figures: Path | None = None,
     columns: tuple[str, ...] = (),
     flops: str | None = None,
     form: Literal["auto", "surface", "power"] = "auto",
@@ -168,13 +174,14 @@ def compare(
     For example:
 
         qies compare results/quick --arms qies transformer
-        qies compare RUNS.csv --arms qies transformer --json gains.json
+        qies compare RUNS.csv --arms qies transformer --json gains.json --figures figures/
         qies compare RUNS.csv --arms mine theirs --columns params=N,tokens=D --form power
 
     Args:
         runs: A table (CSV, TSV, JSONL, JSON, Parquet) or a folder of run records.
         arms: The candidate and its baseline.
         json: Write the whole result here as JSON.
+        figures: Write the figures into this folder as SVG: gains, frontier, paired differences.
         columns: The table's names for ours, as OURS=THEIRS.
         flops: How FLOPs are counted: 6ND, another multiple of ND, or given. By default the table's, else 6ND.
         form: surface (L(N, D) an arm), power (power laws along the runs) or auto.
@@ -183,11 +190,23 @@ def compare(
     from qies import runs as records
     from qies.scaling import compare as compare_arms
     from qies.scaling import read_runs
+    from qies.scaling.figures import comparison_figures
 
     result = compare_arms(read_runs(runs, _pairs("columns", columns), flops), *arms, form=form, level=level)
     if json is not None:
         records.write_json(json, result.to_dict())
+    if figures is not None:
+        _save(comparison_figures(result), figures)
     print(result.summary())
+
+
+def _save(drawn: dict[str, Figure], folder: Path) -> None:
+    """NAME.svg of every figure, into a folder that is made where it is missing."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--figures {folder} is a file; give a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in drawn.items():
+        figure.save(folder / f"{name}.svg")
 
 
 def _pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:

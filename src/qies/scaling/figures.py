@@ -237,6 +237,17 @@ def paired_figure(comparison: Result | Sequence[Result]) -> Figure:
     return Figure("Difference at each matched size", [Panel(*axes, marks)])
 
 
+def comparison_figures(comparison: Result) -> dict[str, Figure]:
+    """Every figure that a comparison has the numbers for, by a name for its file."""
+    plain = _plain(comparison)
+    shown = {f"gain-{kind}": gain_figure(plain, kind) for kind in GAINS if plain["gain"].get(kind)}
+    if plain["frontier"]:
+        shown["frontier"] = frontier_figure(plain)
+    if plain["paired"]:
+        shown["paired"] = paired_figure(plain)
+    return shown
+
+
 def pair_name(pair: Mapping[str, Any], word: str = "over") -> str:
     return f"{pair['candidate']} {word} {pair['baseline']}"
 

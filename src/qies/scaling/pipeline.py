@@ -12,6 +12,8 @@ import numpy as np
 from rich.table import Table
 
 from qies.errors import UserError, nearest
+from qies.plotting import Figure
+from qies.scaling import figures
 from qies.scaling.curves import CURVE_COLUMNS, CurveFit, fit_annealing, fit_downstream
 from qies.scaling.envelopes import EnvelopeFit, fit_approach1, fit_approach2
 from qies.scaling.fits import Residual, SurfaceFit, fit_surface
@@ -38,6 +40,21 @@ class Outcome:
     held_out: HeldOut | None = None
     comparison: Comparison | None = None
     predictions: tuple[dict[str, float], ...] = ()
+    axis: str = "params"
+
+    def figures(self) -> dict[str, Figure]:
+        """Every figure of this fit by a name for its file; `axis` is what a power law runs along."""
+        if isinstance(self.fit, SurfaceFit):
+            shown = {f"loss-{axis}": figures.surface_figure(self.fit, self.runs, axis) for axis in AXES}
+            shown["residuals"] = figures.residual_figure(self.fit)
+        elif isinstance(self.fit, PowerLaw) and self.runs is not None:
+            x = getattr(self.runs, self.axis)
+            shown = {f"loss-{self.axis}": self.fit.plot(x, self.runs.loss, figures.AXES[self.axis])}
+        else:
+            shown = {self.fit.form: self.fit.plot()}
+        if isinstance(self.fit, SurfaceFit | PowerLaw) and len(self.fit.draws):
+            shown["bootstrap"] = figures.bootstrap_figure(self.fit)
+        return shown
 
     def to_dict(self) -> dict[str, Any]:
         """The fit's own dictionary with `dropped`, `warnings` and the rest; `exponents` is {} where there are none."""
@@ -154,7 +171,7 @@ def fit_file(
             draws=bootstrap or 400,
             seed=seed,
         )
-        return Outcome(law, runs, tuple(dropped), warnings)
+        return Outcome(law, runs, tuple(dropped), warnings, axis=axis)
     if form in ENVELOPES:
         return Outcome(
             (fit_approach1 if form == "approach1" else fit_approach2)(runs, level=level), runs, tuple(dropped), warnings
