@@ -47,14 +47,13 @@ def test_derivatives_agree_with_differences(form):
 )
 def test_exact_laws_are_recovered(form, params):
     n, d = grid(7, 6)
-    if form == "gadre":
-        loss = params["E"] + params["a"] * n ** params["eta"] + params["b"] * (6**0.5 * d) ** params["eta"]
-    else:
-        loss = law(n, d, params)
-    fit = fit_surface(make_runs(n, d, loss), form)
+    same = params if form != "gadre" else {
+        "E": params["E"], "A": params["a"], "B": params["b"] * 6 ** (params["eta"] / 2),
+        "alpha": -params["eta"], "beta": -params["eta"],
+    }  # fmt: skip
+    fit = fit_surface(make_runs(n, d, law(n, d, same)), form)
     assert fit.params == pytest.approx(params, rel=1e-4)
-    np.testing.assert_allclose(fit.predict(3 * n, 0.2 * d), law(3 * n, 0.2 * d, params) if form != "gadre" else
-        params["E"] + params["a"] * (3 * n) ** params["eta"] + params["b"] * (6**0.5 * 0.2 * d) ** params["eta"], rtol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(fit.predict(3 * n, 0.2 * d), law(3 * n, 0.2 * d, same), rtol=1e-5)
 
 
 def test_optimum_is_the_lowest_loss_along_the_isoflop_line():
@@ -81,8 +80,11 @@ def test_objective_is_the_huber_sum():
     assert huber(np.array([3.0]), math.inf) == 4.5
 
 
-@pytest.mark.parametrize("form", ["approach3", "approach3-gamma", "gadre"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("form", "seed"),
+    [*((form, seed) for form in ("approach3", "gadre") for seed in range(4)), ("approach3-gamma", 2)]
+    + [pytest.param("approach3-gamma", seed, marks=pytest.mark.slow) for seed in (0, 1, 3, 4, 5)],
+)
 def test_no_random_start_beats_the_fit(form, seed):
     """Few points, wide noise, odd exponents: many valleys."""
     rng = np.random.default_rng(seed)
@@ -96,7 +98,7 @@ def test_no_random_start_beats_the_fit(form, seed):
     shape = surface_form(form)
     low, high = shape.bounds(loss)
     low, high = np.maximum(low, -6), np.minimum(high, 3)
-    starts = rng.uniform(low, np.maximum(high, low + 1e-6), (300, len(low)))
+    starts = rng.uniform(low, np.maximum(high, low + 1e-6), (150, len(low)))
     found = minimise(shape, starts, x, loss, np.ones((1, count)), 1e-3, "log")[1]
     assert fit.objective <= found.min() * (1 + 1e-6)
 

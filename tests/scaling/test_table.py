@@ -65,8 +65,9 @@ def test_folder_of_run_records(tmp_path):
 
     for i, status in enumerate(["done", "diverged"]):
         record = {
-            "schema": SCHEMA, "arm": "qies", "seed": i, "status": status, "params": {"non_embedding": 50000, "total": 9e5},
-            "tokens": 1000, "flops": 7e9, "flops_convention": "matrix products", "wall_seconds": 3.5,
+            "schema": SCHEMA, "arm": "qies", "seed": i, "status": status,
+            "params": {"non_embedding": 50000, "total": 9e5}, "tokens": 1000, "flops": 7e9,
+            "flops_convention": "matrix products", "wall_seconds": 3.5,
             "metrics": {"val_loss": 5.0} if status == "done" else {},
         }  # fmt: skip
         (tmp_path / f"runs/{i}").mkdir(parents=True)
@@ -83,8 +84,8 @@ def test_folder_of_run_records(tmp_path):
 
 @pytest.mark.parametrize(
     ("cell", "value"),
-    [("1,200,000", 1.2e6), ("1.2M", 1.2e6), ("70 B", 7e10), ("1.4T", 1.4e12), ("400k", 4e5), ("3.5 %", 0.035), ("+2e-3", 2e-3),
-     ("1_000", 1000.0), (".5", 0.5), ("12.", 12.0), (7, 7.0), ("inf", np.inf), ("1,234.5", 1234.5)],
+    [("1,200,000", 1.2e6), ("1.2M", 1.2e6), ("70 B", 7e10), ("1.4T", 1.4e12), ("400k", 4e5), ("3.5 %", 0.035),
+     ("+2e-3", 2e-3), ("1_000", 1000.0), (".5", 0.5), ("12.", 12.0), (7, 7.0), ("inf", np.inf), ("1,234.5", 1234.5)],
 )  # fmt: skip
 def test_numbers_as_people_write_them(cell, value):
     assert parse_number(cell) == pytest.approx(value)

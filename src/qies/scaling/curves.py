@@ -105,7 +105,7 @@ def fit_annealing(
     gain = s2 / (s2.max() if not constant else 1.0)
 
     def evaluate(theta: Array) -> tuple[Array, Array]:  # theta = (E, log A at the centre, alpha, C S2max)
-        term = np.exp(theta[1] - theta[2] * u)
+        term = np.exp(np.minimum(theta[1] - theta[2] * u, 300.0))
         value = theta[0] + term - theta[3] * gain
         value = np.maximum(value, 1e-6 * y.min())
         columns = [np.ones_like(u), term, -u * term, -gain]
@@ -115,7 +115,7 @@ def fit_annealing(
         return evaluate(np.append(theta, 0.0) if constant else theta)
 
     starts = []
-    for alpha in np.geomspace(0.05, 2.0, 12):
+    for alpha in np.geomspace(0.05, 2.0, 6):
         design = np.stack([np.ones_like(u), np.exp(-alpha * u), -gain][: 2 if constant else 3], axis=1) / y[:, None]
         amplitude = np.linalg.lstsq(design, np.ones_like(y), rcond=None)[0]
         starts.append(np.array([max(amplitude[0], 1e-3), math.log(max(amplitude[1], 1e-6)), alpha,

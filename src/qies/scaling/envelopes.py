@@ -1,7 +1,7 @@
 """The compute-optimal model without a law of the loss: approaches 1 and 2 of Hoffmann et al. (arXiv:2203.15556).
 
-    approach1  the runs that no run of at most the same compute beats are the envelope; log N and log D of the envelope
-               are regressed on log C
+    approach1  the runs that no run of the same compute (to 2 %) or less beats are the envelope; log N and log D of the
+               envelope are regressed on log C
     approach2  at every FLOP budget the loss is a parabola in log N (or an Akima spline through the sizes); its
                minima are regressed on log C
 
@@ -29,6 +29,7 @@ Array = NDArray[np.float64]
 METHODS = ("parabola", "akima")
 # Runs meant for one budget differ by rounding of sizes and steps: budgets are told apart by a gap of 20 %.
 BUDGET_GAP = math.log(1.2)
+SAME_COMPUTE = 1.02  # a run is beaten by a better one of up to 2 % more compute: steps and sizes are rounded
 WIDE = math.log(8.0)  # a grid that reaches further than this from its minimum, to either side
 FEWEST_SIZES = {"parabola": 3, "akima": 5}
 CELLS_FOR_BIAS = 8
@@ -99,12 +100,10 @@ def fit_approach1(runs: Runs, *, level: float = 0.95) -> EnvelopeFit:
     The cheapest and the last runs of the envelope are on it for want of rivals, which a warning says. Raises UserError
     for fewer than three runs on it.
     """
-    order = np.lexsort((runs.loss, runs.flops))
-    best, front = math.inf, []
-    for i in order:
-        if runs.loss[i] < best:
-            best = runs.loss[i]
-            front.append(i)
+    order = np.argsort(runs.flops, kind="stable")
+    lowest = np.minimum.accumulate(runs.loss[order])
+    reach = np.searchsorted(runs.flops[order], runs.flops[order] * SAME_COMPUTE, side="right")
+    front = order[runs.loss[order] <= lowest[reach - 1]]
     points = tuple(
         Optimum(float(runs.flops[i]), float(runs.params[i]), float(runs.tokens[i]), float(runs.loss[i])) for i in front
     )

@@ -6,8 +6,8 @@ arXiv:2203.15556; why the sum: Besiroglu et al. 2024, arXiv:2404.10102), from a 
 Runs that share N and D (the seeds of one configuration) are one cell. Cells are what intervals rest on: four
 configurations are four observations, whatever the seeds. Without a bootstrap the interval is Student's t with the
 covariance of the Huber estimate; with one, cells are resampled with all their seeds ("runs") or seeds within their
-cell ("seeds", how far another choice of seeds would move the law), and the percentiles are expanded for small samples
-(Hesterberg 2015, arXiv:1411.5279).
+cell ("seeds", how far another choice of seeds would move the law), and the draws' one-sigma percentiles are stretched
+to the level (`intervals.stretched_percentiles`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from qies.errors import UserError, nearest
 from qies.scaling.forms import LEAST_FLOOR, STEEPEST, Form, surface_form
-from qies.scaling.intervals import ILL_CONDITIONED, bootstrap_tails, condition_number, huber_covariance, t_quantile
+from qies.scaling.intervals import (
+    ILL_CONDITIONED,
+    condition_number,
+    huber_covariance,
+    resampled_counts,
+    stretched_percentiles,
+    t_quantile,
+)
 from qies.scaling.solver import best, minimise, residuals
 from qies.scaling.table import Dropped, Runs
 
@@ -96,8 +103,8 @@ class SurfaceFit:
         x, shape = self._logs(params, tokens)
         log_loss, jacobian = (part[0] for part in self._law.evaluate(self._theta[None], x))
         if len(self._draws):
-            tails = bootstrap_tails(self.level, self.cells, self.cells - len(self.params))
-            lo, hi = np.quantile(self._law.evaluate(self._draws, x)[0], tails, axis=0)
+            drawn = self._law.evaluate(self._draws, x)[0]
+            lo, hi = stretched_percentiles(log_loss, drawn, self.level)
         elif self._covariance is not None:
             variance = np.einsum("ni,ij,nj->n", jacobian, self._covariance, jacobian)
             half = t_quantile(self.level, self.cells - len(self.params)) * np.sqrt(np.maximum(variance, 0.0))
@@ -207,7 +214,7 @@ def fit_surface(
     dof = len(cells) - len(law.names)
     draws = np.empty((0, len(law.names)))
     if dof and bootstrap:
-        weight = _resampled(member, resample, bootstrap, seed) * runs.weight
+        weight = resampled_counts(member, resample, bootstrap, seed) * runs.weight
         parts = []
         for i in range(0, bootstrap, DRAWS_A_BATCH):
             part = weight[i : i + DRAWS_A_BATCH]
@@ -259,19 +266,6 @@ def _without_worst(runs: Runs, law: Form, delta: float, criterion: str, count: i
     return runs.select(~np.isin(np.arange(len(runs)), worst)), tuple(named)
 
 
-def _resampled(member: NDArray[np.int64], resample: str, draws: int, seed: int) -> Array:
-    """How often each run counts in each draw, [draws, n]."""
-    rng = np.random.default_rng(seed)
-    cells = int(member.max()) + 1
-    if resample == "runs":
-        return rng.multinomial(cells, np.full(cells, 1 / cells), draws)[:, member].astype(np.float64)
-    counts = np.zeros((draws, len(member)))
-    for cell in range(cells):
-        seeds = np.flatnonzero(member == cell)
-        counts[:, seeds] = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), draws)
-    return counts
-
-
 def _covariance(
     law: Form, theta: Array, x: Array, runs: Runs, member: NDArray[np.int64], delta: float, criterion: str
 ) -> tuple[float, Array]:
@@ -304,19 +298,23 @@ def _intervals(
     names = (*law.names, *free)
     if covariance is None:
         return dict.fromkeys(names)
+    rows = law.rows(center)
+    values = rows @ theta
+    share = _exponents(law, dict(zip(law.names, law.public(theta, center).tolist(), strict=True)))["a"]
     if len(draws):
-        values = law.public(draws, center)
-        shares = [_exponents(law, dict(zip(law.names, row, strict=True))) for row in values]
-        columns = np.column_stack([values, *([s[name] for s in shares] for name in free)])
-        low, high = np.quantile(columns, bootstrap_tails(level, cells, dof), axis=0)
+        low, high = stretched_percentiles(values, draws @ rows.T, level)
+        publics = law.public(draws, center)
+        shares = [_exponents(law, dict(zip(law.names, row, strict=True)))["a"] for row in publics]
+        a_low, a_high = (float(v) for v in stretched_percentiles(np.array(share), np.array(shares), level))
     else:
-        rows = law.rows(center)
-        half = t_quantile(level, dof) * np.sqrt(np.maximum(np.diag(rows @ covariance @ rows.T), 0.0))
-        low, high = law.exponentiate(rows @ theta - half), law.exponentiate(rows @ theta + half)
-        if free:
-            a = _exponents(law, dict(zip(law.names, law.public(theta, center).tolist(), strict=True)))["a"]
-            spread = t_quantile(level, dof) * _exponent_error(law, theta, covariance)
-            low, high = np.append(low, [a - spread, 1 - a - spread]), np.append(high, [a + spread, 1 - a + spread])
+        t = t_quantile(level, dof)
+        half = t * np.sqrt(np.maximum(np.diag(rows @ covariance @ rows.T), 0.0))
+        low, high = values - half, values + half
+        spread = t * _exponent_error(law, theta, covariance) if free else 0.0
+        a_low, a_high = share - spread, share + spread
+    low, high = law.exponentiate(low), law.exponentiate(high)
+    if free:
+        low, high = np.append(low, [a_low, 1 - a_high]), np.append(high, [a_high, 1 - a_low])
     return {name: (float(lo), float(hi)) for name, lo, hi in zip(names, low, high, strict=True)}
 
 

@@ -14,6 +14,7 @@ Array = NDArray[np.float64]
 # Of the Jacobian with unit columns: a step along the weakest combination of parameters then moves the losses
 # a thousand times less than one along the strongest, so the data do not tell them apart.
 ILL_CONDITIONED = 1e3
+WINDOW = 0.6  # robust standard deviations over which the density of residuals at zero is taken
 
 
 def condition_number(jacobian: Array) -> float:
@@ -23,11 +24,49 @@ def condition_number(jacobian: Array) -> float:
 
 
 def huber_covariance(jacobian: Array, residual: Array, delta: float) -> tuple[float, Array]:
-    """Scale of log L, covariance [p, p] of a Huber estimate (Huber 1973); inside delta, of least squares."""
+    """Scale of log L, covariance [p, p] of a Huber estimate (Huber 1973); inside delta, of least squares.
+
+    The share of residuals within delta stands for their density at zero. Where delta is far below the scatter the
+    fit is nearly least absolute values: it passes through p points, and few others are within delta. The density is
+    then taken over 0.6 robust standard deviations, without those p. (Coverage of 95 % intervals at 20 to 64 cells
+    and delta 1e-3: 91 to 98 %; by the share within delta alone, about 60 %.)
+    """
     n, p = jacobian.shape
-    inside = max(float((np.abs(residual) <= delta).mean()), 1 / n)
+    spread = 1.4826 * float(np.median(np.abs(residual))) * math.sqrt(n / (n - p))
+    if delta >= WINDOW * spread:
+        inside = max(float((np.abs(residual) <= delta).mean()), 1 / n)
+    else:
+        window = WINDOW * spread
+        inside = max(int((np.abs(residual) <= window).sum()) - p, 1) / (n - p) * delta / window
     scale = math.sqrt(float((np.clip(residual, -delta, delta) ** 2).sum()) / (n - p)) / inside
     return scale, scale**2 * np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-15)
+
+
+def stretched_percentiles(estimate: Array, draws: Array, level: float) -> tuple[Array, Array]:
+    """Interval of estimate [...] from bootstrap draws [S, ...]: their one-sigma percentiles, stretched to `level`.
+
+    Draws of a nearly least-absolute-values fit have the right spread and too heavy tails: plain 95 % percentiles of
+    36 cells cover 97 to 100 %.
+    """
+    below, middle, above = np.quantile(draws, norm.cdf([-1.0, 0.0, 1.0]), axis=0)
+    z = float(norm.ppf(0.5 + level / 2))
+    return estimate - z * (middle - below), estimate + z * (above - middle)
+
+
+def resampled_counts(member: NDArray[np.int64], resample: str, draws: int, seed: int) -> Array:
+    """How often each run counts in each draw, [draws, n]: whole cells ("runs"), or the seeds within each ("seeds").
+
+    member: the cell of each run, [n], from 0.
+    """
+    rng = np.random.default_rng(seed)
+    cells = int(member.max()) + 1
+    if resample == "runs":
+        return rng.multinomial(cells, np.full(cells, 1 / cells), draws)[:, member].astype(np.float64)
+    counts = np.zeros((draws, len(member)))
+    for cell in range(cells):
+        seeds = np.flatnonzero(member == cell)
+        counts[:, seeds] = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), draws)
+    return counts
 
 
 def t_quantile(level: float, dof: int) -> float:

@@ -1,0 +1,90 @@
+"""Approaches 1 and 2 against the closed-form optimum of a known law."""
+
+import json
+
+import numpy as np
+import pytest
+from scaling_tables import make_runs
+
+from qies.errors import UserError
+from qies.scaling import fit_approach1, fit_approach2
+from qies.scaling.envelopes import isoflop_groups
+
+LAW = {"E": 1.7, "A": 400.0, "B": 900.0, "alpha": 0.34, "beta": 0.34}
+
+
+def isoflop(width, sizes=9, shift=1.0, law=LAW):
+    """Five budgets, sizes from 1/width to width times `shift` times the optimum."""
+    compute = np.geomspace(1e18, 1e21, 5)
+    a = law["beta"] / (law["alpha"] + law["beta"])
+    g = (law["alpha"] * law["A"] / (law["beta"] * law["B"])) ** (1 / (law["alpha"] + law["beta"]))
+    best = g * (compute / 6) ** a
+    n = (best[:, None] * shift * np.geomspace(1 / width, width, sizes)).reshape(-1)
+    c = np.repeat(compute, sizes)
+    d = c / 6 / n
+    return make_runs(n, d, law["E"] + law["A"] * n ** -law["alpha"] + law["B"] * d ** -law["beta"]), compute, best
+
+
+def test_parabolas_find_the_optimum_of_a_symmetric_law():
+    runs, compute, best = isoflop(3)
+    fit = fit_approach2(runs)
+    np.testing.assert_allclose([p.params for p in fit.points], best, rtol=1e-6)
+    np.testing.assert_allclose([p.compute for p in fit.points], compute)
+    assert fit.exponents == pytest.approx({"a": 0.5, "b": 0.5})
+    np.testing.assert_allclose(fit.optimum(compute)[0], best, rtol=1e-6)
+    np.testing.assert_allclose(6 * np.prod(fit.optimum(compute), axis=0), compute)
+    assert not fit.warnings
+
+
+def test_the_bias_on_wide_and_shifted_grids_is_warned_of_and_measured():
+    runs, _, best = isoflop(30, shift=4.0)
+    fit = fit_approach2(runs)
+    assert any("approach 2 is known to misplace" in w for w in fit.warnings)
+    true_bias = np.array([p.params for p in fit.points]) / best
+    np.testing.assert_allclose(fit.bias, true_bias, rtol=1e-3)
+    assert abs(np.log(true_bias)).max() > np.log(1.02)
+    assert any("off by" in w for w in fit.warnings)
+
+
+def test_akima_has_less_of_the_bias():
+    runs, _, best = isoflop(30, sizes=25, shift=4.0)
+    off = {
+        m: np.abs(np.log([p.params for p in fit_approach2(runs, method=m).points] / best)).max()
+        for m in ("parabola", "akima")
+    }
+    assert off["akima"] < 0.2 * off["parabola"]
+
+
+def test_budgets_without_a_minimum_are_left_out_with_the_reason():
+    runs, _, best = isoflop(3)
+    beyond = runs.select((runs.flops > 2e18) | (runs.params > 1.3 * best[0]))
+    fit = fit_approach2(beyond)
+    assert len(fit.points) == 4 and any("lies outside the sizes tried" in w for w in fit.warnings)
+    with pytest.raises(UserError, match="2 budgets with a minimum inside, found 1"):
+        fit_approach2(runs.select(runs.flops < 2e18))
+    with pytest.raises(UserError, match="Did you mean 'akima'"):
+        fit_approach2(runs, method="akina")
+
+
+def test_budgets_are_told_apart_by_gaps():
+    groups = isoflop_groups(np.array([1e19, 1.02e18, 1e18, 1.05e19, 0.99e18]))
+    assert [sorted(g.tolist()) for g in groups] == [[1, 2, 4], [0, 3]]
+
+
+def test_the_envelope_holds_the_runs_that_nothing_cheaper_beats():
+    runs, _, _ = isoflop(3, sizes=41)
+    fit = fit_approach1(runs)
+    on = {(p.compute, p.params) for p in fit.points}
+    for i in range(len(runs)):
+        beaten = ((runs.flops <= 1.02 * runs.flops[i]) & (runs.loss < runs.loss[i])).any()
+        assert ((runs.flops[i], runs.params[i]) in on) != beaten
+    assert fit.exponents["a"] == pytest.approx(0.5, abs=0.03)
+    json.dumps(fit.to_dict(), allow_nan=False)
+    assert "approach1: N ~ C^a" in fit.summary() and any("no rivals" in w for w in fit.warnings)
+    with pytest.raises(UserError, match="needs 3"):
+        fit_approach1(runs.select([0, 0]))
+
+
+def test_plots_name_their_axes():
+    figure = fit_approach2(isoflop(3)[0]).plot()
+    assert "FLOPs" in figure.layout.xaxis.title.text and len(figure.data) == 4

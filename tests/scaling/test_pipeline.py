@@ -1,0 +1,125 @@
+"""`qies fit` from a file to JSON: the contract, what is left out, and bad input in one line."""
+
+import json
+
+import numpy as np
+import pytest
+from scaling_tables import grid, law, noisy
+
+from qies import cli
+
+
+def call(*argv):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["fit", *map(str, argv)])
+    return e.value.code or 0
+
+
+@pytest.fixture
+def table(tmp_path):
+    rng = np.random.default_rng(0)
+    n, d = grid()
+    loss = noisy(rng, law(n, d), 0.003)
+    loss[8] = np.nan
+    loss[20] *= 3
+    path = tmp_path / "runs.csv"
+    rows = [
+        f'"{a:,.0f}",{b},{c},{"qies" if i < 30 else "x"}' for i, (a, b, c) in enumerate(zip(n, d, loss, strict=True))
+    ]
+    path.write_text("\n".join(["N,D,Val Loss,arm", *rows]))
+    return path
+
+
+COLUMNS = ("--columns", "params=N,tokens=D", "loss=Val Loss")
+
+
+def test_the_json_holds_the_contract(table, tmp_path, capsys):
+    out = tmp_path / "fit.json"
+    code = call(table, "--form", "approach3", "--delta", "1e-3", "--bootstrap", "40", *COLUMNS, "--predict", "1B,20B",
+                "--leave-largest", "1", "--beside", "gadre", "--json", out)  # fmt: skip
+    assert code == 0
+    found = json.loads(out.read_text())
+    assert (found["form"], found["n"], found["convention"]) == ("approach3", 28, "6ND")
+    assert set(found["params"]) == {"E", "A", "B", "alpha", "beta"} and set(found["exponents"]) == {"a", "b"}
+    assert found["objective"] > 0 and len(found["ci"]["alpha"]) == 2
+    assert [(d["index"], d["reason"][:8]) for d in found["dropped"]] == [(8, "loss is "), (20, "diverged")]
+    [point] = found["predictions"]
+    assert point["lo"] < point["loss"] < point["hi"] and point["loss"] == pytest.approx(law(1e9, 2e10), rel=0.01)
+    assert len(found["held_out"]["runs"]) == 5 and found["comparison"]["scores"]
+    printed = capsys.readouterr().out
+    assert "alpha" in printed and "FLOPs 6ND" in printed and "diverged" in printed
+
+
+def test_drop_worst_replaces_the_search_for_diverged_runs(table, tmp_path):
+    out = tmp_path / "fit.json"
+    assert call(table, *COLUMNS, "--drop-worst", "2", "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert found["n"] == 27 and [d["index"] for d in found["dropped"]][:1] == [8]
+    assert 20 in [d["index"] for d in found["dropped"]] and len(found["dropped"]) == 3
+
+
+@pytest.mark.parametrize("axis", ["params", "tokens", "flops"])
+def test_power_laws_go_through_the_same_verb(tmp_path, axis):
+    x = np.geomspace(1e6, 1e9, 8)
+    columns = {"params": x, "tokens": x, "flops": x}
+    path, out = tmp_path / "p.jsonl", tmp_path / "fit.json"
+    rows = [{**{k: float(v[i]) for k, v in columns.items()}, "loss": 9 * x[i] ** -0.1} for i in range(8)]
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    assert call(path, "--form", "power", "--axis", axis, "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert (
+        found["params"]["alpha"] == pytest.approx(0.1) and found["exponents"] == {} and found["convention"] == "given"
+    )
+
+
+def test_arms_are_chosen_and_a_mixture_is_warned_of(table, tmp_path):
+    text = table.read_text().splitlines()
+    table.write_text("\n".join([*text, *(line.replace("qies", "gpt2") for line in text[1:])]))
+    out = tmp_path / "fit.json"
+    assert call(table, *COLUMNS, "--arm", "gpt2", "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert found["n"] == 28 and [d["index"] for d in found["dropped"]] == [38, 50]
+    assert call(table, *COLUMNS, "--json", out) == 0
+    assert any("2 arms are fitted as one" in w for w in json.loads(out.read_text())["warnings"])
+
+
+@pytest.mark.parametrize("form", ["approach1", "approach2"])
+def test_envelopes_go_through_the_same_verb(tmp_path, form):
+    compute = np.repeat(np.geomspace(1e18, 1e21, 5), 9)
+    n = np.concatenate([c**0.5 * np.geomspace(0.03, 0.5, 9) for c in compute[::9]])
+    d = compute / 6 / n
+    path, out = tmp_path / "iso.csv", tmp_path / "fit.json"
+    path.write_text("\n".join(["params,tokens,loss", *(f"{a},{b},{law(a, b)}" for a, b in zip(n, d, strict=True))]))
+    assert call(path, "--form", form, "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert found["form"] == form and found["exponents"]["a"] == pytest.approx(0.51, abs=0.08) and found["dropped"] == []
+
+
+def test_curves_go_through_the_same_verb(tmp_path):
+    x = np.linspace(0.5, 1.3, 20)
+    y = 0.25 + 0.75 / (1 + np.exp(8 * (x - 0.8)))
+    path, out = tmp_path / "d.csv", tmp_path / "fit.json"
+    path.write_text("\n".join(["BPB,acc", *(f"{a},{100 * b}%" for a, b in zip(x, y, strict=True))]))
+    assert call(path, "--form", "downstream", "--columns", "bpb=BPB,accuracy=acc", "--json", out) == 0
+    assert json.loads(out.read_text())["params"]["midpoint"] == pytest.approx(0.8, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--form", "aproach3"], "Did you mean 'approach3'"),
+        (["--form", "power", "--axis", "param"], "Did you mean 'params'"),
+        (["--columns", "params"], "--columns wants OURS=THEIRS"),
+        (["--predict", "1e9"], "--predict wants N,D"),
+        (["--predict", "1e9,-3"], "--predict wants N,D"),
+        (["--form", "power", "--leave-largest", "1"], "need a law of N and D"),
+        (["--arm", "qeis"], "Did you mean 'qies'"),
+        (["--drop-wrst", "1"], "Did you mean '--drop-worst'"),
+        (["--delta", "-1"], "delta > 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_two(table, options, says, capsys):
+    extra = () if "--columns" in options else COLUMNS
+    assert call(table, *extra, *options) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("qies: ") and says in error

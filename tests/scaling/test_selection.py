@@ -1,0 +1,87 @@
+"""Forms beside each other, and prediction of models that the fit did not see."""
+
+import math
+
+import numpy as np
+import pytest
+from scaling_tables import CHINCHILLA, grid, law, make_runs, noisy, published
+
+from qies.errors import UserError
+from qies.scaling import compare_forms, fit_surface, leave_largest_out, read_runs
+from qies.scaling.selection import huber_log_likelihood
+
+
+def test_likelihood_is_the_normal_one_inside_delta_and_the_laplace_one_beyond():
+    rss, n = 0.37, 50
+    normal = -n / 2 * (math.log(2 * math.pi * rss / n) + 1)
+    assert huber_log_likelihood(rss / 2, n, math.inf) == pytest.approx(normal)
+    absolute, delta = 4.2, 1e-7
+    laplace = -n * (math.log(2 * absolute / n) + 1)
+    assert huber_log_likelihood(delta * absolute, n, delta) == pytest.approx(laplace, rel=1e-4)
+
+
+def test_the_wider_form_wins_where_it_is_the_truth_and_not_elsewhere():
+    rng = np.random.default_rng(0)
+    n, d = grid(8, 8)
+    unequal = make_runs(
+        n, d, noisy(rng, law(n, d, {**CHINCHILLA, "A": 30.0, "alpha": 0.15, "beta": 0.6, "B": 4e5}), 0.003)
+    )
+    found = compare_forms(unequal, ("gadre", "approach3"))
+    assert found.scores[0].form == "approach3" and found.tests[0].p < 1e-6
+    equal = {"E": 1.8, "A": 400.0, "B": 900.0, "alpha": 0.3, "beta": 0.3}
+    found = compare_forms(make_runs(n, d, noisy(rng, law(n, d, equal), 0.003)), ("gadre", "approach3"))
+    [test] = found.tests
+    assert (test.narrower, test.wider) == ("gadre", "approach3") and test.p > 1e-3
+    assert found.summary().startswith("Lowest AIC: ")
+
+
+@pytest.mark.slow
+def test_likelihood_ratio_has_its_size():
+    """Under the narrower form p falls below 5 % about 5 % of the time."""
+    rng = np.random.default_rng(1)
+    n, d = grid(8, 6)
+    truth = {"E": 1.8, "A": 400.0, "B": 900.0, "alpha": 0.3, "beta": 0.3}
+    below = [
+        compare_forms(make_runs(n, d, noisy(rng, law(n, d, truth), 0.005)), ("gadre", "approach3"), delta=0.02)
+        .tests[0]
+        .p
+        < 0.05
+        for _ in range(200)
+    ]
+    assert 0.02 <= np.mean(below) <= 0.10
+
+
+def test_leaving_the_largest_out_predicts_what_the_fit_did_not_see():
+    rng = np.random.default_rng(2)
+    n, d = grid()
+    runs = make_runs(n, d, noisy(rng, law(n, d), 0.001))
+    held = leave_largest_out(runs, "approach3", 2)
+    sizes = np.unique(n)
+    assert (held.n, len(held.runs)) == (20, 10) and {r.params for r in held.runs} == set(sizes[-2:])
+    alone = fit_surface(runs.select(n < sizes[-2]))
+    assert held.runs[0].predicted == pytest.approx(float(alone.predict(held.runs[0].params, held.runs[0].tokens)))
+    assert held.worst_error < 0.02 and "Without the 2 largest sizes" in held.summary()
+    with pytest.raises(UserError, match="between 1 and 5 of the 6 sizes"):
+        leave_largest_out(runs, "approach3", 6)
+
+
+def test_a_law_that_bends_is_shown_to_extrapolate_badly():
+    n, d = grid()
+    bent = law(n, d) * np.where(n > 2e9, 1.1, 1.0)
+    assert leave_largest_out(make_runs(n, d, bent), "approach3", 1).mean_error == pytest.approx(1 - 1 / 1.1, abs=1e-3)
+
+
+def test_too_few_runs_to_compare():
+    n, d = grid()
+    with pytest.raises(UserError, match="too few to compare"):
+        compare_forms(make_runs(n, d, law(n, d)).select([0, 5, 12, 18, 22, 29]), ("approach3",))
+
+
+def test_gadre_on_c4_is_shown_to_miss_the_largest_model():
+    columns = {"params": "N", "tokens": "D", "loss": "loss_c4_val", "arm": "train_set"}
+    runs = read_runs(published("gadre_104_runs.csv"), columns).of_arm("c4_original")
+    multiplier, sizes = np.round(runs.tokens / runs.params), np.unique(runs.params)
+    small = ((multiplier == 20) & (runs.params <= sizes[3])) | ((multiplier == 320) & (runs.params == sizes[0]))
+    held = leave_largest_out(runs.select(small | (runs.params == sizes[-1])), "gadre", 1)
+    assert held.n == 5 and held.mean_error == pytest.approx(0.043, abs=1e-3)
+    assert "-4.30 %" in held.summary()
