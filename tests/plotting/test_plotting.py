@@ -96,6 +96,12 @@ def test_plotly_gets_the_same_ranges_ticks_and_text():
     assert (note["x"], note["y"]) == (2, 9)  # plotly wants the logarithm
 
 
+def test_markers_of_a_crowd_are_smaller():
+    few, many = (figure(Points([10] * n, [5] * n)) for n in (3, 200))
+    assert "scale(" not in few.svg() and many.svg().count("scale(0.6)") == 200
+    assert few.plotly()["data"][0]["marker"]["size"] > many.plotly()["data"][0]["marker"]["size"]
+
+
 def test_panels_lie_side_by_side_and_do_not_meet():
     panel = Panel(Axis("x"), Axis("y"), [Points([1, 2], [1, 2])])
     shown = Figure("grid", [panel] * 5, columns=3)

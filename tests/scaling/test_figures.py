@@ -170,6 +170,22 @@ def test_residuals_are_in_percent_and_outliers_named():
         figures.residual_figure({"form": "approach3", "residuals": []})
 
 
+def test_outliers_of_one_name_are_named_once_where_the_furthest_is():
+    rows = [
+        {"name": name, "loss": 3.0, "predicted": 3.0 + i / 10, "residual": r, "outlier": True}
+        for i, (name, r) in enumerate((("a", 0.1), ("b", -0.2), ("a", 0.3)))
+    ]
+    shown = marks(figures.residual_figure({"form": "gadre", "residuals": rows}), Note)
+    assert [(note.text, round(note.x, 1)) for note in shown] == [("a", 3.2), ("b", 3.1)]
+
+
+def test_levels_of_a_wide_grid_are_spread_over_it():
+    level = np.repeat(np.arange(1.0, 12.0), 10)
+    assert figures._spread(level) == [1, 3, 5, 7, 9, 11]
+    assert figures._spread(np.append(level, 99.0)) == [1, 3, 5, 7, 9, 11]  # a lone run takes no curve
+    assert figures._spread(np.array([2.0, 1.0])) == [1, 2]
+
+
 def test_bootstrap_shows_every_pair_of_parameters(fitted):
     fit, _ = fitted
     shown = figures.bootstrap_figure(fit)

@@ -18,6 +18,7 @@ from qies.errors import UserError
 from qies.plotting.scale import Scale, make_scale
 from qies.plotting.style import FIRST, Style
 
+CROWD = 60
 # None stands for "not known" and leaves a gap.
 Numbers = Sequence[float | None]
 
@@ -107,6 +108,11 @@ class Panel:
     x: Axis
     y: Axis
     marks: Sequence[Mark]
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many points stand here that their markers are drawn smaller."""
+        return sum(len(m.x) for m in self.marks if isinstance(m, Points) and not m.faint) > CROWD
 
     def scales(self, most: int) -> tuple[Scale, Scale]:
         """Both axes resolved, with at most so many ticks each. Raises ValueError when nothing can be drawn."""

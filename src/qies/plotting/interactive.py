@@ -103,7 +103,10 @@ def _traces(mark: Mark, panel: Panel, y: Scale) -> list[dict[str, Any]]:
             | {"mode": "lines+markers" if mark.markers else "lines", "opacity": opacity, "connectgaps": False,
                "line": {"color": mark.style.colour, "width": width, "dash": mark.style.dash}}
         ]  # fmt: skip
-    trace |= {"mode": "markers", "marker": _cloud(mark.style) if mark.faint else _marker(mark.style)}
+    trace |= {
+        "mode": "markers",
+        "marker": _cloud(mark.style) if mark.faint else _marker(mark.style, 6 if panel.crowded else 9),
+    }
     if mark.hover:
         trace["text"] = [escape(text) for text in mark.hover]
         trace["hovertemplate"] = f"%{{text}}<br>{escape(panel.y.title)}: %{{y:.4g}}<extra></extra>"

@@ -117,7 +117,7 @@ def _panel(panel: Panel, x: float, y: float, width: float, height: float, font: 
         elif isinstance(mark, Line):
             out += _line(mark, box, clip)
         elif isinstance(mark, Points):
-            out += _points(mark, box)
+            out += _points(mark, box, 0.6 if panel.crowded else 1.0)
         else:
             out += _note(mark, box, font, notes)
     return out
@@ -172,7 +172,7 @@ def _line(line: Line, box: Box, clip: str) -> list[str]:
     return out
 
 
-def _points(points: Points, box: Box) -> list[str]:
+def _points(points: Points, box: Box, size: float) -> list[str]:
     out = []
     for x, lo, hi in zip(points.x, points.lo, points.hi, strict=False):
         below, above = box.place(x, lo), box.place(x, hi)
@@ -181,7 +181,7 @@ def _points(points: Points, box: Box) -> list[str]:
             whisker = f"M{a - 4:.1f} {low:.1f}h8M{a - 4:.1f} {high:.1f}h8M{a:.1f} {low:.1f}V{high:.1f}"
             out.append(_stroke(whisker, Style(points.style.colour), 1.4))
     places = [box.place(x, y) for x, y in zip(points.x, points.y, strict=True)]
-    return out + [_marker(points.style, *at, points.faint) for at in places if at is not None and box.holds(at)]
+    return out + [_marker(points.style, *at, size, points.faint) for at in places if at is not None and box.holds(at)]
 
 
 def _note(note: Note, box: Box, font: int, taken: list[tuple[float, float, float, float]]) -> list[str]:
@@ -208,9 +208,10 @@ def _stroke(path: str, look: Style, width: float, opacity: float = 1, clip: str 
     return f'<path d="{path}" fill="none" stroke="{look.colour}" stroke-width="{width}"{faint}{dash}{inside}/>'
 
 
-def _marker(look: Style, x: float, y: float, faint: bool = False) -> str:
+def _marker(look: Style, x: float, y: float, size: float = 1.0, faint: bool = False) -> str:
     """A marker, open, so that those behind it stay visible; a small one without an edge for clouds."""
-    place = f"translate({x:.1f} {y:.1f})" + (" scale(0.45)" if faint else "")
+    size = 0.45 if faint else size
+    place = f"translate({x:.1f} {y:.1f})" + ("" if size == 1 else f" scale({size})")
     paint = 'fill-opacity="0.4"' if faint else f'fill-opacity="0.25" stroke="{look.colour}" stroke-width="1.6"'
     return f'<path transform="{place}" d="{OUTLINES[look.symbol]}" fill="{look.colour}" {paint}/>'
 

@@ -90,8 +90,7 @@ def surface_figure(fit: Result, runs: Any = None, axis: str = "flops") -> Figure
         return Figure(title, [Panel(x_axis, Axis(LOSS, log=True), marks)])
     along, other, letter = (n, d, "D") if axis == "params" else (d, n, "N")
     level = np.array([float(f"{v:.2g}") for v in other])
-    common = sorted(set(level.tolist()), key=lambda v: -int((level == v).sum()))
-    shown = sorted(common[:LEVELS])
+    shown = _spread(level)
     for i, value in enumerate(shown):
         mine = level == value
         low, high = along[mine].min(), along[mine].max()
@@ -127,9 +126,11 @@ def residuals_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
         marks.append(Points([row["predicted"] for row in table], percent, name, looks[name], hover))
         far = [Note(r["predicted"], p, str(r["name"])) for r, p in zip(table, percent, strict=True) if r["outlier"]]
         notes += far
-    notes.sort(key=lambda note: -abs(note.y))
+    named: dict[str, Note] = {}  # each name once, where it is furthest
+    for note in sorted(notes, key=lambda note: -abs(note.y)):
+        named.setdefault(note.text, note)
     axes = Axis("loss by the law (nats per token)", log=True), Axis("run against law (% of loss)")
-    return Figure("Residuals", [Panel(*axes, [*marks, *notes[:NAMED]])])
+    return Figure("Residuals", [Panel(*axes, [*marks, *list(named.values())[:NAMED]])])
 
 
 def bootstrap_figure(fit: Result, title: str = "") -> Figure:
@@ -339,6 +340,13 @@ def _curve(band: tuple[Any, Any, Any]) -> dict[str, list[float | None]]:
         for k, v in parts.items()
         if v is not None
     }
+
+
+def _spread(level: np.ndarray) -> list[float]:
+    """Up to `LEVELS` levels, evenly from the lowest to the highest of those with half as many runs as the fullest."""
+    values, counts = np.unique(level, return_counts=True)
+    full = values[2 * counts >= counts.max()]
+    return full[np.unique(np.linspace(0, len(full) - 1, min(LEVELS, len(full))).round().astype(int))].tolist()
 
 
 def _some(pick: np.ndarray, x: np.ndarray, y: np.ndarray, names: Sequence[str], name: str, look: Style) -> Points:
