@@ -23,6 +23,8 @@ from qies.scaling.joint import ROUNDING, Joint
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
+CORRELATED = 0.9999  # the closest that the noise of two arms' matched cells is taken to be
+
 
 @dataclass(frozen=True)
 class SharedFit:
@@ -75,7 +77,10 @@ def _covariance_root(joint: Joint, matched: Rows) -> Array:
         return np.eye(na + nb)
     sigma = joint.sigma + ROUNDING**2 * np.eye(2)
     omega = np.diag(np.repeat(np.diag(sigma), [na, nb]))
-    omega[matched[:, 0], na + matched[:, 1]] = omega[na + matched[:, 1], matched[:, 0]] = sigma[0, 1]
+    # Few cells may be estimated to share all of their noise and more, which no covariance can.
+    most = CORRELATED * np.sqrt(sigma[0, 0] * sigma[1, 1])
+    shared = np.clip(sigma[0, 1], -most, most)
+    omega[matched[:, 0], na + matched[:, 1]] = omega[na + matched[:, 1], matched[:, 0]] = shared
     return cholesky(omega, lower=True)
 
 
