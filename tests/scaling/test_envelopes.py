@@ -86,5 +86,5 @@ def test_the_envelope_holds_the_runs_that_nothing_cheaper_beats():
 
 
 def test_plots_name_their_axes():
-    figure = fit_approach2(isoflop(3)[0]).plot()
-    assert "FLOPs" in figure.layout.xaxis.title.text and len(figure.data) == 4
+    [panel] = fit_approach2(isoflop(3)[0]).plot().panels
+    assert "FLOPs" in panel.x.title and len(panel.marks) == 4
