@@ -115,6 +115,17 @@ def test_the_worst_runs_are_dropped_and_named():
     assert fit.params == without.params
 
 
+def test_worst_runs_that_stand_together_do_not_push_a_good_one_out():
+    """The pattern of the digitised Chinchilla runs: large models on very few tokens, all far above the law."""
+    rng = np.random.default_rng(3)
+    n, d = np.geomspace(5e7, 1e10, 60), 10 ** rng.uniform(9.5, 11.5, 60)
+    n, d = np.append(n, [7e9, 3e9, 2.6e9, 2.3e9, 2e9]), np.append(d, [2.5e8, 5e8, 6e8, 7e8, 8e8])
+    loss = noisy(rng, law(n, d), 0.003)
+    loss[60:] *= [1.32, 1.37, 1.13, 1.15, 1.06]
+    fit = fit_surface(make_runs(n, d, loss), drop_worst=5)
+    assert [r.index for r in fit.dropped] == [60, 61, 62, 63, 64]
+
+
 def test_an_outlier_is_named_and_hardly_moves_the_law():
     rng = np.random.default_rng(4)
     n, d = grid()

@@ -124,7 +124,7 @@ def fit(
         arm: Fit the runs of this arm only.
         flops: Convention of C: 6ND or another multiple, or given; by default the table's, and 6ND where it has none.
         delta: Residual of log loss beyond which a run counts linearly; by default the form's (1e-3 for approach3).
-        drop_worst: Leave out so many runs with the largest residuals, instead of what looks diverged.
+        drop_worst: Leave out so many runs, one by one the furthest from the fit, instead of what looks diverged.
         bootstrap: Draws for the intervals; 0 takes Student's t.
         resample: What a draw resamples: runs, or seeds within runs.
         level: Coverage of the intervals.
@@ -138,6 +138,8 @@ def fit(
     from qies import runs as records
     from qies.scaling.pipeline import fit_file
 
+    if json is not None and not json.resolve().parent.is_dir():
+        raise UserError(f"--json {json}: there is no folder {json.parent}; make it first.")
     with Progress(disable=not bootstrap, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("bootstrap", total=bootstrap)
         outcome = fit_file(

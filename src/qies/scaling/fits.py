@@ -192,9 +192,9 @@ def fit_surface(
     delta: residual beyond which a run counts linearly; by default 1e-3 on log L, and least squares on L for
     `gadre`, as each was published. criterion: residuals of "log" L or the "loss" L; giving delta means log L.
     bootstrap: draws, of whole cells (`resample` "runs") or of seeds within cells ("seeds"), from `seed`. level:
-    coverage of the intervals. drop_worst: leave out so many runs with the largest residuals of log loss and fit
-    again; they are listed in `dropped`. progress: called with the number of draws done. Raises UserError for runs
-    that are not finite (pass them through `sound` first), an unknown option, or fewer cells than parameters.
+    coverage of the intervals. drop_worst: leave out so many runs, each time the one with the largest residual of log
+    loss, and fit again; `dropped` lists them. progress: called with the number of draws done. Raises UserError for
+    runs that are not finite (pass them through `sound` first), an unknown option, or fewer cells than parameters.
     """
     law = surface_form(form)
     if criterion is None:
@@ -255,15 +255,21 @@ def fit_surface(
 
 
 def _without_worst(runs: Runs, law: Form, delta: float, criterion: str, count: int) -> tuple[Runs, tuple[Dropped, ...]]:
-    """The runs but for the `count` furthest from a first fit."""
+    """The runs without the `count` worst: the one furthest from the law goes and the law is fitted again, each time.
+
+    One at a time, because outliers that stand together pull a fit to them and push good runs away from it.
+    """
     logs = np.log(np.stack([runs.params, runs.tokens], axis=1))
     x = logs - logs.mean(axis=0)
-    theta, _ = best(law, x, runs.loss, runs.weight, delta, criterion)
-    residual = -residuals(law, theta[None], x, runs.loss, "log")[0]
-    worst = np.sort(np.argsort(-np.abs(residual), kind="stable")[:count])
-    reason = "among the {} furthest from a first fit: loss {:+.1f} %"
-    named = [Dropped(int(i), runs.name[i], reason.format(count, 100 * math.expm1(residual[i]))) for i in worst]
-    return runs.select(~np.isin(np.arange(len(runs)), worst)), tuple(named)
+    kept, named = np.arange(len(runs)), []
+    for rank in range(count):
+        theta, _ = best(law, x[kept], runs.loss[kept], runs.weight[kept], delta, criterion)
+        residual = -residuals(law, theta[None], x[kept], runs.loss[kept], "log")[0]
+        worst = int(np.argmax(np.abs(residual)))
+        reason = f"worst run {rank + 1} of {count}: loss {100 * math.expm1(residual[worst]):+.1f} % off the law"
+        named.append(Dropped(int(kept[worst]), runs.name[kept[worst]], reason))
+        kept = np.delete(kept, worst)
+    return runs.select(kept), tuple(sorted(named, key=lambda d: d.index))
 
 
 def _covariance(
