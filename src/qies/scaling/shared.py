@@ -21,6 +21,7 @@ from scipy.stats import f as fisher
 from qies.scaling.joint import ROUNDING, Joint
 
 Array = NDArray[np.float64]
+RIDGE = 1e-12
 Rows = NDArray[np.int64]
 
 
@@ -73,7 +74,8 @@ def _covariance_root(joint: Joint, matched: Rows) -> Array:
     na, nb = len(joint.a.residual), len(joint.b.residual)
     if joint.basis != "cells":
         return np.eye(na + nb)
-    sigma = joint.sigma + ROUNDING**2 * np.eye(2)
+    # Arms that are the same runs make sigma singular; the ridge must outweigh its rounding, which grows with it.
+    sigma = joint.sigma + (ROUNDING**2 + RIDGE * np.trace(joint.sigma)) * np.eye(2)
     omega = np.diag(np.repeat(np.diag(sigma), [na, nb]))
     omega[matched[:, 0], na + matched[:, 1]] = omega[na + matched[:, 1], matched[:, 0]] = sigma[0, 1]
     return cholesky(omega, lower=True)
