@@ -160,6 +160,15 @@ def test_identical_arms_have_a_gain_of_one_and_no_winner():
         assert gains(result, "compute") == pytest.approx([1] * 13, abs=1e-6)
 
 
+@pytest.mark.parametrize("noise", [0.001, 0.05, 0.3])
+def test_identical_arms_that_scatter_far_from_any_law_are_no_difference_either(noise):
+    rng, cells = np.random.default_rng(1), LADDER[:3]
+    for _ in range(10):
+        losses = noisy(rng, {"q": chinchilla(*cells.T)}, 1, noise)
+        result = compare(table(cells, {"q": losses["q"], "t": losses["q"]}), "q", "t", form="power")
+        assert result.verdict == "no difference" and result.shared_fit.p > 0.99
+
+
 def test_one_seed_is_said_to_show_nothing():
     result = compare(table(LADDER, flat({"q": chinchilla(*LADDER.T), "t": chinchilla(*LADDER.T)})), "q", "t")
     assert any("one seed says nothing" in w for w in result.warnings)

@@ -21,6 +21,7 @@ from scipy.stats import f as fisher
 from qies.scaling.joint import ROUNDING, Joint
 
 Array = NDArray[np.float64]
+RIDGE = 1e-12
 Rows = NDArray[np.int64]
 
 CORRELATED = 0.9999  # the closest that the noise of two arms' matched cells is taken to be
@@ -75,7 +76,8 @@ def _covariance_root(joint: Joint, matched: Rows) -> Array:
     na, nb = len(joint.a.residual), len(joint.b.residual)
     if joint.basis != "cells":
         return np.eye(na + nb)
-    sigma = joint.sigma + ROUNDING**2 * np.eye(2)
+    # Arms that are the same runs make sigma singular; the ridge must outweigh its rounding, which grows with it.
+    sigma = joint.sigma + (ROUNDING**2 + RIDGE * np.trace(joint.sigma)) * np.eye(2)
     omega = np.diag(np.repeat(np.diag(sigma), [na, nb]))
     # Few cells may be estimated to share all of their noise and more, which no covariance can.
     most = CORRELATED * np.sqrt(sigma[0, 0] * sigma[1, 1])
