@@ -21,10 +21,9 @@ from scipy.stats import f as fisher
 from qies.scaling.joint import ROUNDING, Joint
 
 Array = NDArray[np.float64]
-RIDGE = 1e-12
 Rows = NDArray[np.int64]
 
-CORRELATED = 0.9999  # the closest that the noise of two arms' matched cells is taken to be
+CORRELATED = 1 - 1e-9  # the closest that the noise of two arms' matched cells is taken to be
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,9 @@ def _covariance_root(joint: Joint, matched: Rows) -> Array:
     na, nb = len(joint.a.residual), len(joint.b.residual)
     if joint.basis != "cells":
         return np.eye(na + nb)
-    # Arms that are the same runs make sigma singular; the ridge must outweigh its rounding, which grows with it.
-    sigma = joint.sigma + (ROUNDING**2 + RIDGE * np.trace(joint.sigma)) * np.eye(2)
+    sigma = joint.sigma + ROUNDING**2 * np.eye(2)
     omega = np.diag(np.repeat(np.diag(sigma), [na, nb]))
-    # Few cells may be estimated to share all of their noise and more, which no covariance can.
+    # Arms that are the same runs share all of their noise, and few cells may be estimated to share more than that.
     most = CORRELATED * np.sqrt(sigma[0, 0] * sigma[1, 1])
     shared = np.clip(sigma[0, 1], -most, most)
     omega[matched[:, 0], na + matched[:, 1]] = omega[na + matched[:, 1], matched[:, 0]] = shared
