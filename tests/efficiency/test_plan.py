@@ -1,8 +1,10 @@
 """What `qies plan` says: sums, days, batches, and a command that the training verb takes."""
 
 import json
+import re
 import shlex
 from inspect import signature
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +29,8 @@ BIG = ("--size", "10b", "--gpus", "64", "--vocab-size", "50304", "--seq-len", "4
 
 def test_days_are_flops_over_what_the_gpus_reach(capsys):
     plan = planned(capsys, *BIG, "--gpu-flops", "5e14", "--utilisation", "0.5")
-    assert plan["days"] == pytest.approx(plan["flops"] / (64 * 5e14 * 0.5) / 86400, rel=1e-12)
+    each = plan["flops"] / 64 + plan["batch"]["steps"] * plan["optimizer_flops_per_step"]
+    assert plan["days"] == pytest.approx(each / (5e14 * 0.5) / 86400, rel=1e-12)
     assert plan["flops"] == plan["flops_per_token"] * plan["tokens"]
     n = plan["params"]["non_embedding"] + plan["params"]["head"]
     assert 6 * n * plan["tokens"] < plan["flops"] < 1.2 * 6 * n * plan["tokens"]  # 6 N D, and the sequence mixing
@@ -120,3 +123,20 @@ def test_bad_options_are_one_line(argv, words, capsys):
     assert call("plan", *argv) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and words in err
+
+
+def test_the_table_in_the_readme_is_what_the_command_says(capsys):
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (100m|1b|10b) \|(.*)\|$", text, re.MULTILINE)
+    assert [size for size, _ in rows] == ["100m", "1b", "10b"]
+    options = re.search(r"`qies plan --size SIZE (.*)`", text)[1].split()
+    for size, cells in rows:
+        assert call("plan", "--size", size, *options) == 0
+        plan = json.loads(capsys.readouterr().out)
+        memory, batch = plan["memory"], plan["batch"]["sequences"] * 4096
+        states = memory["weights"] + memory["gradients"] + memory["optimizer"]
+        assert [c.strip() for c in cells.split("|")] == [
+            f"{plan['params']['total'] / 1e9:.2f}", f"{plan['tokens'] / 1e9:g}", f"{batch / 1e6:.2f}",
+            f"{plan['flops']:.2e}", f"{states / 1e9:.2f}", f"{memory['gathered'] / 1e9:.2f}",
+            f"{memory['activations'] / 1e9:.2f}", f"{plan['memory_total'] / 1e9:.2f}", f"{plan['days']:.3g}",
+        ]  # fmt: skip

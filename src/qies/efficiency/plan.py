@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from qies.efficiency.flops import CONVENTION, forward_flops_per_token, training_flops_per_token
+from qies.efficiency.flops import CONVENTION, forward_flops_per_token, muon_flops, training_flops_per_token
 from qies.efficiency.memory import obstacle, training_memory
 from qies.errors import UserError
 from qies.presets import Hyperparameters, count_parameters, head_groups, hyperparameters, parse_size
@@ -64,9 +64,10 @@ def plan_model(
     """Parameters, FLOPs, tokens, memory in bytes on each GPU, days and the command of the model that `values`
     (presets.settings, with the command line's `overrides`) describe.
 
-    Memory: `memory.training_memory`. Decoding keeps a constant state for entanglement layers (fp32) and, for attention
-    layers, keys and values a token (2 bytes each). Raises UserError when the windows are longer than the learned
-    positions, or the tokens fewer than one step takes.
+    Memory: `memory.training_memory`. Days: the model's FLOPs, of which every GPU does its share, and the optimizer's,
+    which every GPU does whole (each orthogonalises all matrices), at the stated utilisation. Decoding keeps a constant
+    state for entanglement layers (fp32) and, for attention layers, keys and values a token (2 bytes each). Raises
+    UserError when the windows are longer than the learned positions, or the tokens fewer than one step takes.
     """
     cluster = cluster or Cluster()
     if values["block"] == "gpt2" and seq_len > values["max_position_embeddings"]:
@@ -84,7 +85,8 @@ def plan_model(
     )
     unknown = obstacle(values)
     total = None if unknown else sum(memory.values())
-    seconds = per_token * tokens / (cluster.gpus * cluster.gpu_flops * cluster.utilisation)
+    optimizer = muon_flops(values)
+    work = per_token * tokens / cluster.gpus + optimizer * batch["steps"]
     return {
         "arm": arm,
         "size": size,
@@ -103,7 +105,8 @@ def plan_model(
         "memory_unknown": unknown,
         "memory_total": total,
         "fits": None if total is None else total <= USABLE * cluster.gpu_memory * GIGABYTE,
-        "days": seconds / 86400,
+        "optimizer_flops_per_step": optimizer,
+        "days": work / (cluster.gpu_flops * cluster.utilisation) / 86400,
         "command": command(arm, size, tokens, seq_len, batch["sequences"], rule, cluster, overrides),
         "decode": _decode(values),
     }
@@ -187,6 +190,7 @@ def plan_text(plan: Mapping[str, Any]) -> Table:
         verdict = "fits" if plan["fits"] else "does not fit"
         limit = f"{USABLE:.0%} of {cluster['gpu_memory']:g} GB"
         table.add_row("memory a GPU: total", f"{plan['memory_total'] / GIGABYTE:,.2f} GB; {verdict} in {limit}")
+    table.add_row("optimizer FLOPs a step, on every GPU", f"{plan['optimizer_flops_per_step']:.3e}")
     speed = f"{cluster['gpus']} x {cluster['gpu_flops']:.3g} FLOP/s x {cluster['utilisation']:g}"
     table.add_row("days", f"{plan['days']:,.3g} at {speed}")
     table.add_row("decode: entangled state", f"{plan['decode']['state_bytes'] / 2**10:,.1f} KiB")
