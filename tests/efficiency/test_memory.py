@@ -113,7 +113,7 @@ def test_optimizer_state_is_what_a_step_leaves():
     planned = memory.training_memory(values, gpus=1, micro_batch=1, seq_len=32, checkpointing=False)
     assert planned["optimizer"] == held
     assert planned["weights"] == planned["gradients"] == sum(p.numel() * 4 for p in model.parameters())
-    assert planned["gathered"] == 0
+    assert planned["gathered"] == planned["weights"] / 2  # bfloat16 copies, nothing to gather
 
 
 @pytest.fixture
@@ -148,6 +148,17 @@ def test_shards_on_the_meta_device_are_as_large_as_planned(arm, size, mesh):
     held = sum(p.to_local().numel() * 4 for p in model.parameters())
     planned = memory.training_memory(values, gpus=WORLD, micro_batch=1, seq_len=512, checkpointing=True)
     assert held == pytest.approx(planned["weights"], rel=0.01)
+
+
+@pytest.mark.parametrize("size", presets.SIZES)
+@pytest.mark.parametrize("arm", ["transformer", "qies"])
+def test_every_size_shards_by_rows(arm, size, mesh):
+    with torch.device("meta"):
+        model = QiesForCausalLM(QiesConfig(**presets.settings(arm, size, 4096)))
+    rows = {name: p.shape for name, p in model.named_parameters()}
+    shard(model, mesh)
+    for name, p in model.named_parameters():
+        assert p.to_local().shape == (-(-rows[name][0] // WORLD), *rows[name][1:])
 
 
 @pytest.mark.parametrize("arm", presets.ARMS)

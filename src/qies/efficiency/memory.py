@@ -25,7 +25,8 @@ def training_memory(
     """Bytes on one of `gpus` GPUs at the peak of a step, by what they hold.
 
     weights 4 P / g; gradients 4 P / g; optimizer 4 P / g for Muon's matrices and 8 P / g for AdamW's parameters;
-    gathered, see `gathered_bytes`; activations, see `activation_bytes` (absent where `obstacle` says why).
+    gathered, see `gathered_bytes` (on one GPU 2 P, the copies that autocast makes); activations, see
+    `activation_bytes` (absent where `obstacle` says why).
     """
     counts = count_parameters(values)
     total = counts["total"]
@@ -34,7 +35,7 @@ def training_memory(
         "weights": FULL * total / gpus,
         "gradients": FULL * total / gpus,
         "optimizer": FULL * (total + adamw) / gpus,
-        "gathered": gathered_bytes(values) if gpus > 1 else 0.0,
+        "gathered": gathered_bytes(values) if gpus > 1 else float(HALF * total),
     }
     if obstacle(values) is None:
         out["activations"] = micro_batch * seq_len * activation_bytes(values, checkpointing=checkpointing)
