@@ -1,5 +1,7 @@
 """Sizes and arms: the closed-form counts are the built model's, and every arm of a size has the same N."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -92,3 +94,44 @@ def test_the_shape_grows_with_n():
     depths = [s["num_hidden_layers"] for s in shapes]
     assert depths == sorted(depths) and all(d % 4 == 0 for d in depths)
     assert all(s["hidden_size"] == s["num_attention_heads"] * s["head_dim"] for s in shapes)
+
+
+@pytest.mark.parametrize("size", ["50k", "100k", "400k", "1.6m", "6m"])
+@pytest.mark.parametrize("ratio", [1, 2, 6, 20, 50])
+def test_up_to_6m_the_rule_is_that_of_the_sweep(size, ratio):
+    n = presets.parse_size(size)
+    rule, width = presets.hyperparameters(n, ratio * n), presets.shape(n)["hidden_size"]
+    assert (rule.matrix_lr, rule.vector_lr) == (0.04, 0.02)
+    assert rule.embedding_lr == 0.2 * (width / 64) ** -0.5
+    assert rule.head_lr == 0.02 * (width / 64) ** -0.5
+    assert (rule.warmup, rule.decay, rule.weight_decay) == (0.02, 0.4, 0.01)
+    assert (rule.momentum, rule.betas) == (0.95, (0.9, 0.95))
+    assert rule.batch_tokens == 2048 or ratio * n > 1_600_000  # where 0.58 D^0.571 passes the sweep's batch
+
+
+def test_the_sweep_itself_had_the_rules_batch():
+    assert presets.hyperparameters(100_000, 307_200).batch_tokens == 4 * 512
+
+
+def test_large_budgets_follow_the_cited_laws():
+    n, d = 10**10, 2 * 10**11
+    rule = presets.hyperparameters(n, d)
+    assert rule.batch_tokens == pytest.approx(0.58 * d**0.571, abs=1)  # Li et al., arXiv:2503.04715
+    timescale = rule.batch_tokens / (rule.matrix_lr * rule.weight_decay * d)
+    assert timescale == pytest.approx(1.084 * (d / n) ** -0.527)  # Bergsma et al., arXiv:2505.13738
+    assert rule.warmup * d == pytest.approx(0.02 * d)
+    assert presets.hyperparameters(n, 1000 * n).warmup * 1000 * n == pytest.approx(n)  # Porian et al., 2406.19146
+
+
+def test_the_batch_grows_and_the_weight_decay_falls_with_the_budget():
+    rules = [presets.hyperparameters(n, 20 * n) for n in map(presets.parse_size, presets.SIZES)]
+    for before, after in pairwise(rules):
+        assert after.batch_tokens >= before.batch_tokens
+        assert after.weight_decay <= before.weight_decay
+        assert after.embedding_lr <= before.embedding_lr and after.head_lr <= before.head_lr
+
+
+@pytest.mark.parametrize(("n", "d"), [(0, 10), (10, 0)])
+def test_a_rule_needs_parameters_and_tokens(n, d):
+    with pytest.raises(ValueError, match="at least one"):
+        presets.hyperparameters(n, d)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qies.errors import UserError, nearest
@@ -294,23 +294,69 @@ def _sums(groups: dict[str, int]) -> dict[str, int]:
     return out
 
 
+def control_parameters(values: Mapping[str, Any]) -> int:
+    """Of the non-embedding parameters those that AdamW trains: biases, scales, convolutions, small control maps.
+
+    Muon trains the rest of them; AdamW the embedding and the head too (`train.optim.parameter_groups`).
+    """
+    counts = count_parameters(values)
+    d, inner = values["hidden_size"], values["num_attention_heads"] * values["head_dim"]
+    if values["block"] == "gpt2":
+        layers = values["num_hidden_layers"]
+        matrices = layers * (4 * d * inner + 2 * d * values["intermediate_size"])
+        return counts["non_embedding"] - matrices
+    kinds, groups = values["layer_types"], head_groups(values)
+    wide = sum(g.key_width + g.value_width for g in groups)
+    matrices = kinds.count("full_attention") * 4 * d * inner + kinds.count("linear_attention") * 2 * d * wide
+    return counts["non_embedding"] - counts["mlp"] - matrices
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Learning rates by parameter group, before schedule and `train.lr_scale`."""
+    """How a model of N non-embedding parameters is trained on D tokens: what `hyperparameters` computes.
+
+    The learning rates are those before schedule and `train.lr_scale`. docs/scaling-up.md says which of these numbers
+    were measured here and which are the cited papers'.
+    """
 
     matrix_lr: float  # Muon, hidden matrices
     embedding_lr: float  # AdamW
     head_lr: float  # AdamW
     vector_lr: float  # AdamW: biases, convolutions, scales and the small control maps
+    batch_tokens: int = 2048  # tokens a step; this and what follows: the values of the sweep in LOG.md
+    warmup: float = 0.02  # share of the tokens, linear up
+    decay: float = 0.4  # share of the tokens at the end, linear down to zero
+    weight_decay: float = 0.01  # of the hidden matrices, times their learning rate
+    momentum: float = 0.95  # Muon
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW
 
 
 def hyperparameters(parameters: int, tokens: int) -> Hyperparameters:
-    """The rule for every arm alike, set by the sweep in LOG.md at 100k parameters.
+    """The rule for every arm alike: that of the sweep in LOG.md at 100k parameters, carried to any N and D >= 1.
 
-    Muon's step has a fixed spectral size, so its rate does not depend on the width (Jordan et al., Muon, 2024); AdamW
-    rates for embedding and head fall with the width as D^-1/2 from their value at D = 64. `tokens` is for rules that
-    need the budget; this one does not.
+    Learning rates. Muon's step has a fixed spectral size, so its rate does not depend on the width (Jordan et al.,
+    Muon, 2024); AdamW rates for embedding and head fall with the width as W^-1/2 from their value at W = 64. No
+    further factor in N and D: at D/N constant Li et al. (arXiv:2503.04715) find AdamW's best rate falling as
+    N^(-0.713 + 0.307), which is 1/W here (W grows as N^0.4), and that fall is what Muon's step has built in.
+
+    Batch. 0.58 D^0.571 tokens (Li et al., arXiv:2503.04715), whatever N; never below the sweep's.
+
+    Warm-up. 2 % of D, and at most N tokens (Porian et al., arXiv:2406.19146). Decay: the last 40 %, linear to zero
+    (Bergsma et al., arXiv:2502.15938).
+
+    Weight decay lambda. The average that the weights keep of their updates spans tau = B / (lr lambda D) of a run; the
+    best tau is 1.084 (D/N)^-0.527 (Bergsma et al., arXiv:2505.13738). Never above the sweep's, which binds wherever a
+    run is short, and so at every N up to 6m.
     """
-    width = shape(parameters)["hidden_size"]
-    scale = (width / 64) ** -0.5
-    return Hyperparameters(matrix_lr=0.04, embedding_lr=0.2 * scale, head_lr=0.02 * scale, vector_lr=0.02)
+    if parameters < 1 or tokens < 1:
+        raise ValueError("hyperparameters needs at least one parameter and one token")
+    scale = (shape(parameters)["hidden_size"] / 64) ** -0.5
+    swept = Hyperparameters(matrix_lr=0.04, embedding_lr=0.2 * scale, head_lr=0.02 * scale, vector_lr=0.02)
+    batch = max(swept.batch_tokens, round(0.58 * tokens**0.571))
+    timescale = 1.084 * (tokens / parameters) ** -0.527
+    return replace(
+        swept,
+        batch_tokens=batch,
+        warmup=min(swept.warmup, parameters / tokens),
+        weight_decay=min(swept.weight_decay, batch / (swept.matrix_lr * timescale * tokens)),
+    )

@@ -9,10 +9,12 @@ from qies.efficiency.flops import (
     CHUNK,
     entanglement_flops,
     forward_flops_per_token,
+    muon_flops,
     training_flops_per_token,
 )
 from qies.efficiency.plan import plan_model
 from qies.model import QiesConfig, QiesForCausalLM
+from qies.train.optim import Optimizers
 
 
 @pytest.mark.parametrize(("arm", "overrides"), [*((arm, {}) for arm in presets.ARMS), ("qies", {"register_heads": 4})])
@@ -47,6 +49,18 @@ def test_entanglement_is_linear_in_length_and_complex_costs_more():
     inside = 8 * CHUNK * (2 * 4 + 4) + 8 * CHUNK**2 / 3  # a register head: two rows a token, K = 8, V = 4
     registers = entanglement_flops({**values, "register_heads": 3}, CHUNK) - entanglement_flops(values, CHUNK)
     assert registers == pytest.approx(3 * (inside + 12 * 8 * 4))
+
+
+@pytest.mark.parametrize(("arm", "overrides"), [*((arm, {}) for arm in presets.ARMS), ("qies", {"register_heads": 4})])
+def test_muon_costs_what_torch_counts(arm, overrides):
+    values = presets.settings(arm, "200k", 512, **overrides)
+    model = QiesForCausalLM(QiesConfig(**values))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizers = Optimizers(model, presets.hyperparameters(200_000, 10**6), weight_decay=0.0)
+    with FlopCounterMode(display=False) as counter:
+        optimizers.step(1.0)
+    assert counter.get_total_flops() == muon_flops(values)
 
 
 def test_plan_adds_up():

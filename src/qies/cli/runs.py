@@ -84,14 +84,21 @@ def plan(
     tokens: int | None = None,
     vocab_size: int = 4096,
     seq_len: int = 512,
+    gpus: int = 1,
+    gpus_per_node: int = 8,
+    gpu_memory: float = 80.0,
+    gpu_flops: float = 990e12,
+    utilisation: float = 0.4,
+    micro_batch: int = 1,
+    activation_checkpointing: bool = False,
     json: bool = False,
 ) -> None:
-    """What an arm and size would cost: parameters by group, FLOPs, memory, state bytes. Nothing is built.
+    """What an arm and size would cost: parameters, FLOPs, memory on each GPU, days, the command. Nothing is built.
 
     For example:
 
         qies plan --arm qies --size 400k
-        qies plan --arm transformer --size 10b --tokens 200000000000 --seq-len 4096
+        qies plan --size 10b --gpus 64 --seq-len 4096 --vocab-size 50304 --activation-checkpointing
         qies plan --size 400k head_dim=64
 
     Args:
@@ -101,17 +108,33 @@ def plan(
         tokens: Training tokens; by default 20 a parameter.
         vocab_size: Tokens in the vocabulary.
         seq_len: Length of the training windows.
+        gpus: GPUs in all, over which FSDP2 shards the model.
+        gpus_per_node: GPUs of one machine.
+        gpu_memory: Memory of a GPU in gigabytes.
+        gpu_flops: Peak FLOPs a second of a GPU in bfloat16; by default an H100's.
+        utilisation: Share of the peak that the model's own FLOPs reach.
+        micro_batch: Sequences on a GPU at once.
+        activation_checkpointing: Keep the inputs of blocks only, and run each again in the backward pass.
         json: Print JSON.
     """
     from qies import config, presets
-    from qies.efficiency.plan import plan_model, plan_text
+    from qies.efficiency.plan import Cluster, plan_model, plan_text
 
-    for name, number in (("tokens", tokens or 1), ("vocab-size", vocab_size), ("seq-len", seq_len)):
-        if number < 1 or tokens == 0:
+    counts = {"tokens": tokens, "vocab-size": vocab_size, "seq-len": seq_len, "micro-batch": micro_batch}
+    for name, number in counts.items():
+        if number is not None and number < 1:
             raise UserError(f"--{name} must be at least 1.")
     values = presets.settings(arm, size, vocab_size, **config.merge({}, overrides))
-    result = plan_model(values, arm, size, tokens, seq_len)
-    show(json, result, lambda: Console().print(plan_text(result)))
+    result = plan_model(
+        values, arm, size, tokens, seq_len, cluster=Cluster(gpus, gpus_per_node, gpu_memory, gpu_flops, utilisation),
+        micro_batch=micro_batch, checkpointing=activation_checkpointing, overrides=overrides,
+    )  # fmt: skip
+
+    def text() -> None:
+        Console().print(plan_text(result))
+        print(result["command"])
+
+    show(json, result, text)
 
 
 def data(

@@ -115,7 +115,7 @@ def own_step(arm: str, size: str, ids: Tensor, vocab_size: int) -> Callable[[], 
     """One training step of an arm, as the training loop takes it."""
     torch.manual_seed(0)
     model = QiesForCausalLM(QiesConfig(**presets.settings(arm, size, vocab_size))).train()
-    optimizers = Optimizers(model, presets.hyperparameters(presets.parse_size(size), 0), weight_decay=0.01)
+    optimizers = Optimizers(model, presets.hyperparameters(presets.parse_size(size), ids.numel()), weight_decay=0.01)
 
     def step() -> None:
         with autocast():

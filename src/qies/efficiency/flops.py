@@ -48,3 +48,19 @@ def entanglement_flops(values: Mapping[str, Any], chunk: int) -> float:
 def training_flops_per_token(values: Mapping[str, Any], seq_len: int) -> float:
     """Forward and backward, by `CONVENTION`."""
     return 3.0 * sum(forward_flops_per_token(values, seq_len).values())
+
+
+def muon_flops(values: Mapping[str, Any], iterations: int = 5) -> float:
+    """Of orthogonalising every hidden matrix once, as Muon does each step whatever the batch.
+
+    A matrix [a, b] with a <= b takes X X^T, its square, and their product with X in each Newton-Schulz iteration:
+    4 a^2 b + 2 a^3 (Jordan et al., Muon, 2024).
+    """
+    d, f, kinds = values["hidden_size"], values["intermediate_size"], values["layer_types"]
+    inner = values["num_attention_heads"] * values["head_dim"]
+    attention = [3 * inner, inner] if values["block"] == "gpt2" else [inner] * 4
+    keys, wide = (sum(getattr(g, name) for g in head_groups(values)) for name in ("key_width", "value_width"))
+    widths = len(kinds) * [f, f] + kinds.count("full_attention") * attention
+    widths += kinds.count("linear_attention") * [keys, keys, wide, wide]
+    sides = ((min(d, w), max(d, w)) for w in widths)
+    return iterations * float(sum(4 * a * a * b + 2 * a**3 for a, b in sides))

@@ -2,35 +2,91 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
-from qies.efficiency.flops import CONVENTION, forward_flops_per_token, training_flops_per_token
-from qies.presets import count_parameters, head_groups, parse_size
+from qies.efficiency.flops import CONVENTION, forward_flops_per_token, muon_flops, training_flops_per_token
+from qies.efficiency.memory import obstacle, training_memory
+from qies.errors import UserError
+from qies.presets import Hyperparameters, count_parameters, head_groups, hyperparameters, parse_size
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv:2203.15556
+USABLE = 0.9  # share of a GPU's memory that a plan fills: the rest is for the allocator, NCCL and CUDA itself
+GIGABYTE = 1e9
 
 
-def plan_model(values: Mapping[str, Any], arm: str, size: str, tokens: int | None, seq_len: int) -> dict[str, Any]:
-    """Parameters, FLOPs, tokens and memory in bytes of the model that `values` (presets.settings) describe.
+@dataclass(frozen=True)
+class Cluster:
+    """The machine to plan for. Utilisation is the model's FLOPs over the peak (Chowdhery et al., arXiv:2204.02311), so
+    that the second forward pass of checkpointing does not count as work."""
 
-    Training memory is weights, gradients and optimizer state in fp32, without activations: Muon keeps one number a
-    weight, AdamW two. Decoding keeps a constant state for entanglement layers (fp32) and, for attention layers,
-    keys and values a token (2 bytes each).
+    gpus: int = 1
+    gpus_per_node: int = 8
+    gpu_memory: float = 80.0  # gigabytes, 10^9 bytes
+    gpu_flops: float = 990e12  # a second, dense bfloat16: an H100 SXM
+    utilisation: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+        for name in ("gpu_memory", "gpu_flops"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')} must be a positive number.")
+        if not 0 < self.utilisation <= 1:
+            raise UserError(f"--utilisation is {self.utilisation}; it must lie in (0, 1].")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise UserError(
+                f"--gpus {self.gpus} is not a whole number of nodes of {self.gpus_per_node}; set --gpus-per-node."
+            )
+
+    @property
+    def nodes(self) -> int:
+        return max(1, self.gpus // self.gpus_per_node)
+
+
+def plan_model(
+    values: Mapping[str, Any],
+    arm: str,
+    size: str,
+    tokens: int | None,
+    seq_len: int,
+    *,
+    cluster: Cluster | None = None,
+    micro_batch: int = 1,
+    checkpointing: bool = False,
+    overrides: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Parameters, FLOPs, tokens, memory in bytes on each GPU, days and the command of the model that `values`
+    (presets.settings, with the command line's `overrides`) describe.
+
+    Memory: `memory.training_memory`. Days: the model's FLOPs, of which every GPU does its share, and the optimizer's,
+    which every GPU does whole (each orthogonalises all matrices), at the stated utilisation. Decoding keeps a constant
+    state for entanglement layers (fp32) and, for attention layers, keys and values a token (2 bytes each). Raises
+    UserError when the windows are longer than the learned positions, or the tokens fewer than one step takes.
     """
+    cluster = cluster or Cluster()
+    if values["block"] == "gpt2" and seq_len > values["max_position_embeddings"]:
+        raise UserError(
+            f"--seq-len {seq_len} is beyond the {values['max_position_embeddings']} learned positions of arm {arm}; "
+            f"add max_position_embeddings={seq_len}."
+        )
     params = count_parameters(values)
     tokens = tokens or TOKENS_PER_PARAMETER * parse_size(size)
     per_token = training_flops_per_token(values, seq_len)
-    optimizer = 4 * params["non_embedding"] + 8 * (params["embedding"] + params["head"])
-    kinds, inner = values["layer_types"], values["num_attention_heads"] * values["head_dim"]
-    state = kinds.count("linear_attention") * 4 * sum(group.state_size for group in head_groups(values))
-    taps = max(values["conv_size"] - 1, 0), max(values["attention_conv_size"] - 1, 0)
-    conv = sum(
-        n * t * 4 * values["hidden_size"]
-        for n, t in zip((kinds.count("linear_attention"), kinds.count("full_attention")), taps, strict=True)
+    rule = hyperparameters(parse_size(size), tokens)
+    batch = _batch(rule, cluster.gpus * micro_batch, seq_len, tokens)
+    memory = training_memory(
+        values, gpus=cluster.gpus, micro_batch=micro_batch, seq_len=seq_len, checkpointing=checkpointing
     )
+    unknown = obstacle(values)
+    total = None if unknown else sum(memory.values())
+    optimizer = muon_flops(values)
+    work = per_token * tokens / cluster.gpus + optimizer * batch["steps"]
     return {
         "arm": arm,
         "size": size,
@@ -41,17 +97,73 @@ def plan_model(values: Mapping[str, Any], arm: str, size: str, tokens: int | Non
         "flops_per_token": per_token,
         "tokens": tokens,
         "flops": per_token * tokens,
-        "memory": {
-            "weights": 4 * params["total"],
-            "gradients": 4 * params["total"],
-            "optimizer": optimizer,
-        },
-        "decode": {"state_bytes": state + conv, "kv_bytes_per_token": kinds.count("full_attention") * 4 * inner},
+        "hyperparameters": asdict(rule),
+        "batch": batch,
+        "cluster": asdict(cluster),
+        "activation_checkpointing": checkpointing,
+        "memory": memory,
+        "memory_unknown": unknown,
+        "memory_total": total,
+        "fits": None if total is None else total <= USABLE * cluster.gpu_memory * GIGABYTE,
+        "optimizer_flops_per_step": optimizer,
+        "days": work / (cluster.gpu_flops * cluster.utilisation) / 86400,
+        "command": command(arm, size, tokens, seq_len, batch["sequences"], rule, cluster, overrides),
+        "decode": _decode(values),
     }
 
 
+def _batch(rule: Hyperparameters, at_once: int, seq_len: int, tokens: int) -> dict[str, int]:
+    """The rule's batch as a whole number of micro-batches on every GPU, at least one and no more than there are tokens:
+    sequences a step, sequences at once, how often gradients accumulate, and steps."""
+    most = tokens // (seq_len * at_once)
+    if most < 1:
+        raise UserError(
+            f"{tokens:,} tokens are less than one step of {at_once} x {seq_len}; "
+            "lower --seq-len, --micro-batch or --gpus."
+        )
+    accumulation = min(max(1, round(rule.batch_tokens / (seq_len * at_once))), most)
+    sequences = accumulation * at_once
+    steps = tokens // (sequences * seq_len)
+    return {"sequences": sequences, "at_once": at_once, "accumulation": accumulation, "steps": steps}
+
+
+def command(
+    arm: str,
+    size: str,
+    tokens: int,
+    seq_len: int,
+    sequences: int,
+    rule: Hyperparameters,
+    cluster: Cluster,
+    overrides: tuple[str, ...] = (),
+) -> str:
+    """The line to type on every node, for bash; $HEAD is the first node's address, $DATA a folder of token shards."""
+    per_node = min(cluster.gpus, cluster.gpus_per_node)
+    where = "--standalone" if cluster.nodes == 1 else f"--nnodes={cluster.nodes} --rdzv-backend=c10d --rdzv-endpoint="
+    where += "" if cluster.nodes == 1 else '"$HEAD:29500"'
+    run = [
+        "train", "--arm", arm, "--size", size, "--tokens", str(tokens), "--out", f"runs/{arm}-{size}",
+        f"train.seq_len={seq_len}", f"train.batch_size={sequences}", f"train.warmup={rule.warmup:.6g}",
+        f"train.decay={rule.decay:.6g}", f"train.weight_decay={rule.weight_decay:.6g}",
+        *(f"model.{o}" for o in overrides),
+    ]  # fmt: skip
+    return f'torchrun {where} --nproc-per-node={per_node} -m qies {shlex.join(run)} --data "$DATA"'
+
+
+def _decode(values: Mapping[str, Any]) -> dict[str, int]:
+    kinds, inner = values["layer_types"], values["num_attention_heads"] * values["head_dim"]
+    state = kinds.count("linear_attention") * 4 * sum(group.state_size for group in head_groups(values))
+    taps = max(values["conv_size"] - 1, 0), max(values["attention_conv_size"] - 1, 0)
+    conv = sum(
+        n * t * 4 * values["hidden_size"]
+        for n, t in zip((kinds.count("linear_attention"), kinds.count("full_attention")), taps, strict=True)
+    )
+    return {"state_bytes": state + conv, "kv_bytes_per_token": kinds.count("full_attention") * 4 * inner}
+
+
 def plan_text(plan: Mapping[str, Any]) -> Table:
-    """The plan as a table for the terminal."""
+    """The plan as a table for the terminal (its command stands below it: `plan["command"]`)."""
+    cluster, batch, rule = plan["cluster"], plan["batch"], plan["hyperparameters"]
     table = Table(title=f"{plan['arm']} {plan['size']}", show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")
@@ -64,8 +176,23 @@ def plan_text(plan: Mapping[str, Any]) -> Table:
     table.add_row("training FLOPs a token", f"{plan['flops_per_token']:,.0f}")
     table.add_row("tokens", f"{plan['tokens']:,}")
     table.add_row("training FLOPs", f"{plan['flops']:.3e}")
+    for key, value in rule.items():
+        parts = value if isinstance(value, tuple) else (value,)
+        table.add_row(f"rule: {key}", ", ".join(f"{v:,.6g}" if isinstance(v, float) else f"{v:,}" for v in parts))
+    table.add_row("batch: sequences", f"{batch['sequences']:,}")
+    table.add_row("batch: gradient accumulation", f"{batch['accumulation']:,}")
+    table.add_row("steps", f"{batch['steps']:,}")
     for key, value in plan["memory"].items():
-        table.add_row(f"training memory: {key}", f"{value / 2**20:,.1f} MiB")
+        table.add_row(f"memory a GPU: {key}", f"{value / GIGABYTE:,.2f} GB")
+    if plan["memory_total"] is None:
+        table.add_row("memory a GPU: total", f"unknown: {plan['memory_unknown']}")
+    else:
+        verdict = "fits" if plan["fits"] else "does not fit"
+        limit = f"{USABLE:.0%} of {cluster['gpu_memory']:g} GB"
+        table.add_row("memory a GPU: total", f"{plan['memory_total'] / GIGABYTE:,.2f} GB; {verdict} in {limit}")
+    table.add_row("optimizer FLOPs a step, on every GPU", f"{plan['optimizer_flops_per_step']:.3e}")
+    speed = f"{cluster['gpus']} x {cluster['gpu_flops']:.3g} FLOP/s x {cluster['utilisation']:g}"
+    table.add_row("days", f"{plan['days']:,.3g} at {speed}")
     table.add_row("decode: entangled state", f"{plan['decode']['state_bytes'] / 2**10:,.1f} KiB")
     table.add_row("decode: keys and values", f"{plan['decode']['kv_bytes_per_token']:,} B a token")
     return table
