@@ -63,6 +63,7 @@ class TrainConfig:
     branches: tuple[int, ...] = field(default=(), metadata=LATER)  # token budgets of runs that will leave this one
     warmup_tokens: int = field(default=0, metadata=LATER)  # warm-up in tokens, free of the budget; 0: the fraction
     accumulate: int = field(default=1, metadata=LATER)  # micro-batches a step, on every process
+    muon_precision: str = field(default="bf16", metadata=LATER)  # of the Newton-Schulz products: bf16 or fp32
     recompute: bool = field(default=False, metadata=LATER)  # activation checkpointing: less memory, a forward more
 
     def __post_init__(self) -> None:
@@ -79,6 +80,7 @@ class TrainConfig:
         for name in ("warmup", "decay"):
             _require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "a fraction in [0, 1]")
         _require(self.warmup + self.decay <= 1, "train.warmup + train.decay", self.warmup + self.decay, "at most 1")
+        _choice("train.muon_precision", self.muon_precision, ("bf16", "fp32"))
         _choice("train.precision", self.precision, ("auto", "bf16", "fp32"))
 
 

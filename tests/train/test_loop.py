@@ -241,3 +241,43 @@ def test_a_locked_folder_is_not_trained_twice(tmp_path):
 def test_training_settings_are_checked():
     with pytest.raises(UserError):
         TrainConfig(seq_len=0)
+
+
+def test_micro_batches_add_up_to_the_batch(undisturbed, config, shards, tmp_path):
+    train = dataclasses.replace(config.train, muon_precision="fp32")
+    losses = []
+    for accumulate in (1, 4):
+        parts = dataclasses.replace(train, accumulate=accumulate)
+        loop.train(dataclasses.replace(config, train=parts), shards, tmp_path / str(accumulate))
+        losses.append([row["loss"] for row in runs.steps(tmp_path / str(accumulate))])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_recomputed_activations_change_nothing(undisturbed, config, shards, tmp_path):
+    recompute = dataclasses.replace(config, train=dataclasses.replace(config.train, recompute=True))
+    loop.train(recompute, shards, tmp_path)
+    assert [r["loss"] for r in rows(tmp_path)] == pytest.approx([r["loss"] for r in rows(undisturbed[0])], abs=1e-5)
+
+
+def test_a_spike_is_flagged_and_counted_across_a_resume(config, shards, tmp_path, monkeypatch):
+    original = loop._Run._one_step
+
+    def spiked(run):
+        row = original(run)
+        return row | {"loss": 50.0} if row["step"] == 30 else row
+
+    monkeypatch.setattr(loop._Run, "_one_step", spiked)
+    longer = dataclasses.replace(config, tokens=32 * 4 * 40)
+
+    class Cut(Exception):
+        pass
+
+    def cut(row):
+        if row["step"] == 34:
+            raise Cut
+
+    with pytest.raises(Cut):
+        loop.train(longer, shards, tmp_path, progress=cut)
+    record = loop.train(longer, shards, tmp_path)
+    assert record["spikes"] == 1
+    assert [row["step"] for row in rows(tmp_path) if "spike" in row] == [30]

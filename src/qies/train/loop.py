@@ -125,7 +125,8 @@ class _Run:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         group.shard(self.model)
         rates = presets.hyperparameters(presets.parse_size(config.size), config.tokens)
-        self.optimizers = Optimizers(self.model, rates, self.train.weight_decay, self.train.lr_scale)
+        muon = torch.bfloat16 if self.train.muon_precision == "bf16" else torch.float32
+        self.optimizers = Optimizers(self.model, rates, self.train.weight_decay, self.train.lr_scale, muon)
         self.batches = Batches(
             shards, "train", seq_len=self.train.seq_len, batch_size=self.train.batch_size, seed=config.seed
         )
