@@ -26,6 +26,8 @@ from qies.errors import UserError, nearest
 C = TypeVar("C")
 R = TypeVar("R", "RunConfig", "StudyConfig")
 
+LATER = {"later": True}  # a field that earlier configurations lack: at its default it leaves `content_hash` as it was
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -56,16 +58,29 @@ class TrainConfig:
     eval_tokens: int = 262_144  # of the held-out text, at the end; 0 means all of it
     precision: str = "auto"  # auto: bf16 autocast where the processor has bf16 matrix units, else fp32
     save_every: int = 200  # steps between resumable checkpoints
+    keep: int = field(default=2, metadata=LATER)  # newest checkpoints that stay
+    milestones: tuple[int, ...] = field(default=(), metadata=LATER)  # steps whose checkpoints stay for good
+    branches: tuple[int, ...] = field(default=(), metadata=LATER)  # token budgets of runs that will leave this one
+    warmup_tokens: int = field(default=0, metadata=LATER)  # warm-up in tokens, free of the budget; 0: the fraction
+    accumulate: int = field(default=1, metadata=LATER)  # micro-batches a step, on every process
+    muon_precision: str = field(default="bf16", metadata=LATER)  # of the Newton-Schulz products: bf16 or fp32
+    recompute: bool = field(default=False, metadata=LATER)  # activation checkpointing: less memory, a forward more
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size", "max_skipped", "save_every"):
+        for name in ("seq_len", "batch_size", "max_skipped", "save_every", "keep", "accumulate"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer of at least 1")
         _require(self.lr_scale > 0, "train.lr_scale", self.lr_scale, "a positive number")
         _require(self.clip_norm > 0, "train.clip_norm", self.clip_norm, "a positive number")
+        for name in ("milestones", "branches"):
+            values = getattr(self, name)
+            _require(all(v >= 1 for v in values), f"train.{name}", list(values), "a list of integers of at least 1")
+        _require(self.warmup_tokens >= 0, "train.warmup_tokens", self.warmup_tokens, "0 or a positive integer")
+        _require(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate, "a divisor of batch_size")
         _require(self.eval_tokens >= 0, "train.eval_tokens", self.eval_tokens, "0 (all) or a positive integer")
         for name in ("warmup", "decay"):
             _require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "a fraction in [0, 1]")
         _require(self.warmup + self.decay <= 1, "train.warmup + train.decay", self.warmup + self.decay, "at most 1")
+        _choice("train.muon_precision", self.muon_precision, ("bf16", "fp32"))
         _choice("train.precision", self.precision, ("auto", "bf16", "fp32"))
 
 
@@ -88,10 +103,43 @@ class RunConfig:
         presets.parse_size(self.size)
         least = self.train.seq_len * self.train.batch_size
         _require(self.tokens >= least, "tokens", self.tokens, f"at least one batch ({least})")
+        _require(
+            self.warmup_steps <= self.decay_start, "train.warmup_tokens", self.train.warmup_tokens,
+            f"at most the {self.decay_start * least:,} tokens before the decay",
+        )  # fmt: skip
+        if self.train.branches:
+            _require(self.train.warmup_tokens > 0, "train.warmup_tokens", 0, "set where there are branches")
+            for tokens in self.train.branches:
+                branch = dataclasses.replace(self, tokens=tokens, train=dataclasses.replace(self.train, branches=()))
+                _require(
+                    branch.decay_start <= self.decay_start, "train.branches", list(self.train.branches),
+                    f"budgets of which the decay starts before that of this run (step {self.decay_start})",
+                )  # fmt: skip
 
     @property
     def steps(self) -> int:
         return self.tokens // (self.train.seq_len * self.train.batch_size)
+
+    @property
+    def warmup_steps(self) -> int:
+        if self.train.warmup_tokens:
+            return round(self.train.warmup_tokens / (self.train.seq_len * self.train.batch_size))
+        return round(self.train.warmup * self.steps)
+
+    @property
+    def decay_steps(self) -> int:
+        return round(self.train.decay * self.steps)
+
+    @property
+    def decay_start(self) -> int:
+        return self.steps - self.decay_steps
+
+    @property
+    def milestones(self) -> set[int]:
+        """Steps whose checkpoints stay: the chosen ones, and where the decay of each branch starts."""
+        plain = dataclasses.replace(self.train, branches=())
+        starts = (dataclasses.replace(self, tokens=t, train=plain).decay_start for t in self.train.branches)
+        return {*self.train.milestones, *starts}
 
 
 @dataclass(frozen=True)
@@ -154,8 +202,18 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def content_hash(config: Any) -> str:
     """Sixteen hex digits that identify a configuration's content (order of keys does not matter)."""
-    text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_hashed(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _hashed(config: Any) -> Any:
+    """The values that `content_hash` covers: all but later fields at their defaults."""
+    if not dataclasses.is_dataclass(config):
+        return config
+    fields = dataclasses.fields(config)
+    values = {f.name: getattr(config, f.name) for f in fields}
+    as_before = {f.name for f in fields if f.metadata.get("later") and values[f.name] == f.default}
+    return {name: _hashed(value) for name, value in values.items() if name not in as_before}
 
 
 def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:

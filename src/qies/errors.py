@@ -1,4 +1,4 @@
-"""The one error a user can cause, and help with names."""
+"""The error a user can cause, the ends a run can meet, and help with names."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """Bad input. Its message is one line that says what is wrong and what to do; the command line exits with 2."""
+
+
+class Stopped(Exception):
+    """A run cannot go on for now and has left its folder in order. The message is one line; `code` the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from qies.errors import UserError, nearest
+from qies.errors import Stopped, UserError, nearest
 
 Verbs = Mapping[str, Callable[..., None]]
 
@@ -35,13 +35,13 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
         call()
     except UserError as e:
         return _complain(str(e))
+    except Stopped as e:
+        return _complain(str(e), e.code)
     except KeyboardInterrupt:
         return _complain("stopped; run the same command again to go on.", 130)
     except SystemExit as e:
         return int(e.code or 0)
     except Exception as e:
-        if type(e).__name__ == "Interrupted":
-            return _complain(str(e), e.code)  # type: ignore[attr-defined]
         traceback.print_exc()
         return _complain(f"internal failure: {e}", 1)
     return 0

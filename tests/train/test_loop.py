@@ -13,7 +13,7 @@ import torch
 from qies import runs
 from qies.config import RunConfig, TrainConfig, content_hash, save
 from qies.errors import UserError
-from qies.train import checkpoint, loop
+from qies.train import loop
 from qies.train.optim import Optimizers, parameter_groups
 
 
@@ -121,6 +121,8 @@ def test_killed_and_terminated_processes_resume(undisturbed, config, shard_folde
 
 def test_another_run_or_other_data_is_refused_with_the_difference(undisturbed, config, shards):
     folder, _ = undisturbed
+    with pytest.raises(UserError, match="save_every: 4 -> 5"):  # of a finished run nothing can change
+        loop.train(dataclasses.replace(config, train=dataclasses.replace(config.train, save_every=5)), shards, folder)
     with pytest.raises(UserError, match="seed: 0 -> 1"):
         loop.train(dataclasses.replace(config, seed=1), shards, folder)
     record = runs.read(folder)
@@ -196,29 +198,6 @@ def test_a_run_that_failed_once_keeps_no_trace_of_it(config, shards, tmp_path):
     assert record["status"] == "done" and "error" not in record and not (tmp_path / "error.log").exists()
 
 
-@pytest.mark.parametrize("file", ["tensors.safetensors", "meta.json", "seal.json"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_a_damaged_checkpoint_is_passed_over(file, damage, tmp_path):
-    for step in (1, 2):
-        checkpoint.save(tmp_path, step, {"w": torch.full((5,), float(step))}, {"n": step})
-    path = sorted(tmp_path.iterdir())[-1] / file
-    content = bytearray(path.read_bytes())
-    if damage == "delete":
-        path.unlink()
-    else:
-        content[len(content) // 2] ^= 1
-        path.write_bytes(bytes(content) if damage == "flip" else bytes(content[:-1]))
-    tensors, meta = checkpoint.newest(tmp_path)
-    assert meta["step"] == 1 and torch.equal(tensors["w"], torch.ones(5))
-
-
-def test_checkpoints_keep_the_last_two_and_leave_no_partial_ones(tmp_path):
-    (tmp_path / "step-000000009.partial").mkdir(parents=True)
-    for step in range(1, 5):
-        checkpoint.save(tmp_path, step, {"w": torch.zeros(1)}, {})
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-000000003", "step-000000004"]
-
-
 def test_parameter_groups_cover_every_parameter_once(config, shards):
     model = loop.build_model(config, shards.manifest.vocab_size)
     groups = parameter_groups(model)
@@ -262,3 +241,43 @@ def test_a_locked_folder_is_not_trained_twice(tmp_path):
 def test_training_settings_are_checked():
     with pytest.raises(UserError):
         TrainConfig(seq_len=0)
+
+
+def test_micro_batches_add_up_to_the_batch(undisturbed, config, shards, tmp_path):
+    train = dataclasses.replace(config.train, muon_precision="fp32")
+    losses = []
+    for accumulate in (1, 4):
+        parts = dataclasses.replace(train, accumulate=accumulate)
+        loop.train(dataclasses.replace(config, train=parts), shards, tmp_path / str(accumulate))
+        losses.append([row["loss"] for row in runs.steps(tmp_path / str(accumulate))])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_recomputed_activations_change_nothing(undisturbed, config, shards, tmp_path):
+    recompute = dataclasses.replace(config, train=dataclasses.replace(config.train, recompute=True))
+    loop.train(recompute, shards, tmp_path)
+    assert [r["loss"] for r in rows(tmp_path)] == pytest.approx([r["loss"] for r in rows(undisturbed[0])], abs=1e-5)
+
+
+def test_a_spike_is_flagged_and_counted_across_a_resume(config, shards, tmp_path, monkeypatch):
+    original = loop._Run._one_step
+
+    def spiked(run):
+        row = original(run)
+        return row | {"loss": 50.0} if row["step"] == 30 else row
+
+    monkeypatch.setattr(loop._Run, "_one_step", spiked)
+    longer = dataclasses.replace(config, tokens=32 * 4 * 40)
+
+    class Cut(Exception):
+        pass
+
+    def cut(row):
+        if row["step"] == 34:
+            raise Cut
+
+    with pytest.raises(Cut):
+        loop.train(longer, shards, tmp_path, progress=cut)
+    record = loop.train(longer, shards, tmp_path)
+    assert record["spikes"] == 1
+    assert [row["step"] for row in rows(tmp_path) if "spike" in row] == [30]

@@ -182,15 +182,18 @@ def train(
     seed: int | None = None,
     threads: int | None = None,
     resume: bool = True,
+    branch_from: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Train one run. The same command again resumes it, or finds it done.
+    """Train one run. The same command again resumes it, or finds it done. torchrun trains it on many processes.
 
     For example:
 
         qies train --arm qies --size 100k --tokens 1000000 --out runs/first
         qies train --arm transformer --size 100k --data my_texts/ --out runs/mine train.batch_size=4
         qies train --config run.yaml --out runs/second model.conv_size=0
+        qies train --branch-from runs/long --tokens 500000 --out runs/short
+        torchrun --nproc-per-node 2 -m qies train --size 100k --out runs/two
 
     Args:
         overrides: Dotted keys of the run's configuration.
@@ -203,6 +206,7 @@ def train(
         seed: Of the initial weights and the data order.
         threads: Processor threads; by default one.
         resume: Whether to go on in a folder that holds this run; --no-resume refuses.
+        branch_from: The folder of a longer run with this budget among its train.branches; its settings are taken over.
         json: Print the run record.
     """
     import torch
@@ -210,8 +214,10 @@ def train(
     from qies import config as configs
     from qies import runs
     from qies.data.shards import build_shards, open_shards
-    from qies.train.loop import check_data, claim
+    from qies.train.folder import branch, claim
+    from qies.train.loop import check_data
     from qies.train.loop import train as train_run
+    from qies.train.parallel import start
 
     if out is None:
         raise UserError("Give --out DIR, the folder of this run.")
@@ -219,23 +225,36 @@ def train(
     flags = [f"{k}={v}" for k, v in named.items() if v is not None]
     if config is not None:
         chosen = configs.load(configs.RunConfig, config, [*flags, *overrides])
+    elif branch_from is not None:
+        trunk = runs.read(branch_from)
+        base = configs.merge(trunk["config"], ["train.branches=[]", "train.milestones=[]"]) if trunk else {}
+        chosen = configs.from_dict(configs.RunConfig, configs.merge(base, [*flags, *overrides]))
     else:
         chosen = configs.from_dict(configs.RunConfig, configs.merge({}, [*flags, *overrides]))
     chosen = configs.replace_data(chosen, data or chosen.data.source)
     if not resume and runs.read(out) is not None:
         raise UserError(f"{out} holds a run already; leave --no-resume out or give another --out.")
-    built = Path(chosen.data.source)
     runs.plan(chosen, chosen.data.vocab_size)
-    claim(chosen, out)
-    if not (built / "manifest.json").is_file():
-        built = out / "data"
-        build_shards(chosen.data, built)
-    shards = open_shards(built)
-    check_data(shards, chosen.train)
     torch.set_num_threads(threads or 1)
-    with training_bar(chosen.steps, quiet=json) as progress:
-        record = train_run(chosen, shards, out, progress=progress)
-    show(json, record, lambda: _print_record(record, out))
+
+    def prepare() -> Path:
+        claim(chosen, out)
+        built = Path(chosen.data.source)
+        if not (built / "manifest.json").is_file():
+            built = out / "data"
+            build_shards(chosen.data, built)
+        check_data(open_shards(built), chosen.train)
+        if branch_from is not None:
+            branch(chosen, branch_from, out)
+        return built
+
+    claim(chosen, out)
+    with start(out) as group:
+        shards = open_shards(group.on_first(prepare))
+        with training_bar(chosen.steps, quiet=json or group.rank > 0) as progress:
+            record = train_run(chosen, shards, out, progress=progress, group=group)
+        if group.rank == 0:
+            show(json, record, lambda: _print_record(record, out))
 
 
 def _print_manifest(manifest: Any, folder: Path) -> None:

@@ -1,4 +1,9 @@
-"""Resumable checkpoints: written aside, fsynced, sealed with a sha256 of each file, then renamed. Never pickled."""
+"""Resumable checkpoints: written aside, fsynced, sealed with a sha256 of each file, then renamed.
+
+Tensors are stored by torch.distributed.checkpoint in its safetensors format, a file a process, so that any number of
+processes reads what any other wrote. DCP's default storage keeps its index (`.metadata`) as a pickle; it is not used,
+since reading a pickle runs what is in it. Nothing here reads one.
+"""
 
 from __future__ import annotations
 
@@ -7,69 +12,252 @@ import json
 import logging
 import os
 import shutil
+import stat
+import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from qies.data.files import sync
+from qies.errors import Stopped
+from qies.train.parallel import Group
 
 PREFIX = "step-"
+SEAL, META = "seal.json", "meta.json"
+JSON_LIMIT = 1 << 20  # bytes; a seal or a meta file beyond is none of ours
 log = logging.getLogger(__name__)
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int = 2) -> Path:
-    """Write checkpoint `step` below `folder` and drop all but the newest `keep`. Returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.partial"):
-        shutil.rmtree(stale, ignore_errors=True)
-    final = folder / f"{PREFIX}{step:09d}"
-    partial = folder / f"{final.name}.partial"
-    partial.mkdir()
-    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, partial / "tensors.safetensors")
-    (partial / "meta.json").write_text(json.dumps({"step": step, **meta}))
-    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(partial.iterdir())}
-    (partial / "seal.json").write_text(json.dumps({"files": files}))
-    for path in (*partial.iterdir(), partial):
-        sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    sync(folder)
-    for old in sorted(folder.glob(f"{PREFIX}*"))[:-keep]:
-        shutil.rmtree(old)
-    return final
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    *,
+    keep: int = 2,
+    milestones: Collection[int] = (),
+    group: Group | None = None,
+) -> Path:
+    """Write the checkpoint of `step` below `folder`, then drop all but the newest `keep` and the milestones.
 
+    Called by every process of the group with its own part of the tensors. A checkpoint that is there is never written
+    over. Returns the new one's path. Raises Stopped, with the checkpoints before it untouched, when the disk is full.
+    """
+    group = group or Group()
 
-def newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and meta of the newest checkpoint whose seal holds, or None. A broken one is named and passed over."""
-    for path in sorted(folder.glob(f"{PREFIX}*[0-9]"), reverse=True):
-        problem = broken(path)
+    def prepare() -> Path:
+        try:
+            return _partial(folder, step)
+        except OSError as e:
+            raise _full(folder / f"{PREFIX}{step:09d}.partial", str(e)) from None
+
+    partial = group.on_first(prepare)
+    problem = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that a single process saves alone
+            writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=group.size == 1)
+    except CheckpointException as e:  # a BaseException: `except Exception` would not see it
+        problem = "; ".join(sorted({str(failure[0]) for failure in e.failures.values()}))
+    except OSError as e:
+        problem = str(e)
+
+    def seal() -> Path:
         if problem:
+            raise _full(partial, problem)
+        try:
+            final = _seal(partial, {"step": step, **meta})
+        except OSError as e:
+            raise _full(partial, str(e)) from None
+        _prune(folder, keep, milestones)
+        return final
+
+    return group.on_first(seal)
+
+
+def newest(folder: Path, upto: int | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """Path and meta of the newest checkpoint whose seal holds, or None; names decide nothing.
+
+    `upto` leaves out those of later steps. A broken one is named and passed over.
+    """
+    found = []
+    for path in _entries(folder):
+        try:
+            found.append((_meta(path)["step"], path))
+        except ValueError as e:
+            log.warning("checkpoint %s: %s; it is passed over", path, e)
+    for step, path in sorted(found, reverse=True):
+        if upto is not None and step > upto:
+            continue
+        if problem := broken(path):
             log.warning("checkpoint %s: %s; using the one before it", path, problem)
             continue
-        meta = json.loads((path / "meta.json").read_text())
-        return safetensors.torch.load_file(path / "tensors.safetensors"), meta
+        return path, _meta(path)
     return None
 
 
-def remove(folder: Path) -> None:
-    """Delete every checkpoint below `folder`: the finished run keeps its model instead."""
-    shutil.rmtree(folder, ignore_errors=True)
+def load(path: Path, template: Callable[[Collection[str]], dict[str, Tensor]], group: Group | None = None) -> dict:
+    """The tensors of the checkpoint at `path`, read into those that `template` makes for the names it holds."""
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    tensors = template(list(reader.read_metadata().state_dict_metadata))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(tensors, storage_reader=reader, no_dist=(group or Group()).size == 1)
+    return tensors
+
+
+def remove(folder: Path, milestones: Collection[int] = ()) -> None:
+    """Delete the checkpoints below `folder` but the milestones: the finished run keeps its model instead."""
+    _prune(folder, 0, milestones)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def copy(path: Path, folder: Path) -> None:
+    """Put a copy of the checkpoint at `path` below `folder`, whole or not at all."""
+    partial = _partial(folder, _meta(path)["step"])
+    for name in [SEAL, *_sealed(path)]:
+        shutil.copyfile(path / name, partial / name, follow_symlinks=False)
+        sync(partial / name)
+    _publish(partial)
 
 
 def broken(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, or None."""
+    """What is wrong with the checkpoint at `path`, or None. Files that the seal does not name are ignored and named,
+    unless the reader would take them for tensors."""
     try:
-        files = json.loads((path / "seal.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "its seal is missing or unreadable"
-    for name in ("tensors.safetensors", "meta.json"):
-        try:
-            digest = hashlib.sha256((path / name).read_bytes()).hexdigest()
-        except OSError:
-            return f"{name} is missing"
-        if digest != files.get(name):
-            return f"{name} does not match its sha256"
+        sealed = _sealed(path)
+        for name, digest in sealed.items():
+            if _digest(path / name) != digest:
+                return f"{name} does not match its sha256"
+    except ValueError as e:
+        return str(e)
+    for extra in sorted({p.name for p in path.iterdir()} - {SEAL, *sealed}):
+        if extra.endswith(".safetensors"):
+            return f"{extra} is not in its seal"
+        log.warning("checkpoint %s: %s is not in its seal and is ignored", path, extra)
     return None
+
+
+def _entries(folder: Path) -> list[Path]:
+    """The checkpoints below `folder`, in no order that means anything."""
+    if not folder.is_dir():
+        return []
+    entries = [p for p in sorted(folder.glob(f"{PREFIX}*")) if not p.name.endswith(".partial")]
+    for path in entries:
+        if path.is_symlink() or not path.is_dir():
+            log.warning("%s is no folder of a checkpoint and is ignored", path)
+    return [p for p in entries if p.is_dir() and not p.is_symlink()]
+
+
+def _partial(folder: Path, step: int) -> Path:
+    """An empty folder to write into; what a killed save left is dropped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(f"{PREFIX}*.partial"):
+        shutil.rmtree(stale)
+    partial = folder / f"{PREFIX}{step:09d}.partial"
+    partial.mkdir()
+    return partial
+
+
+def _seal(partial: Path, meta: dict[str, Any]) -> Path:
+    (partial / META).write_text(json.dumps(meta))
+    files = {p.name: _digest(p) for p in sorted(partial.iterdir())}
+    (partial / SEAL).write_text(json.dumps({"files": files, "sha256": _of_files(files)}))
+    for path in (*partial.iterdir(), partial):
+        sync(path)
+    return _publish(partial)
+
+
+def _publish(partial: Path) -> Path:
+    """Rename to a name that is free: a broken checkpoint of the same step may have the usual one."""
+    final, n = partial.with_suffix(""), 1
+    while final.exists():
+        final, n = partial.with_name(f"{partial.stem}-{n}"), n + 1
+    os.rename(partial, final)
+    sync(final.parent)
+    return final
+
+
+def _prune(folder: Path, keep: int, milestones: Collection[int]) -> None:
+    steps: dict[Path, int] = {}
+    for path in _entries(folder):
+        try:
+            steps[path] = _meta(path)["step"]
+        except ValueError:
+            steps[path] = -1  # unreadable: older than any
+    kept = sorted(set(steps.values()))[-keep:] if keep else []
+    for path, step in steps.items():
+        if step not in kept and step not in milestones:
+            shutil.rmtree(path)
+
+
+def _full(partial: Path, problem: str) -> Stopped:
+    shutil.rmtree(partial, ignore_errors=True)
+    return Stopped(
+        f"the checkpoint {partial.stem} could not be written ({problem}); those before it are intact: "
+        "free space and run the same command again."
+    )
+
+
+def _sealed(path: Path) -> dict[str, str]:
+    """sha256 by file name of what the seal names. Raises ValueError, in words, when the seal is not sound."""
+    try:
+        seal = _json(path / SEAL)
+        files = dict(seal["files"])
+        sound = seal["sha256"] == _of_files(files) and META in files
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("its seal is missing or unreadable") from None
+    for name in files:
+        if name in (SEAL, "", ".", "..") or Path(name).name != name:
+            raise ValueError(f"its seal names {name!r}, outside of the checkpoint")
+    if not sound:
+        raise ValueError("its seal does not match its own sha256")
+    return files
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    """The checkpoint's facts. Raises ValueError, in words."""
+    meta = _json(path / META)
+    if not isinstance(meta, dict) or type(meta.get("step")) is not int:
+        raise ValueError(f"{META} names no step")
+    return meta
+
+
+def _json(path: Path) -> Any:
+    try:
+        with _open(path) as file:
+            if os.fstat(file.fileno()).st_size > JSON_LIMIT:
+                raise ValueError(f"{path.name} is larger than {JSON_LIMIT} bytes")
+            return json.loads(file.read())
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path.name} is not valid JSON") from None
+
+
+def _digest(path: Path) -> str:
+    with _open(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open(path: Path) -> Any:
+    """A regular file, not followed if it is a symbolic link. Raises ValueError, in words."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as e:
+        raise ValueError(f"{path.name} is {'a symbolic link' if path.is_symlink() else 'missing'}") from e
+    file = os.fdopen(handle, "rb")
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        file.close()
+        raise ValueError(f"{path.name} is not a regular file")
+    return file
+
+
+def _of_files(files: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

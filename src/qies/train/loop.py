@@ -10,23 +10,28 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
 from qies import presets, runs
 from qies.config import RunConfig, TrainConfig, content_hash, differences, to_dict
 from qies.data.batches import Batches, val_batches
 from qies.data.shards import Shards
-from qies.errors import UserError
+from qies.errors import Stopped, UserError
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.train import checkpoint
+from qies.train.folder import CHECKPOINTS, FIXED, open_run
 from qies.train.optim import Optimizers
+from qies.train.parallel import Group
 from qies.train.schedule import warmup_stable_decay
+from qies.train.spikes import Spikes
 from qies.train.validation import held_out_loss
 
 transformers_logging.disable_progress_bar()  # saving a model is no news beside the run's own bar
@@ -34,18 +39,17 @@ transformers_logging.disable_progress_bar()  # saving a model is no news beside 
 Progress = Callable[[dict[str, Any]], None]
 
 
-class Interrupted(Exception):
+class Interrupted(Stopped):
     """A signal asked the run to stop; it has saved and can be resumed. `code` is the exit code, 128 + signal."""
 
     def __init__(self, code: int) -> None:
-        super().__init__(f"stopped by signal {code - 128}; run the same command again to resume")
-        self.code = code
+        super().__init__(f"stopped by signal {code - 128}; run the same command again to resume", code)
 
 
-def precision_context(name: str) -> Callable[[], AbstractContextManager]:
+def precision_context(name: str, device: str = "cpu") -> Callable[[], AbstractContextManager]:
     """The context forward passes run in: bf16 autocast, or nothing for fp32. "auto" asks the processor."""
-    if name == "bf16" or (name == "auto" and torch.cpu._is_avx512_bf16_supported()):
-        return lambda: torch.autocast("cpu", torch.bfloat16)
+    if name == "bf16" or (name == "auto" and (device != "cpu" or torch.cpu._is_avx512_bf16_supported())):
+        return lambda: torch.autocast(device, torch.bfloat16)
     return nullcontext
 
 
@@ -72,104 +76,111 @@ def build_model(config: RunConfig, vocab_size: int) -> QiesForCausalLM:
 
 
 def train(
-    config: RunConfig, shards: Shards, folder: Path, *, progress: Progress | None = None, patience: float = 30.0
+    config: RunConfig,
+    shards: Shards,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+    patience: float = 30.0,
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """Train one run in `folder` and return its record; a finished run is returned as it is, an unfinished one resumed.
 
     Writes run.json, metrics.jsonl (a row a step), checkpoints while it runs, and `model/` (safetensors and
     tokenizer) at the end. Raises UserError when `folder` holds another run or other data, Interrupted after
-    SIGTERM or SIGINT once the state is saved. Another process in the same folder is waited for, `patience` seconds.
+    SIGTERM or SIGINT once the state is saved, Stopped when the disk is full. Another process in the same folder is
+    waited for, `patience` seconds. Every process of `group` (`qies.train.parallel.start`) calls this alike.
     """
     keep_memory()
-    with runs.lock(folder, patience):
-        record = open_run(config, shards, folder)
+    group = group or Group()
+    with ExitStack() as held:
+
+        def opened() -> dict[str, Any]:
+            held.enter_context(runs.lock(folder, patience))
+            return open_run(config, shards, folder)
+
+        record = group.on_first(opened)
         if record["status"] in ("done", "diverged"):
             return record
-        with _StopSignals() as stop:
-            return _Run(config, shards, folder, record, progress, stop).go()
-
-
-def claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
-    """The record in `folder` if it is this run's, None if the folder is free. Raises UserError when it holds anything
-    else, so that nothing of another's is overwritten."""
-    record = runs.read(folder)
-    if record is None:
-        if folder.exists() and (other := {p.name for p in folder.iterdir()} - {".lock", "data", "error.log"}):
-            raise UserError(
-                f"{folder} holds no run but other files ({', '.join(sorted(other)[:3])}); give another --out."
-            )
-        return None
-    if record["config_hash"] != content_hash(config):
-        changes = "; ".join(differences(record["config"], to_dict(config)))
-        raise UserError(f"{folder} holds another run ({changes}); give another --out or delete it.")
-    return record
-
-
-def open_run(config: RunConfig, shards: Shards, folder: Path) -> dict[str, Any]:
-    """The record in `folder` if it is this run's, or a new one. Raises UserError when it is another's."""
-    record = claim(config, folder)
-    if record is None:
-        record = runs.plan(config, shards.manifest.vocab_size) | {"data": shards.identity()}
-        runs.write(folder, record)
-    if record.setdefault("data", shards.identity())["hash"] != shards.hash:
-        raise UserError(f"{folder} was trained on other data (hash {record['data']['hash']}); give another --out.")
-    return record
+        stop = held.enter_context(_StopSignals())
+        return _Run(config, shards, folder, record, progress, stop, group).go()
 
 
 class _Run:
     """One run's moving parts: model, optimizers, position, and what they cost so far."""
 
-    def __init__(self, config, shards, folder, record, progress, stop) -> None:
+    def __init__(self, config, shards, folder, record, progress, stop, group) -> None:
+        self.group, self.slice = group, group.rows(config.train.batch_size)
+        if config.train.batch_size // group.size % config.train.accumulate:
+            raise UserError(
+                f"train.batch_size is {config.train.batch_size}; it must be a multiple of {group.size} processes x "
+                f"{config.train.accumulate} micro-batches (train.accumulate)."
+            )
         self.config, self.shards, self.folder, self.record = config, shards, folder, record
         self.parent = os.getppid()
         self.progress, self.stop, self.train = progress, stop, config.train
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints = folder / CHECKPOINTS
         self.model = build_model(config, shards.manifest.vocab_size)
+        if self.train.recompute:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        group.shard(self.model)
         rates = presets.hyperparameters(presets.parse_size(config.size), config.tokens)
-        self.optimizers = Optimizers(self.model, rates, self.train.weight_decay, self.train.lr_scale)
+        muon = torch.bfloat16 if self.train.muon_precision == "bf16" else torch.float32
+        self.optimizers = Optimizers(self.model, rates, self.train.weight_decay, self.train.lr_scale, muon)
         self.batches = Batches(
             shards, "train", seq_len=self.train.seq_len, batch_size=self.train.batch_size, seed=config.seed
         )
-        self.precision = precision_context(self.train.precision)
+        self.precision = precision_context(self.train.precision, group.device.type)
         self.step, self.skipped, self.seconds = 0, 0, 0.0
+        self.spikes = Spikes()
 
     def go(self) -> dict[str, Any]:
         self._resume()
         self.record.pop("error", None)  # of an attempt that failed
-        (self.folder / "error.log").unlink(missing_ok=True)
+        if self.group.rank == 0:
+            (self.folder / "error.log").unlink(missing_ok=True)
         self._write("running")
         self.model.train()
+        milestones = self.config.milestones
         while self.step < self.config.steps:
             started = time.perf_counter()
             row = self._one_step()
             self.seconds += time.perf_counter() - started
             row["seconds"] = round(self.seconds, 4)
-            runs.append(self.folder, row)
+            row |= self.spikes.see(row["loss"])
             self.step += 1
-            if self.progress:
-                self.progress(row)
+            if self.group.rank == 0:
+                runs.append(self.folder, row)
+                if self.progress:
+                    self.progress(row)
             if self.skipped > self.train.max_skipped:
                 return self._write("diverged", error=f"{self.skipped} steps with a non-finite loss or gradient")
             if os.getppid() != self.parent:  # the controller is gone: nobody waits for this run any more
                 self.stop.code = 128 + signal.SIGTERM
-            if self.stop.code:
+            if code := int(self.group.gather([self.stop.code]).max()):  # a signal to one process is one to all
                 self._save()
-                raise Interrupted(self.stop.code)
-            if self.step % self.train.save_every == 0 and self.step < self.config.steps:
+                raise Interrupted(code)
+            if (self.step % self.train.save_every == 0 and self.step < self.config.steps) or self.step in milestones:
                 self._save()
         return self._finish()
 
     def _one_step(self) -> dict[str, Any]:
-        """One optimizer step and its row. A non-finite loss or gradient is reported and never applied."""
-        ids = torch.from_numpy(self.batches.batch(self.step))
-        with self.precision():
-            loss = self.model(ids[:, :-1], shift_labels=ids[:, 1:]).loss
-        loss.backward()
+        """One optimizer step and its row. A non-finite loss or gradient is reported and never applied: the loss is the
+        mean over all processes and the norm that of the whole gradient, so all of them decide alike."""
+        ids = torch.from_numpy(self.batches.batch(self.step)[self.slice]).to(self.group.device)
+        parts, own = ids.chunk(self.train.accumulate), 0.0
+        for part in parts:  # of equal size, so the mean of their means is the batch's
+            self.group.reduce_gradients(self.model, part is parts[-1])
+            with self.precision():
+                loss = self.model(part[:, :-1], shift_labels=part[:, 1:]).loss / len(parts)
+            loss.backward()
+            own += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip_norm, foreach=True)
-        factor = warmup_stable_decay(self.step, self.config.steps, self.train.warmup, self.train.decay)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        factor = warmup_stable_decay(self.step, self.config.steps, self.config.warmup_steps, self.config.decay_steps)
         tokens = (self.step + 1) * self.train.seq_len * self.train.batch_size
         row: dict[str, Any] = {"step": self.step, "tokens": tokens, "lr_factor": factor}
-        value, size = loss.item(), norm.item()
+        value, size = self.group.gather([own]).mean().item(), norm.item()
         if not (math.isfinite(value) and math.isfinite(size)):
             self.optimizers.clear()
             self.skipped += 1
@@ -179,26 +190,59 @@ class _Run:
         return row | {"loss": value, "grad_norm": size}
 
     def _resume(self) -> None:
-        found = checkpoint.newest(self.checkpoints)
-        if found is None:
-            runs.truncate_steps(self.folder, 0)
-            return
-        tensors, meta = found
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                p.copy_(tensors[f"model.{name}"])
-        self.optimizers.load_state(tensors)
+        found = self.group.on_first(lambda: checkpoint.newest(self.checkpoints))
+        start: dict[str, Any] = {"step": 0, "skipped": 0, "seconds": 0.0}
+        path, meta = found or (None, start)
+        if path is not None:
+            was = meta["config"]
+            if fixed := [c for c in differences(was, to_dict(self.config)) if c.startswith(FIXED)]:
+                raise UserError(f"{path} is of another run ({'; '.join(fixed)}); delete it.")
+            tensors = checkpoint.load(path, self._blank, self.group)
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    p.copy_(tensors[f"model.{name}"])
+            self.optimizers.load_state(tensors)
+            own = tensors.get(f"rng.{self.group.rank}")  # more processes than before: theirs start afresh
+            torch.set_rng_state(own) if own is not None else torch.manual_seed(self.config.seed + self.group.rank)
         self.step, self.skipped, self.seconds = meta["step"], meta["skipped"], meta["seconds"]
-        torch.set_rng_state(tensors["rng"])
-        runs.truncate_steps(self.folder, self.step)
+
+        def rows() -> list[float | None]:
+            runs.truncate_steps(self.folder, self.step)
+            return [row["loss"] for row in runs.steps(self.folder)]
+
+        for loss in self.group.on_first(rows):
+            self.spikes.see(loss)
+
+    def _blank(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Tensors to load a checkpoint of those names into."""
+        blank = {f"model.{n}": torch.empty_like(p.detach()) for n, p in self.model.named_parameters()}
+        rng = torch.get_rng_state()
+        blank |= self.optimizers.blank_state() | {n: rng.clone() for n in names if n.startswith("rng.")}
+        return {n: blank[n] for n in names}
 
     def _save(self) -> None:
         tensors = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
-        tensors |= self.optimizers.state() | {"rng": torch.get_rng_state()}
-        checkpoint.save(self.checkpoints, self.step, tensors, {"skipped": self.skipped, "seconds": self.seconds})
+        tensors |= self.optimizers.state() | {f"rng.{self.group.rank}": torch.get_rng_state()}
+        meta = {
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+            "sequences": self.step * self.train.batch_size,  # the data position
+            "processes": self.group.size,
+            "config": to_dict(self.config),
+            "config_hash": content_hash(self.config),
+        }
+        checkpoint.save(
+            self.checkpoints,
+            self.step,
+            tensors,
+            meta,
+            keep=self.train.keep,
+            milestones=self.config.milestones,
+            group=self.group,
+        )
 
     def _finish(self) -> dict[str, Any]:
-        last = [r["loss"] for r in runs.steps(self.folder) if r["loss"] is not None][-50:]
+        last = self.group.on_first(lambda: [r["loss"] for r in runs.steps(self.folder) if r["loss"] is not None][-50:])
         if not last:
             return self._write("diverged", error="no step had a finite loss and gradient")
         metrics: dict[str, Any] = held_out_loss(
@@ -208,15 +252,23 @@ class _Run:
             batch_size=self.train.batch_size,
             max_tokens=self.train.eval_tokens,
             precision=self.precision,
+            group=self.group,
         )
         if not math.isfinite(metrics["val_loss"]):
             return self._write("diverged", error="the held-out loss is not finite")
         metrics["train_loss"] = sum(last) / len(last)
-        self.model.save_pretrained(self.folder / "model")
-        self.shards.tokenizer().save_pretrained(self.folder / "model")
+        state = self.group.whole_state(self.model)
+        self.group.on_first(lambda: self._publish(state))
         record = self._write("done", metrics=metrics)
-        checkpoint.remove(self.checkpoints)
+        if self.group.rank == 0:
+            checkpoint.remove(self.checkpoints, self.config.milestones)
         return record
+
+    def _publish(self, state: dict[str, Tensor]) -> None:
+        whole = build_model(self.config, self.shards.manifest.vocab_size)
+        whole.load_state_dict(state)
+        whole.save_pretrained(self.folder / "model")
+        self.shards.tokenizer().save_pretrained(self.folder / "model")
 
     def _write(self, status: str, **more: Any) -> dict[str, Any]:
         done = self.step * self.train.seq_len * self.train.batch_size
@@ -224,14 +276,17 @@ class _Run:
         self.record |= {
             "status": status,
             "skipped_steps": self.skipped,
+            "spikes": self.spikes.count,
             "wall_seconds": round(self.seconds, 3),
             "tokens_per_second": round(done / self.seconds, 1) if self.seconds else None,
             "peak_memory_bytes": max(peak, self.record.get("peak_memory_bytes") or 0),
+            "processes": self.group.size,
             "threads": torch.get_num_threads(),
             "precision": "fp32" if self.precision is nullcontext else "bf16",
             **more,
         }
-        runs.write(self.folder, self.record)
+        if self.group.rank == 0:
+            runs.write(self.folder, self.record)
         return self.record
 
 

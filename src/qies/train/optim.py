@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
 from qies.presets import Hyperparameters
@@ -16,15 +19,22 @@ CONTROLS = ("control_proj", "phase_down", "phase_up", "gate.proj")  # small maps
 class Optimizers:
     """The pair of optimizers of one model, stepped and saved as one."""
 
-    def __init__(self, model: PreTrainedModel, rates: Hyperparameters, weight_decay: float, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rates: Hyperparameters,
+        weight_decay: float,
+        scale: float = 1.0,
+        precision: torch.dtype = torch.bfloat16,
+    ) -> None:
         groups = parameter_groups(model)
         self.names: dict[Tensor, str] = {p: n for group in groups.values() for n, p in group}
         matrices, rest = [p for _, p in groups["matrix"]], []
-        for kind in ("embedding", "head", "vector"):
-            if groups[kind]:
-                rate = scale * getattr(rates, f"{kind}_lr")
-                rest.append({"params": [p for _, p in groups[kind]], "lr": rate})
-        muon = torch.optim.Muon(matrices, lr=scale * rates.matrix_lr, weight_decay=weight_decay, momentum=0.95)
+        for name in ("embedding", "head", "vector"):
+            if groups[name]:
+                rate = scale * getattr(rates, f"{name}_lr")
+                rest.append({"params": [p for _, p in groups[name]], "lr": rate})
+        muon = Muon(matrices, precision=precision, lr=scale * rates.matrix_lr, weight_decay=weight_decay, momentum=0.95)
         adam = torch.optim.AdamW(rest, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
         self.all = (muon, adam)
         self.base = [[g["lr"] for g in o.param_groups] for o in self.all]
@@ -50,6 +60,19 @@ class Optimizers:
             for key, value in state.items()
         }
 
+    def blank_state(self) -> dict[str, Tensor]:
+        """Zeros in the shape (and the sharding) of everything that `state` holds once a step was taken."""
+        out: dict[str, Tensor] = {}
+        for optimizer in self.all:
+            for p in (p for g in optimizer.param_groups for p in g["params"]):
+                name = f"optimizer.{self.names[p]}"
+                if isinstance(optimizer, Muon):
+                    out[f"{name}.momentum_buffer"] = torch.zeros_like(p.detach())
+                else:
+                    out[f"{name}.step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    out |= {f"{name}.{key}": torch.zeros_like(p.detach()) for key in ("exp_avg", "exp_avg_sq")}
+        return out
+
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`, from tensors of a checkpoint (other keys are left alone)."""
         by_name = {n: p for p, n in self.names.items()}
@@ -58,6 +81,54 @@ class Optimizers:
             if key.startswith("optimizer."):
                 name, _, entry = key.removeprefix("optimizer.").rpartition(".")
                 owner[by_name[name]].state[by_name[name]][entry] = value
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon (Jordan et al., 2024), bit for bit, that also steps matrices which FSDP2 shards by rows.
+
+    torch's own runs on DTensors too, but sums products of shards in bf16, which moves the loss of two processes 5e-5
+    from one's at the second step. Here momentum stays sharded; each process gathers one update at a time and
+    orthogonalises the whole of it, so every process does the Newton-Schulz products of one. They are made in
+    `precision`: bf16, as is usual, or fp32, which depends less on the order in which gradients are summed.
+    """
+
+    def __init__(self, params, *, precision: torch.dtype = torch.bfloat16, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.precision = precision
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            keep = group["momentum"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                momentum = state["momentum_buffer"]
+                momentum.lerp_(p.grad, 1 - keep)
+                update = p.grad.lerp(momentum, keep)  # Nesterov's
+                if isinstance(p, DTensor):
+                    whole = orthogonal(update.full_tensor(), self.precision)
+                    replica = DTensor.from_local(whole, p.device_mesh, [Replicate()])
+                    own, local = replica.redistribute(placements=p.placements).to_local(), p.to_local()
+                else:
+                    own, local = orthogonal(update, self.precision), p
+                rows, columns = p.shape
+                rate = group["lr"] * math.sqrt(max(1, rows / columns))
+                local.mul_(1 - group["lr"] * group["weight_decay"]).add_(own, alpha=-rate)
+
+
+def orthogonal(matrix: Tensor, precision: torch.dtype) -> Tensor:
+    """About U V^T of a matrix U S V^T (singular values within 0.7 ... 1.2): five quintic Newton-Schulz steps with the
+    coefficients of Jordan et al., Muon, 2024."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.to(precision, copy=True)
+    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    x.div_(x.norm().clamp(min=1e-7))
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 def parameter_groups(model: PreTrainedModel) -> dict[str, list[tuple[str, nn.Parameter]]]:

@@ -1,0 +1,138 @@
+"""Whose a run's folder is, and what must hold before training starts in it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+from qies import presets, runs
+from qies.config import RunConfig, content_hash, differences, from_dict, to_dict
+from qies.data.shards import Shards
+from qies.errors import UserError
+from qies.train import checkpoint
+from qies.train.parallel import RANKS
+
+CHECKPOINTS = "checkpoints"
+# What decides the shape of the model, the text or its order: a resumed run cannot have another.
+FIXED = ("arm", "size", "seed", "model.", "data.", "train.seq_len", "train.batch_size")
+OURS = {".lock", "data", "error.log", RANKS}  # what a folder may hold before its record is written
+log = logging.getLogger(__name__)
+
+
+def claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """The record in `folder` if it can go on with `config`, None if the folder is free.
+
+    Raises UserError, with the differences, when it holds anything else, so that nothing of another's is overwritten;
+    and for a folder that anyone may write, since a checkpoint there may be anyone's.
+    """
+    for path in (folder, folder / CHECKPOINTS):
+        if path.exists() and path.stat().st_mode & stat.S_IWOTH:
+            raise UserError(f"{path} can be written by anyone; chmod o-w it, or give another --out.")
+    record = runs.read(folder)
+    if record is None:
+        if folder.exists() and (other := {p.name for p in folder.iterdir()} - OURS):
+            raise UserError(
+                f"{folder} holds no run but other files ({', '.join(sorted(other)[:3])}); give another --out."
+            )
+        return None
+    if changes := _changes(config, folder, record):
+        fixed = [c for c in changes if c.startswith(FIXED)]
+        if fixed or record["status"] in ("done", "diverged"):
+            why = "; ".join(fixed or changes)
+            raise UserError(f"{folder} holds another run ({why}); give another --out or delete it.")
+    return record
+
+
+def open_run(config: RunConfig, shards: Shards, folder: Path) -> dict[str, Any]:
+    """The record in `folder` if it is this run's, or a new one. Raises UserError when it is another's.
+
+    A change that a resumed run may have is shown, and logged in the record under `config_changes`.
+    """
+    record = claim(config, folder)
+    if record is None:
+        _require_room(config, shards, folder)
+        record = runs.plan(config, shards.manifest.vocab_size) | {"data": shards.identity()}
+        runs.write(folder, record)
+    elif changes := _changes(config, folder, record):
+        log.warning("%s goes on with another configuration: %s", folder, "; ".join(changes))
+        found = checkpoint.newest(folder / CHECKPOINTS)
+        logged = [*record.get("config_changes", []), {"step": found[1]["step"] if found else 0, "changes": changes}]
+        planned = runs.plan(config, shards.manifest.vocab_size)
+        record |= {k: planned[k] for k in ("config", "config_hash", "tokens", "steps", "flops")}
+        record["config_changes"] = logged
+        runs.write(folder, record)
+    if record.setdefault("data", shards.identity())["hash"] != shards.hash:
+        raise UserError(f"{folder} was trained on other data (hash {record['data']['hash']}); give another --out.")
+    return record
+
+
+def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
+    """Start the run of `config` in `folder` from the newest checkpoint of `trunk` that the two have in common.
+
+    That is one before either starts to decay, for runs that differ in their budget alone and warm up in tokens: there
+    the learning rate, the batches and the weights are the same, so the branch ends as the whole run would, bit for bit.
+    Its record names the trunk and the step under `branch`. A folder that holds the run already is left as it is.
+    """
+    own = claim(config, folder)
+    if own is not None and own["status"] != "planned":
+        return
+    record = runs.read(trunk)
+    if record is None:
+        raise UserError(f"{trunk} holds no run to branch from; give the folder of the longer run.")
+    whole = _config(trunk, record)
+    claim(whole, trunk)
+    free = ("tokens", "train.branches", "train.milestones", "train.keep", "train.save_every", "train.eval_tokens")
+    changes = [c for c in differences(to_dict(whole), to_dict(config)) if not c.startswith(free)]
+    if changes:
+        raise UserError(f"a branch of {trunk} can have another budget only, not {'; '.join(changes)}.")
+    size = presets.parse_size(config.size)
+    if whole.warmup_steps != config.warmup_steps or (
+        presets.hyperparameters(size, whole.tokens) != presets.hyperparameters(size, config.tokens)
+    ):
+        raise UserError(
+            f"warm-up or learning rates of {trunk} depend on its budget, so nothing can branch from it; "
+            "train the longer run with train.warmup_tokens."
+        )
+    upto = min(whole.decay_start, config.decay_start)
+    found = checkpoint.newest(trunk / CHECKPOINTS, upto)
+    if found is None:
+        raise UserError(
+            f"{trunk} has no checkpoint at step {upto} or before; train it with train.branches=[{config.tokens}]."
+        )
+    path, meta = found
+    planned = runs.plan(config, record["model"]["vocab_size"]) | {"data": record["data"]}
+    runs.write(folder, planned)  # killed from here on, the same command branches again
+    runs.truncate_steps(folder, 0)
+    for row in runs.steps(trunk)[: meta["step"]]:
+        runs.append(folder, row)
+    checkpoint.copy(path, folder / CHECKPOINTS)
+    runs.write(folder, planned | {"branch": {"from": record["config_hash"], "step": meta["step"]}})
+
+
+def _config(folder: Path, record: dict[str, Any]) -> RunConfig:
+    try:
+        return from_dict(RunConfig, record["config"])
+    except UserError as e:
+        raise UserError(f"{folder} was written by another version ({e}); give another --out.") from None
+
+
+def _changes(config: RunConfig, folder: Path, record: dict[str, Any]) -> list[str]:
+    if record["config_hash"] == content_hash(config):
+        return []
+    return differences(to_dict(_config(folder, record)), to_dict(config))
+
+
+def _require_room(config: RunConfig, shards: Shards, folder: Path) -> None:
+    """Raise UserError unless the disk has room for the checkpoints and the model: weights and two moments in fp32."""
+    values = presets.settings(config.arm, config.size, shards.manifest.vocab_size, **config.model)
+    weights = 4 * presets.count_parameters(values)["total"]
+    needed = weights + 3 * weights * (config.train.keep + 1 + len(config.milestones))
+    free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e6:,.1f} MB free, but checkpoints and model take up to {needed / 1e6:,.1f} MB; "
+            "free space, lower train.keep or give another --out."
+        )

@@ -1,0 +1,184 @@
+"""One run on one process or on many: FSDP2 over the processes that torchrun started.
+
+The processes share every batch: each takes its slice of the same global batch, so what a step sees does not depend on
+how many there are. Only the first writes records.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from qies.errors import Stopped, UserError
+from qies.model import QiesForCausalLM
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=10)  # of a collective; a process that dies is noticed by `_Watch`, far sooner
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 5.0  # for the main thread to end by itself when a process is lost
+RANKS = ".ranks"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of one run, as this one sees them. Alone, every method is the identity."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def rows(self, batch: int) -> slice:
+        """This process's part of `batch` sequences. Raises UserError when they do not divide evenly."""
+        if batch % self.size:
+            raise UserError(f"train.batch_size is {batch}; it must be a multiple of the {self.size} processes.")
+        each = batch // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def gather(self, values: list[float]) -> Tensor:
+        """The numbers of every process, fp64 [size, len(values)]."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size == 1:
+            return own[None]
+        out = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(out, own)
+        return torch.stack(out).cpu()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first process, on all of them; its UserError or Stopped is raised on all."""
+        if self.size == 1:
+            return work()
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = work()
+            except (UserError, Stopped) as e:
+                answer[1] = e
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+    def shard(self, model: QiesForCausalLM) -> None:
+        """FSDP2: parameters, gradients and optimizer state of every block, and of the rest, in equal parts.
+
+        On GPUs parameters travel and compute in bf16 and gradients are summed in fp32; on a CPU the run's autocast
+        decides alone.
+        """
+        model.to(self.device)
+        if self.size == 1:
+            return
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        cuda = self.device.type == "cuda"
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    def reduce_gradients(self, model: Any, on: bool) -> None:
+        """Whether the next backward pass sums gradients over processes: only the last micro-batch needs to."""
+        if self.size > 1:
+            model.set_requires_gradient_sync(on)
+
+    def whole_state(self, model: QiesForCausalLM) -> dict[str, Any]:
+        """The whole model's tensors, on the first process (the others get an empty dictionary)."""
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+@contextmanager
+def start(folder: Path) -> Iterator[Group]:
+    """The group that torchrun's environment describes: gloo on CPUs, nccl on GPUs; one process without torchrun.
+
+    Raises Stopped, naming the rank, when another process of the group is gone.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield Group(device=device)
+        return
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    watch = _Watch(folder / RANKS, rank, size)
+    try:
+        yield Group(rank, size, device)
+        dist.barrier()
+    except (UserError, Stopped):
+        raise
+    except Exception as e:  # a collective fails in its own words when a peer is gone
+        if lost := watch.lost(GRACE_SECONDS):
+            raise Stopped(lost) from e
+        raise
+    finally:
+        watch.close()
+        dist.destroy_process_group()
+
+
+class _Watch:
+    """Notices a process that died. Each holds a lock on a file of its own for as long as it lives; the kernel lets go
+    of it however it dies, and the others, who try it twice a second, see that. On several machines the run's folder
+    must be on a file system that locks across them."""
+
+    def __init__(self, folder: Path, rank: int, size: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.paths, self.rank = [folder / str(r) for r in range(size)], rank
+        self.own = open(self.paths[rank], "w")  # noqa: SIM115 (held as long as this process runs)
+        fcntl.flock(self.own, fcntl.LOCK_EX)  # waits for a process of an earlier attempt that is still ending
+        dist.barrier()
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def lost(self, seconds: float = 0.0) -> str | None:
+        """The sentence that names the processes that are gone, waiting for one up to `seconds`; or None."""
+        end = time.monotonic() + seconds
+        while True:
+            gone = [r for r, path in enumerate(self.paths) if r != self.rank and _is_free(path)]
+            if gone:
+                which = ", ".join(map(str, gone))
+                return (
+                    f"rank {which} of {len(self.paths)} is gone (killed, or failed by itself), so rank {self.rank} "
+                    "stops; run the same command again to resume."
+                )
+            if time.monotonic() >= end:
+                return None
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        self.closing.set()
+        self.own.close()
+
+    def _watch(self) -> None:
+        while not self.closing.wait(POLL_SECONDS):
+            if (lost := self.lost()) and not self.closing.wait(GRACE_SECONDS):
+                print(f"qies: {lost}", file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread waits in a collective for a process that will not answer
+
+
+def _is_free(path: Path) -> bool:
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,155 @@
+"""What a run's folder must be before training goes on in it; branches from one trunk."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+from qies import runs
+from qies.config import RunConfig, content_hash
+from qies.errors import UserError
+from qies.train import folder as folders
+from qies.train import loop
+
+STEP = 32 * 4
+
+
+@pytest.fixture
+def config(data_config, tiny):
+    return RunConfig(arm="qies", size="50k", tokens=STEP * 10, data=data_config, train=tiny)
+
+
+def changed(config, **values):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **values))
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_after(step):
+    def progress(row):
+        if row["step"] == step:
+            raise Cut
+
+    return progress
+
+
+@pytest.fixture
+def unfinished(config, shards, tmp_path):
+    with pytest.raises(Cut):
+        loop.train(config, shards, tmp_path / "run", progress=cut_after(6))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"size": "60k"}, "size: 50k -> 60k"),
+        ({"arm": "no_phase"}, "arm: qies -> no_phase"),
+        ({"model": {"conv_size": 0}}, "model.conv_size: absent -> 0"),
+    ],
+)
+def test_another_shape_text_or_seed_is_refused_with_the_difference(change, words, config, shards, unfinished):
+    with pytest.raises(UserError, match=words):
+        loop.train(dataclasses.replace(config, **change), shards, unfinished)
+    with pytest.raises(UserError, match=r"train.seq_len: 32 -> 16"):
+        loop.train(changed(config, seq_len=16), shards, unfinished)
+
+
+def test_another_text_is_refused(config, shards, unfinished):
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=5))
+    with pytest.raises(UserError, match=r"data.seed: 0 -> 5"):
+        loop.train(other, shards, unfinished)
+
+
+def test_any_other_change_is_shown_and_logged(config, shards, unfinished, caplog):
+    new = changed(config, save_every=3, keep=1, eval_tokens=256)
+    record = loop.train(new, shards, unfinished)
+    assert record["status"] == "done" and record["config_hash"] == content_hash(new)
+    changes = ["train.eval_tokens: 512 -> 256", "train.keep: 2 -> 1", "train.save_every: 4 -> 3"]
+    assert record["config_changes"] == [{"step": 4, "changes": changes}]
+    assert "train.save_every: 4 -> 3" in caplog.text
+
+
+def test_later_fields_leave_the_hash_of_earlier_configurations(config):
+    assert content_hash(RunConfig()) == "f83df5cbe46531eb"  # as before train.keep and the fields after it
+    assert content_hash(changed(config, keep=3)) != content_hash(config)
+
+
+def test_a_folder_that_anyone_may_write_is_refused(config, shards, unfinished):
+    for path in (unfinished, unfinished / "checkpoints"):
+        before = path.stat().st_mode
+        path.chmod(0o777)
+        with pytest.raises(UserError, match="can be written by anyone"):
+            loop.train(config, shards, unfinished)
+        path.chmod(before)
+
+
+def test_no_room_is_said_before_training(config, shards, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"has 0\.1 MB free"):
+        loop.train(config, shards, tmp_path / "run")
+    assert runs.read(tmp_path / "run") is None
+
+
+@pytest.fixture(scope="module")
+def trunk(data_config, tiny, shards, tmp_path_factory):
+    train = dataclasses.replace(tiny, warmup_tokens=3 * STEP, branches=(STEP * 10, STEP * 15))
+    config = RunConfig(arm="qies", size="50k", tokens=STEP * 20, data=data_config, train=train)
+    out = tmp_path_factory.mktemp("trunk") / "run"
+    loop.train(config, shards, out)
+    return config, out
+
+
+@pytest.mark.parametrize(("steps", "start"), [(10, 6), (15, 9)])
+def test_a_branch_equals_the_straight_run_bit_for_bit(steps, start, trunk, shards, tmp_path):
+    import safetensors.torch
+
+    config, out = trunk
+    short = dataclasses.replace(changed(config, branches=()), tokens=STEP * steps)
+    straight = loop.train(short, shards, tmp_path / "straight")
+    folders.branch(short, out, tmp_path / "branch")
+    taken = []
+    record = loop.train(short, shards, tmp_path / "branch", progress=lambda row: taken.append(row["step"]))
+    assert taken == list(range(start, steps))  # the trunk's steps are not taken again
+    assert record["branch"] == {"from": content_hash(config), "step": start}
+    assert record["metrics"] == straight["metrics"]
+    both = [[{**row, "seconds": 0} for row in runs.steps(tmp_path / n)] for n in ("straight", "branch")]
+    assert both[0] == both[1] and len(both[0]) == steps
+    a, b = (safetensors.torch.load_file(tmp_path / n / "model/model.safetensors") for n in ("straight", "branch"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_what_cannot_branch_is_refused(trunk, config, shards, tmp_path):
+    whole, out = trunk
+    short = dataclasses.replace(changed(whole, branches=()), tokens=STEP * 10)
+    with pytest.raises(UserError, match=r"train.lr_scale: 1.0 -> 2.0"):
+        folders.branch(changed(short, lr_scale=2.0), out, tmp_path / "a")
+    with pytest.raises(UserError, match="no checkpoint at step 3 or before"):
+        folders.branch(dataclasses.replace(short, tokens=STEP * 5), out, tmp_path / "a")
+    with pytest.raises(UserError, match="no run to branch from"):
+        folders.branch(short, tmp_path / "nothing", tmp_path / "a")
+    loop.train(config, shards, tmp_path / "plain")
+    with pytest.raises(UserError, match="depend on its budget"):
+        folders.branch(dataclasses.replace(config, tokens=STEP * 40), tmp_path / "plain", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_branch_cut_off_while_it_starts_is_made_again(trunk, shards, tmp_path, monkeypatch):
+    whole, out = trunk
+    short = dataclasses.replace(changed(whole, branches=()), tokens=STEP * 10)
+
+    def cut(*_):
+        raise Cut
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(folders.checkpoint, "copy", cut)
+        folders.branch(short, out, tmp_path / "branch")
+    folders.branch(short, out, tmp_path / "branch")
+    record = loop.train(short, shards, tmp_path / "branch")
+    assert record["branch"]["step"] == 6
+    assert [row["step"] for row in runs.steps(tmp_path / "branch")] == list(range(10))
