@@ -130,7 +130,7 @@ def test_torchrun_with_micro_batches_and_recomputation_equals_one(arm, config, t
     train(short, open_shards(Path(config.data.source)), tmp_path / "one")
     micro = dataclasses.replace(short, train=dataclasses.replace(config.train, accumulate=2, recompute=True))
     save(micro, tmp_path / "run.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     command += ["qies", "train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

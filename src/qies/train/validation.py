@@ -12,6 +12,7 @@ from qies.data.shards import Shards
 from qies.data.tokenizer import token_byte_lengths
 from qies.model import QiesForCausalLM
 from qies.objective import bits_per_byte
+from qies.ops.loss import linear_cross_entropy
 from qies.train.parallel import Group
 
 
@@ -44,8 +45,19 @@ def held_out_loss(
         targets = mine[:, 1:] if len(own) else torch.full_like(mine[:, 1:], -100)
         with precision():
             inputs, goal = mine[:, :-1].to(group.device), targets.to(group.device)
-            out = model(inputs, shift_labels=goal, num_items_in_batch=1, logits_to_keep=1, use_cache=False)
-        nats += out.loss.item()
+            if group.size == 1:  # the sum in fp64
+                hidden = model.model(inputs, use_cache=False).last_hidden_state
+                losses = linear_cross_entropy(
+                    hidden.flatten(0, 1),
+                    model.lm_head.weight,
+                    goal.flatten(),
+                    softcap=model.config.logit_softcap or None,
+                    reduction="none",
+                )
+                nats += losses.double().sum().item()
+            else:  # sharded weights are whole only inside of the model's own forward
+                out = model(inputs, shift_labels=goal, num_items_in_batch=1, logits_to_keep=1, use_cache=False)
+                nats += out.loss.item()
         tokens += ids[:, 1:].numel()
         size += int(lengths[ids[:, 1:]].sum())
     nats = group.gather([nats]).sum().item()
