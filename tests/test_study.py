@@ -126,17 +126,6 @@ def test_a_study_killed_in_the_middle_ends_as_the_undisturbed_one(finished, sett
         ).read_bytes()
 
 
-def test_a_run_whose_process_dies_is_failed_and_the_others_go_on(settings, shard_folder, tmp_path, monkeypatch):
-    good = RunConfig(arm="no_phase", size="50k", tokens=128, data=settings.data, train=settings.train)
-    bad = configs.from_dict(RunConfig, configs.to_dict(good) | {"model": {"head_dim": 15}, "seed": 1})
-    monkeypatch.setattr(
-        runs, "plan", lambda config, vocab: {"schema": 1, "config_hash": "x"}
-    )  # the plan would refuse it
-    records = ladder.execute([bad, good], tmp_path, shard_folder, workers=1)
-    assert [r["status"] for r in records] == ["failed", "done"]
-    assert "head_dim is 15" in records[0]["error"]
-
-
 def test_a_study_killed_while_it_reads_its_corpus_is_known_again(settings, tmp_path):
     """What such a kill leaves: the claim and a half-built data folder."""
     study_folder = tmp_path / "out"

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -150,7 +151,7 @@ class StudyConfig:
     arms: tuple[str, ...] = ("transformer", "qies", "no_phase")
     sizes: tuple[str, ...] = ("50k", "100k", "200k", "400k")
     seeds: tuple[int, ...] = (0,)
-    tokens_per_parameter: float = 6.0
+    tokens_per_parameter: float | tuple[float, ...] = 6.0  # a list: several budgets a size
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     model: dict[str, Any] = field(default_factory=dict)
@@ -168,11 +169,12 @@ class StudyConfig:
             _choice("arms", arm, presets.ARMS)
         for size in self.sizes:
             presets.parse_size(size)
-        for name in ("arms", "sizes", "seeds"):
-            values = getattr(self, name)
+        for name, values in {**{k: getattr(self, k) for k in ("arms", "sizes", "seeds")},
+                             "tokens_per_parameter": self.budgets}.items():  # fmt: skip
             _require(len(values) > 0, name, values, "a list of at least one")
             _require(len(set(values)) == len(values), name, list(values), "a list without repeats")
-        _require(self.tokens_per_parameter > 0, "tokens_per_parameter", self.tokens_per_parameter, "a positive number")
+        for budget in self.budgets:
+            _require(budget > 0, "tokens_per_parameter", budget, "a positive number")
         _require(self.workers >= 0, "workers", self.workers, "0 (one a core) or a positive integer")
         _require(
             bool(self.name) and self.name.replace("-", "").replace("_", "").isalnum(),
@@ -181,17 +183,23 @@ class StudyConfig:
             "letters, digits, - and _ only",
         )
 
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Tokens a parameter, one number a budget."""
+        given = self.tokens_per_parameter
+        return given if isinstance(given, tuple) else (given,)
+
     def runs(self) -> list[RunConfig]:
-        """Every run of the grid, by size, seed and arm."""
+        """Every run of the grid, by size, budget, seed and arm."""
         from qies import presets
 
         step = self.train.seq_len * self.train.batch_size
         out = []
         for size in sorted(self.sizes, key=presets.parse_size):
-            tokens = max(1, round(presets.parse_size(size) * self.tokens_per_parameter / step)) * step
-            for seed in self.seeds:
-                for arm in self.arms:
-                    out.append(RunConfig(arm, size, tokens, seed, self.data, self.train, dict(self.model)))
+            budgets = [max(1, round(presets.parse_size(size) * b / step)) * step for b in self.budgets]
+            _require(len(set(budgets)) == len(budgets), f"tokens of size {size}", budgets, "different for each budget")
+            for tokens, seed, arm in itertools.product(budgets, self.seeds, self.arms):
+                out.append(RunConfig(arm, size, tokens, seed, self.data, self.train, dict(self.model)))
         return out
 
 
@@ -316,7 +324,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         options = typing.get_args(kind)
         if value is None and type(None) in options:
             return None
-        return _convert(next(o for o in options if o is not type(None)), value, where)
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        wanted = [o for o in options if o is not type(None)]
+        return _convert(next((o for o in wanted if listed == (typing.get_origin(o) is tuple)), wanted[0]), value, where)
     if origin is dict or kind is dict:
         if not isinstance(value, Mapping):
             raise UserError(f"{where} must be a mapping, not {value!r}.")

@@ -92,16 +92,15 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[str, Any]]:
-    """Everything the study asks for, into `folder`. What is done already is not done again. Returns the records."""
+def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
+    """Claim `folder`, check every run's settings and build the corpus. Returns the folder of shards."""
     from qies.data.shards import build_shards, open_shards
     from qies.train.loop import check_data
 
     claim(study, folder)
-    planned = study.runs()
-    for config in planned:  # every bad setting shows before anything is spent
+    for config in study.runs():  # every bad setting shows before anything is spent
         runs.plan(config, study.data.vocab_size)
-    root, data = folder / "runs", data_folder(study, folder)
+    data = data_folder(study, folder)
     new = not (folder / "study.yaml").exists()
     if new:  # before anything else, so that a study killed while it reads its corpus is known again
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,18 +114,28 @@ def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[s
         if new:  # a bad corpus leaves no claim behind
             (folder / "study.yaml").unlink()
         raise
+    return data
+
+
+def run_all(study: StudyConfig, folder: Path, console: Console, **how: Any) -> list[dict[str, Any]]:
+    """Every run of the study, with a progress bar; `how` goes to `ladder.execute`. Returns the records."""
+    data, root, planned = prepare(study, folder, console), folder / "runs", study.runs()
     todo = [c for c in planned if not ladder.finished(ladder.run_folder(root, c))]
-    console.print(
-        f"{len(planned) - len(todo)} of {len(planned)} runs are done already." if len(todo) < len(planned) else ""
-    )
+    if len(todo) < len(planned):
+        console.print(f"{len(planned) - len(todo)} of {len(planned)} runs are done already.")
     if todo:
-        workers = study.workers or ladder.cores()
+        how.setdefault("workers", study.workers or ladder.cores())
         # The longest first, so that no core waits for one last long run.
         cost = dict(zip(map(configs.content_hash, planned), estimate(study), strict=True))
         longest_first = sorted(planned, key=lambda c: -cost[configs.content_hash(c)])
-        with _Watch(study, todo, workers, console) as watch:
-            ladder.execute(longest_first, root, data, workers=workers, event=watch.event)
-    records = [r for c in planned if (r := runs.read(ladder.run_folder(root, c))) is not None]
+        with _Watch(study, todo, how["workers"], console) as watch:
+            ladder.execute(longest_first, root, data, event=watch.event, **how)
+    return [r for c in planned if (r := runs.read(ladder.run_folder(root, c))) is not None]
+
+
+def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[str, Any]]:
+    """Everything the study asks for, into `folder`. What is done already is not done again. Returns the records."""
+    records = run_all(study, folder, console, retry_failed=True)
     analyse(study, folder, records, console)
     return records
 
@@ -162,6 +171,8 @@ def fit_arms(study: StudyConfig, done: list[dict[str, Any]]) -> dict[str, Any]:
     arms: dict[str, Any] = {}
     for arm in study.arms:
         own = [r for r in done if r["arm"] == arm]
+        most = {size: max(r["tokens"] for r in own if r["size"] == size) for size in {r["size"] for r in own}}
+        own = [r for r in own if r["tokens"] == most[r["size"]]]  # of several budgets the largest
         axes = {"params": [r["params"]["non_embedding"] for r in own], "flops": [r["flops"] for r in own]}
         losses = [r["metrics"]["val_loss"] for r in own]
         arms[arm] = {k: fit_power(x, losses).to_dict() if len(set(x)) >= 3 else None for k, x in axes.items()}
@@ -191,7 +202,7 @@ def compare_arms(study: StudyConfig, folder: Path) -> dict[str, Any]:
 def largest(study: StudyConfig, done: list[dict[str, Any]], arm: str) -> dict[str, Any] | None:
     """The arm's finished run of the largest size and first seed."""
     own = [r for r in done if r["arm"] == arm]
-    return max(own, key=lambda r: (parse_size(r["size"]), -study.seeds.index(r["seed"])), default=None)
+    return max(own, key=lambda r: (parse_size(r["size"]), r["tokens"], -study.seeds.index(r["seed"])), default=None)
 
 
 def entanglement_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]) -> dict[str, Any]:
@@ -308,5 +319,5 @@ class _Watch:
             self.progress.update(self.total, completed=done, note=f"{clock(left)} left")
         if status != "running":
             self.progress.remove_task(self.lines.pop(key))
-            self.done[key] = self.cost[key]
+            self.done[key] = 0.0 if status in ("retrying", "lost") else self.cost[key]
             self.console.print(f"{config.arm} {config.size} seed {config.seed}: {status}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from qies.cli.ladders import ladder
 from qies.cli.models import generate
 from qies.cli.numbers import bench, compare, fit, report
 from qies.cli.runs import data, plan, study, train
@@ -15,6 +16,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "data": data,
     "train": train,
+    "ladder": ladder,
     "generate": generate,
     "report": report,
     "bench": bench,

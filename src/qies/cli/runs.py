@@ -72,7 +72,7 @@ def study(
     console.print(f"report: {page}")
     failed = [r for r in records if r["status"] == "failed"]
     if failed:
-        where = ", ".join(str(folder / "runs" / r["config_hash"] / "error.log") for r in failed)
+        where = ", ".join(str(folder / "runs" / r["config_hash"] / "attempts") for r in failed)
         raise RuntimeError(f"{len(failed)} runs failed; see {where}")
 
 

@@ -1,0 +1,109 @@
+"""The verb ladder: many runs, shared by any number of controllers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from tyro.conf import Positional
+
+from qies.errors import UserError
+from qies.terminal import show
+
+
+def ladder(
+    action: Positional[Literal["plan", "run", "status"]],
+    overrides: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[LADDER.yaml] [KEY=VALUE ...]")] = (),
+    /,
+    out: Path | None = None,
+    workers: int | None = None,
+    threads: int = 1,
+    gpus: int = 0,
+    retries: int = 2,
+    retry_failed: bool = False,
+    watch: bool = False,
+    json: bool = False,
+) -> None:
+    """Many runs: sizes x budgets x arms x seeds. Start `run` as often as you like: controllers share the work.
+
+    For example:
+
+        qies ladder plan ladder.yaml tokens_per_parameter=[5,20]
+        qies ladder run ladder.yaml --out ladders/first
+        qies ladder status --out ladders/first --watch
+
+    Args:
+        action: plan, run or status.
+        overrides: A ladder file (the keys of a study), and dotted overrides of its keys; status needs only --out.
+        out: The ladder's folder; by default results/NAME.
+        workers: Runs side by side; by default one for each `threads` cores.
+        threads: Processor threads of a run.
+        gpus: GPUs of a run, given to it by CUDA_VISIBLE_DEVICES.
+        retries: New attempts after a run's first failure.
+        retry_failed: Try again the runs that were given up.
+        watch: Let status refresh until every run is over.
+        json: Print JSON.
+    """
+    from qies import config, runs
+    from qies import ladder as ladders
+    from qies import study as studies
+
+    for name, number, least in (("workers", workers, 1), ("threads", threads, 1), ("gpus", gpus, 0),
+                                ("retries", retries, 0)):  # fmt: skip
+        if number is not None and number < least:
+            raise UserError(f"--{name} must be at least {least}.")
+    files = [w for w in overrides if "=" not in w]
+    changes = [w for w in overrides if "=" in w]
+    if action == "status":
+        if out is None or not (out / "study.yaml").is_file():
+            raise UserError("Give --out DIR, the folder of a ladder that was started with qies ladder run.")
+        files = [str(out / "study.yaml")]
+    if len(files) != 1:
+        raise UserError("Give one ladder file: a LADDER.yaml.")
+    chosen = config.load(config.StudyConfig, files[0], changes)
+    chosen = config.replace_data(chosen, chosen.data.source)
+    folder = out or Path("results") / chosen.name
+    console = Console(stderr=json)
+    if action == "plan":
+        records = [runs.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
+        show(json, records, lambda: console.print(studies.plan_table(chosen)))
+    elif action == "run":
+        side = workers or chosen.workers or max(1, ladders.cores() // threads)
+        how = {"workers": side, "threads": threads, "gpus": gpus, "retries": retries, "retry_failed": retry_failed}
+        records = studies.run_all(chosen, folder, console, **how)
+        show(json, records, lambda: console.print(studies.result_table(chosen, records)))
+        failed = [str(folder / "runs" / r["config_hash"] / "attempts") for r in records if r["status"] == "failed"]
+        if failed:
+            raise RuntimeError(f"{len(failed)} runs failed; see {', '.join(failed)}")
+    else:
+        planned, estimates = chosen.runs(), studies.estimate(chosen)
+        found = ladders.status(planned, folder / "runs", estimates)
+        if not watch:
+            show(json, found, lambda: console.print(_table(found)))
+            return
+        with Live(_table(found), console=console) as live:
+            while found["seconds_left"] > 0:
+                time.sleep(1)
+                found = ladders.status(planned, folder / "runs", estimates)
+                live.update(_table(found))
+        show(json, found, lambda: None)
+
+
+def _table(found: dict[str, Any]) -> Table:
+    from qies.study import clock
+
+    table = Table(box=box.SIMPLE_HEAD, caption=f"{clock(found['seconds_left'])} left with the runs now active")
+    for column in ("run", "arm", "size", "seed", "state", "step", "tokens/s", "loss", "left"):
+        table.add_column(column, justify="left" if column in ("run", "arm", "state") else "right", no_wrap=True)
+    for r in found["runs"]:
+        rate = f"{r['tokens_per_second']:,.0f}" if r["tokens_per_second"] else "-"
+        loss = f"{r['loss']:.3f}" if r["loss"] is not None else "-"
+        table.add_row(r["run"][:8], r["arm"], r["size"], str(r["seed"]), r["state"], f"{r['step']}/{r['steps']}", rate,
+                      loss, clock(r["seconds_left"]))  # fmt: skip
+    return table

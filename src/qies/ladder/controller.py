@@ -1,0 +1,209 @@
+"""Runs executed side by side, each in a process of its own, by any number of controllers on one folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qies import runs
+from qies.config import RunConfig, content_hash
+from qies.errors import UserError
+from qies.ladder import lease as leases
+from qies.ladder.lease import STALE_SECONDS, Lease
+
+POLL_SECONDS = 0.25
+SCAN_SECONDS = 1.0  # between looks for runs that have become free
+WORKER = (sys.executable, "-m", "qies.ladder.worker")
+
+
+def run_folder(root: Path, config: RunConfig) -> Path:
+    """Where a run lives: below `root`, named by the hash of its configuration."""
+    return root / content_hash(config)
+
+
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class Slot:
+    """One run in progress: its process, its lease, the GPUs it has, and how far its metrics are read."""
+
+    config: RunConfig
+    folder: Path
+    process: Any
+    lease: Lease | None = None
+    gpus: str | None = None
+    offset: int = 0
+
+    def new_rows(self) -> list[dict[str, Any]]:
+        """The complete rows written since the last call."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        if path.stat().st_size < self.offset:  # truncated by a resume
+            self.offset = 0
+        with open(path, "rb") as f:
+            f.seek(self.offset)
+            text = f.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        return runs.parse_rows(whole.decode())
+
+
+Event = Callable[[RunConfig, list[dict[str, Any]], str], None]
+
+
+def execute(
+    configs: Sequence[RunConfig],
+    root: Path,
+    data: Path,
+    *,
+    workers: int,
+    threads: int = 1,
+    gpus: int = 0,
+    retries: int = 2,
+    retry_failed: bool = False,
+    stale: float = STALE_SECONDS,
+    command: Sequence[str] = WORKER,
+    event: Event | None = None,
+) -> list[dict[str, Any]]:
+    """Run every configuration that is not done, `workers` at a time, and return all records in order.
+
+    Each run is a process of its own with `threads` threads and `gpus` devices. Controllers on the same folder share
+    the runs by leases (lease.py) and wait for each other's. A run whose process fails is tried `retries` more times;
+    bad input and divergence are final; `retry_failed` gives runs that were given up new attempts.
+    `event(config, new metric rows, status)` reports progress. An interrupt lets each run save.
+    """
+    from qies.data.shards import open_shards
+
+    vocab = open_shards(data).manifest.vocab_size
+    owner, tell = uuid.uuid4().hex[:12], event or (lambda *_: None)
+    free = _devices(workers, gpus)
+    for config in configs:
+        _plan(run_folder(root, config), config, vocab)
+        if retry_failed:
+            leases.reset(run_folder(root, config), owner, retries)
+    waiting = [c for c in configs if not _over(run_folder(root, c), retries)]
+    active: list[Slot] = []
+    beat = min(5.0, stale / 6)
+    beaten, scanned = time.monotonic(), -SCAN_SECONDS
+    try:
+        while waiting or active:
+            if free and time.monotonic() - scanned >= SCAN_SECONDS:
+                scanned = time.monotonic()
+                for config in list(waiting):
+                    folder = run_folder(root, config)
+                    if free and (held := leases.acquire(folder, owner, stale=stale, retries=retries)):
+                        waiting.remove(config)
+                        active.append(_start(config, folder, held, free.pop(0), (*command, str(data)), threads))
+                    elif _over(folder, retries):  # another controller's work
+                        waiting.remove(config)
+                        tell(config, [], (runs.read(folder) or {"status": "failed"})["status"])
+            time.sleep(POLL_SECONDS)
+            renew = time.monotonic() - beaten >= beat
+            beaten = time.monotonic() if renew else beaten
+            for slot in list(active):
+                assert slot.lease is not None
+                if renew and not slot.lease.beat():  # we were held up too long and the run is another's now
+                    slot.process.terminate()
+                ended = slot.process.poll() is not None
+                tell(slot.config, slot.new_rows(), "running")
+                if ended:
+                    active.remove(slot)
+                    free.append(slot.gpus)
+                    scanned = -SCAN_SECONDS
+                    outcome = _settle(slot, retries)
+                    if outcome in ("retrying", "lost"):
+                        waiting.append(slot.config)
+                    tell(slot.config, [], outcome)
+    finally:
+        for slot in active:
+            slot.process.terminate()
+        for slot in active:
+            slot.process.wait(timeout=60)
+            _settle(slot, retries)
+    return [record for c in configs if (record := runs.read(run_folder(root, c))) is not None]
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run in `folder` needs nothing more."""
+    record = runs.read(folder)
+    return record is not None and record["status"] in ("done", "diverged")
+
+
+def _over(folder: Path, retries: int) -> bool:
+    return leases.exhausted(leases.attempts(folder), retries) or finished(folder)
+
+
+def _devices(workers: int, gpus: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each slot; None leaves it as it is."""
+    if not gpus:
+        return [None] * workers
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    if len(names) < workers * gpus:
+        raise UserError(f"{workers} runs of {gpus} GPUs need {workers * gpus}; {len(names)} are visible.")
+    return [",".join(names[i * gpus : (i + 1) * gpus]) for i in range(workers)]
+
+
+def _plan(folder: Path, config: RunConfig, vocab: int) -> None:
+    """Write the planned record unless one is there; link(2) never replaces one that another controller made."""
+    if runs.read(folder) is None:
+        record = runs.plan(config, vocab)
+        partial = folder / f".planned.{uuid.uuid4().hex}"
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.write_json(partial, record)
+        try:
+            os.link(partial, folder / "run.json")
+        except FileExistsError:
+            pass
+        finally:
+            partial.unlink()
+
+
+def _start(
+    config: RunConfig, folder: Path, held: Lease, gpus: str | None, command: Sequence[str], threads: int
+) -> Slot:
+    """A fresh interpreter for the run; what it prints goes beside its attempt."""
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    if gpus is not None:
+        env["CUDA_VISIBLE_DEVICES"] = gpus
+    *program, data = command
+    with open(held.log, "wb") as log:
+        words = [*program, str(folder), data, str(threads)]
+        process = subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    return Slot(config, folder, process, held, gpus)
+
+
+def _settle(slot: Slot, retries: int) -> str:
+    """Close the attempt of an ended process: the run's final status, "retrying", or "lost" to another controller."""
+    held, code = slot.lease, slot.process.returncode
+    assert held is not None
+    if not held.beat():
+        held.end("interrupted", "another controller took the run over")
+        return "lost"
+    record = runs.read(slot.folder)
+    if record is not None and record["status"] in ("done", "diverged"):
+        held.end(record["status"], "")
+        return record["status"]
+    lines = held.log.read_text(errors="replace").strip().splitlines()
+    reason = f"its process ended with code {code}: {lines[-1] if lines else 'it printed nothing'}"
+    outcome = "interrupted" if code in (130, 143, -2, -15) else "refused" if code == 2 else "failed"
+    held.end(outcome, reason)
+    if not leases.exhausted(leases.attempts(slot.folder), retries):
+        return "retrying"
+    with runs.lock(slot.folder):
+        if record is not None:
+            runs.write(slot.folder, record | {"status": "failed", "error": reason})
+    return "failed"

@@ -1,0 +1,44 @@
+"""What the runs of a ladder are doing, read from their folders alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qies import runs
+from qies.config import RunConfig, content_hash
+from qies.ladder.lease import STALE_SECONDS, attempts
+
+
+def status(
+    configs: Sequence[RunConfig], root: Path, estimates: Sequence[float], stale: float = STALE_SECONDS
+) -> dict[str, Any]:
+    """Each run's state, step, rate, loss and seconds left, and `seconds_left` of the whole with the runs now active.
+
+    `estimates` are seconds for each run; a run with steps done is projected from its own rate. State is the record's
+    status, or "stale" where an attempt is open that nobody holds, or "waiting" between attempts.
+    """
+    rows = []
+    for config, estimate in zip(configs, estimates, strict=True):
+        folder = root / content_hash(config)
+        record, history = runs.read(folder), attempts(folder)
+        state = record["status"] if record else "planned"
+        if state in ("planned", "running", "failed"):
+            if history and history[-1].outcome is None:
+                state = "stale" if history[-1].abandoned(stale) else "running"
+            elif state == "running":
+                state = "waiting"
+        steps = runs.steps(folder)
+        last = steps[-1] if steps else None
+        done = last["step"] + 1 if last else 0
+        each = last["seconds"] / done if last else estimate / config.steps
+        over = state in ("done", "diverged", "failed")
+        rows.append({
+            "run": content_hash(config), "arm": config.arm, "size": config.size, "seed": config.seed, "state": state,
+            "tokens": config.tokens, "step": done, "steps": config.steps, "loss": last["loss"] if last else None,
+            "tokens_per_second": round(last["tokens"] / last["seconds"], 1) if last and last["seconds"] else None,
+            "attempts": len(history), "seconds_left": 0.0 if over else round((config.steps - done) * each, 1),
+        })  # fmt: skip
+    active = max(1, sum(r["state"] == "running" for r in rows))
+    return {"schema": 1, "runs": rows, "seconds_left": round(sum(r["seconds_left"] for r in rows) / active, 1)}

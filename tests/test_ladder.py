@@ -1,0 +1,171 @@
+"""Many runs by many controllers: leases, retries, kills. Workers are tiny commands that keep count of themselves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qies import ladder, runs
+from qies.config import RunConfig, StudyConfig, content_hash, from_dict, to_dict
+from qies.ladder import lease as leases
+from qies.ladder.lease import acquire, attempts
+
+# Counts its starts, takes the run's lock as the training loop does, writes three rows once, and is done.
+FAKE = """
+import fcntl, json, os, sys, time
+from pathlib import Path
+folder = Path(sys.argv[-3])
+lock = open(folder / ".lock", "w"); fcntl.flock(lock, fcntl.LOCK_EX)
+record = json.loads((folder / "run.json").read_text())
+if record["status"] == "done": sys.exit(0)
+parent, starts = os.getppid(), folder / "starts"
+count = len(starts.read_text()) if starts.exists() else 0
+starts.write_text("x" * (count + 1))
+if count < int(sys.argv[1]): print("broken by design"); sys.exit(int(sys.argv[2]))
+for step in range(3):
+    time.sleep(0.1)
+    if os.getppid() != parent: (folder / "metrics.jsonl").unlink(missing_ok=True); sys.exit(143)
+    with open(folder / "metrics.jsonl", "a") as f:
+        f.write(json.dumps({"step": step, "tokens": step + 1, "seconds": 1, "loss": 1.0}) + chr(10))
+partial = folder / ".r"; partial.write_text(json.dumps(record | {"status": "done"})); os.replace(partial, folder / "run.json")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """Gives the command of a worker that fails `n` times with `code` before it works."""
+    path = tmp_path / "fake.py"
+    path.write_text(FAKE)
+    return lambda n=0, code=1: (sys.executable, "-S", str(path), str(n), str(code))
+
+
+@pytest.fixture
+def grid(data_config, tiny):
+    return [RunConfig("qies", "50k", 128, seed, data_config, tiny) for seed in range(4)]
+
+
+def planned(tmp_path):
+    folder = tmp_path / "run"
+    runs.write(folder, {"schema": 1, "status": "planned"})
+    return folder
+
+
+def controller(grid, root, data, command, **how):
+    """`execute` in a process of its own."""
+    code = (
+        "import json, sys; from pathlib import Path; from qies import ladder; from qies.config import *\n"
+        "configs, root, data, command, how = json.loads(sys.argv[1])\n"
+        "ladder.execute([from_dict(RunConfig, c) for c in configs], Path(root), Path(data), command=command, **how)"
+    )
+    words = json.dumps([[to_dict(c) for c in grid], str(root), str(data), list(command), how])
+    return subprocess.Popen([sys.executable, "-c", code, words])
+
+
+def done_once(root, grid):
+    for config in grid:
+        folder = root / content_hash(config)
+        assert runs.read(folder)["status"] == "done"
+        assert [r["step"] for r in runs.steps(folder)] == [0, 1, 2]
+
+
+def test_two_controllers_share_the_work_and_do_each_run_once(grid, shard_folder, fake, tmp_path):
+    root = tmp_path / "runs"
+    both = [controller(grid, root, shard_folder, fake(), workers=1) for _ in range(2)]
+    assert [p.wait(timeout=120) for p in both] == [0, 0]
+    done_once(root, grid)
+    for config in grid:
+        assert (root / content_hash(config) / "starts").read_text() == "x"
+        assert [a.outcome for a in attempts(root / content_hash(config))] == ["done"]
+
+
+def test_a_killed_controller_loses_no_run(grid, shard_folder, fake, tmp_path):
+    root = tmp_path / "runs"
+    first = controller(grid, root, shard_folder, fake(), workers=2)
+    deadline = time.time() + 100
+    while not list(root.glob("*/metrics.jsonl")) and time.time() < deadline:
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    ladder.execute(grid, root, shard_folder, workers=2, command=fake())
+    done_once(root, grid)
+    notes = [a.facts.get("took_over") for c in grid for a in attempts(root / content_hash(c))]
+    assert any(notes)
+
+
+def test_a_run_that_fails_twice_then_works(grid, shard_folder, fake, tmp_path):
+    [record] = ladder.execute(grid[:1], tmp_path, shard_folder, workers=1, command=fake(2))
+    history = attempts(tmp_path / content_hash(grid[0]))
+    assert record["status"] == "done" and [a.outcome for a in history] == ["failed", "failed", "done"]
+    assert history[0].facts["reason"] == "its process ended with code 1: broken by design"
+
+
+def test_failures_are_bounded_and_others_go_on_and_can_be_tried_again(grid, shard_folder, fake, tmp_path):
+    call = dict(workers=1, retries=1, command=fake(2))
+    records = ladder.execute(grid[:2], tmp_path, shard_folder, **call)
+    assert [r["status"] for r in records] == ["failed", "failed"] and "broken by design" in records[0]["error"]
+    assert ladder.execute(grid[:2], tmp_path, shard_folder, **call) == records
+    records = ladder.execute(grid[:2], tmp_path, shard_folder, retry_failed=True, **call)
+    assert [r["status"] for r in records] == ["done", "done"]
+
+
+def test_bad_input_is_not_tried_again(grid, shard_folder, fake, tmp_path):
+    [record] = ladder.execute(grid[:1], tmp_path, shard_folder, workers=1, command=fake(1, 2))
+    assert record["status"] == "failed" and len(attempts(tmp_path / content_hash(grid[0]))) == 1
+
+
+def test_one_of_many_gets_an_abandoned_lease(tmp_path):
+    folder = planned(tmp_path)
+    first = acquire(folder, "a")
+    assert first and acquire(folder, "b") is None and first.beat()
+    facts = json.loads(first.path.read_text()) | {"host": "elsewhere"}
+    first.path.write_text(json.dumps(facts))
+    assert acquire(folder, "b", stale=60) is None
+    os.utime(first.path, (0, time.time() - 61))
+    second = acquire(folder, "b", stale=60)
+    assert second.number == 2 and acquire(folder, "c") is None
+    assert not first.beat() and second.beat()
+
+
+def test_a_hosts_clock_does_not_matter(tmp_path, monkeypatch):
+    folder = planned(tmp_path)
+    held = acquire(folder, "a")
+    held.path.write_text(json.dumps(json.loads(held.path.read_text()) | {"host": "elsewhere", "at": 0}))
+    now = time.time()
+    for skew in (-1e6, 1e6):
+        monkeypatch.setattr(time, "time", lambda skew=skew: now + skew)
+        assert acquire(folder, "b") is None
+    os.utime(held.path, (0, now + 1e6))  # the file system's own clock was set back
+    assert acquire(folder, "b").number == 2
+
+
+def test_a_process_id_used_again_is_not_the_owner(tmp_path):
+    folder = planned(tmp_path)
+    held = acquire(folder, "a")
+    held.path.write_text(json.dumps(held.facts | {"started": "1"}))
+    assert acquire(folder, "b").number == 2
+
+
+def test_the_loser_of_a_race_for_the_next_attempt_gets_nothing(tmp_path, monkeypatch):
+    folder = planned(tmp_path)
+    assert leases.acquire(folder, "a")
+    monkeypatch.setattr(leases, "attempts", lambda _: [])  # what b read before a's lease was there
+    assert leases.acquire(folder, "b") is None
+
+
+def test_several_budgets_and_the_scalar_form():
+    one = StudyConfig(tokens_per_parameter=6.0)
+    many = from_dict(StudyConfig, to_dict(one) | {"tokens_per_parameter": [6, 12]})
+    assert to_dict(one)["tokens_per_parameter"] == 6.0
+    hashes = {content_hash(c) for c in many.runs()}
+    assert {content_hash(c) for c in one.runs()} < hashes and len(hashes) == 2 * len(one.runs())
+
+
+def test_status_reads_folders_alone(grid, shard_folder, fake, tmp_path):
+    ladder.execute(grid[:1], tmp_path, shard_folder, workers=1, command=fake())
+    found = ladder.status(grid, tmp_path, [8.0] * 4)
+    assert [r["state"] for r in found["runs"]] == ["done", "planned", "planned", "planned"]
+    assert found["runs"][0]["attempts"] == 1 and found["seconds_left"] == 24.0
