@@ -177,6 +177,14 @@ def test_a_forked_child_computes_too(monkeypatch):
     assert torch.equal(got, want)
 
 
+def test_nan_is_never_taken_for_a_number():
+    for i in (3, 4):  # beta, log_alpha
+        args = [x.float() for x in inputs(1, 40, 1, 3, 4)]
+        args[i][0, 0] = torch.nan
+        o, state = entangle_fused(*args)
+        assert o[0, 1:].isnan().all() and state.isnan().all()
+
+
 def test_a_sequence_of_nan_does_not_reach_its_neighbours():
     args = [x.float() for x in inputs(3, 40, 2, 3, 4)]
     clean = evaluate(entangle_fused, args, "real")

@@ -188,3 +188,10 @@ def test_bad_input_says_what_is_wrong():
         linear_cross_entropy(hidden, weight, targets, softcap=0.0)
     with pytest.raises(UserError, match="reduction"):
         linear_cross_entropy(hidden, weight, targets, reduction="sum")
+
+
+@pytest.mark.parametrize("softcap", [15.0, None])
+def test_nan_is_never_taken_for_a_number(softcap):
+    hidden, weight, targets = inputs(9, 8, 20)
+    weight.data[3, 2] = torch.nan
+    assert linear_cross_entropy(hidden, weight, targets, softcap=softcap).isnan()

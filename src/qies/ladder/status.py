@@ -19,7 +19,7 @@ def status(
     `estimates` are seconds for each run; a run with steps done is projected from its own rate. State is the record's
     status, or "stale" where an attempt is open that nobody holds, or "waiting" between attempts.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for config, estimate in zip(configs, estimates, strict=True):
         folder = root / content_hash(config)
         record, history = runs.read(folder), attempts(folder)
@@ -40,5 +40,5 @@ def status(
             "tokens_per_second": round(last["tokens"] / last["seconds"], 1) if last and last["seconds"] else None,
             "attempts": len(history), "seconds_left": 0.0 if over else round((config.steps - done) * each, 1),
         })  # fmt: skip
-    active = max(1, sum(r["state"] == "running" for r in rows))
+    active = max(1, len([r for r in rows if r["state"] == "running"]))
     return {"schema": 1, "runs": rows, "seconds_left": round(sum(r["seconds_left"] for r in rows) / active, 1)}

@@ -8,6 +8,7 @@ vector registers of 512 bits.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -303,7 +304,8 @@ class _Cache(FunctionCache):
 def kernel(function: Callable[..., Any]) -> Any:
     """`function` compiled by numba on first use, and kept on disk for the next process."""
     compiled = njit(**OPTIONS)(function)
-    compiled._cache = _Cache(function)
+    with contextlib.suppress(RuntimeError):  # nowhere to write: compiled in every process
+        compiled._cache = _Cache(function)
     return compiled
 
 
@@ -348,8 +350,8 @@ def _write(x, i, value):
 
 @njit(**{**OPTIONS, "fastmath": {"contract"}})  # not "reassoc", which may undo the two-step reduction of the range
 def exp(x):
-    """e^x in float32 for x <= 60, to its rounding; 0 below -87. Taylor's series, without branches, so that loops of it
-    become vectors."""
+    """e^x in float32 for x <= 60, to its rounding; 0 below -87, NaN of NaN. Taylor's series, without branches, so that
+    loops of it become vectors."""
     n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
     n = max(n, np.float32(-126))
     y = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
@@ -357,7 +359,7 @@ def exp(x):
     p = ((p * y + np.float32(1 / 120)) * y + np.float32(1 / 24)) * y + np.float32(1 / 6)
     p = ((p * y + np.float32(1 / 2)) * y + np.float32(1)) * y + np.float32(1)
     power = np.int32((np.int32(n) + 127) << 23).view(np.float32)
-    return p * power if x > np.float32(-87) else np.float32(0)
+    return np.float32(0) if x <= np.float32(-87) else p * power
 
 
 @njit(**OPTIONS)
