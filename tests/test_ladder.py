@@ -31,7 +31,9 @@ for step in range(3):
     if os.getppid() != parent: (folder / "metrics.jsonl").unlink(missing_ok=True); sys.exit(143)
     with open(folder / "metrics.jsonl", "a") as f:
         f.write(json.dumps({"step": step, "tokens": step + 1, "seconds": 1, "loss": 1.0}) + chr(10))
-partial = folder / ".r"; partial.write_text(json.dumps(record | {"status": "done"})); os.replace(partial, folder / "run.json")
+partial = folder / ".r"
+partial.write_text(json.dumps(record | {"status": "done"}))
+os.replace(partial, folder / "run.json")
 """
 
 

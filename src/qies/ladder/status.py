@@ -19,7 +19,7 @@ def status(
     `estimates` are seconds for each run; a run with steps done is projected from its own rate. State is the record's
     status, or "stale" where an attempt is open that nobody holds, or "waiting" between attempts.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for config, estimate in zip(configs, estimates, strict=True):
         folder = root / content_hash(config)
         record, history = runs.read(folder), attempts(folder)
