@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -129,8 +130,9 @@ def execute(
         for slot in active:
             slot.process.terminate()
         for slot in active:
-            slot.process.wait(timeout=60)
-            _settle(slot, retries)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it saves once it sees that we are gone
+                slot.process.wait(timeout=60)
+                _settle(slot, retries)
     return [record for c in configs if (record := runs.read(run_folder(root, c))) is not None]
 
 
