@@ -20,7 +20,34 @@ Documents = Iterator[tuple[str, str]]
 
 _SHORTEST = 200  # characters below which a document of a reference is left out
 _LETTERS = 0.72  # share of letters in the characters of a paragraph (spaces apart) below which it is no prose
-_COMMON = frozenset("the of and to in a is that for it as be with by on are this or an not from i you his".split())
+_COMMON = frozenset(
+    [
+        "the",
+        "of",
+        "and",
+        "to",
+        "in",
+        "a",
+        "is",
+        "that",
+        "for",
+        "it",
+        "as",
+        "be",
+        "with",
+        "by",
+        "on",
+        "are",
+        "this",
+        "or",
+        "an",
+        "not",
+        "from",
+        "i",
+        "you",
+        "his",
+    ]
+)
 
 
 def is_prose(paragraph: str) -> bool:
@@ -89,8 +116,48 @@ def _markdown(content: bytes) -> Documents:
 class _Page(HTMLParser):
     """Collects the text of block elements, each a paragraph; what `_SKIPPED` elements hold goes."""
 
-    _SKIPPED = frozenset("script style pre table nav head header footer form svg select button sup math".split())
-    _BLOCKS = frozenset("p div li dt dd h1 h2 h3 h4 h5 h6 blockquote br section article ul ol dl body center".split())
+    _SKIPPED = frozenset(
+        [
+            "script",
+            "style",
+            "pre",
+            "table",
+            "nav",
+            "head",
+            "header",
+            "footer",
+            "form",
+            "svg",
+            "select",
+            "button",
+            "sup",
+            "math",
+        ]
+    )
+    _BLOCKS = frozenset(
+        [
+            "p",
+            "div",
+            "li",
+            "dt",
+            "dd",
+            "h1",
+            "h2",
+            "h3",
+            "h4",
+            "h5",
+            "h6",
+            "blockquote",
+            "br",
+            "section",
+            "article",
+            "ul",
+            "ol",
+            "dl",
+            "body",
+            "center",
+        ]
+    )
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -117,7 +184,9 @@ class _Page(HTMLParser):
             self.paragraphs[-1].append(data)
 
 
-_NO_TEXT = frozenset("sphinxsidebar related highlight navheader navfooter toc footer document-nav".split())
+_NO_TEXT = frozenset(
+    ["sphinxsidebar", "related", "highlight", "navheader", "navfooter", "toc", "footer", "document-nav"]
+)
 
 
 def html_text(page: str) -> str:
@@ -170,7 +239,7 @@ _ANSIBLE_MARK = re.compile(r"\b[A-Z]{1,3}\(([^(),]*)(?:,[^()]*)?\)")
 
 
 def _ansible(content: bytes) -> Documents:
-    """Descriptions and notes in the YAML with which a module documents itself, read line by line: it is never loaded."""
+    """Descriptions and notes in the YAML with which a module documents itself, read line by line, never loaded."""
     paragraphs: list[str] = []
     for block in _ANSIBLE.finditer(_decoded(content)):
         depth, inside = 0, False
@@ -243,6 +312,6 @@ def read_text(kind: str, name: str, content: bytes) -> Documents:
     """
     for suffix, text in READERS[kind](content):
         paragraphs = re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n"))
-        kept = "\n\n".join(paragraph for paragraph in paragraphs if is_prose(paragraph))
+        kept = "\n\n".join(paragraph for paragraph in paragraphs if paragraph.strip() and is_prose(paragraph)).strip()
         if len(kept) >= _SHORTEST and is_english(kept):
             yield name + suffix, kept
