@@ -20,6 +20,7 @@ from qies.data.extract import html_text, is_english, is_prose, read_text
 from qies.data.registry import Pin, documents, fetch
 from qies.errors import UserError
 
+PINNED_PIP = "e7b637c7688ecb05cb4babb3fa6a03d6c0bde92800c4b93fd94b0910604fd06b"  # of docs/data-registry.md
 PROSE = b"The king went to the north of the river, and the council was with him in the winter. " * 5
 
 
