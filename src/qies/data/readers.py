@@ -210,7 +210,7 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix.lower() == ".zst":
-        return io.BufferedReader(_pyarrow().CompressedInputStream(str(path), "zstd"), 1 << 20)  # type: ignore[return-value]
+        return io.BufferedReader(_pyarrow().CompressedInputStream(str(path), "zstd"), 1 << 20)
     return path.open("rb")
 
 
