@@ -21,7 +21,7 @@ from qies.errors import UserError
 from qies.ops.autograd import first_order
 from qies.ops.lanes import exp, flat, get, kernel, put, reread, write
 
-TILE = 1 << 17  # logits at work at once: two fp32 copies and a bf16 one fit a 2 MB cache
+TILE = 1 << 17  # half as many numbers of the head as are cast, or whose gradient is added up, at once: a 2 MB cache
 CHUNK = 512  # most tokens whose logits are held at once
 HELD = 1 << 23  # most logits held at once, unless that left fewer than CHUNK_MIN tokens
 CHUNK_MIN = 256
