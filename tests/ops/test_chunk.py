@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qies.errors import UserError
+from qies.ops import compiled
 from qies.ops.entangle import chunk, entangle, entangle_chunk, entangle_naive
 from qies.ops.entangle.fused import entangle_fused, in_parts, sweep, tile
 
@@ -81,6 +82,17 @@ def test_edges(edge, mode, channels):
         assert_close(single, expected, tolerance, floor)
 
 
+@pytest.mark.parametrize("T,seed", [(70, 0), (70, 1), (70, 2), (70, 3), (1000, 0)])
+def test_long_rows_of_the_same_reflection(T, seed):
+    """The same rounding in every token adds up, in the definition too: T equal products k . w = 2, each to its ulp."""
+    args = inputs(1, T, 2, 32, 8, seed=seed)
+    EDGES["parallel reflections"](args)
+    args = [x.float().double() for x in args]
+    expected = evaluate(entangle_naive, args, "real")
+    for form in (entangle_chunk, entangle_fused):
+        assert_close(evaluate(form, args, "real", torch.float32), expected, T * 2.0**-21)
+
+
 @pytest.mark.parametrize("form", [entangle_chunk, entangle_fused])
 def test_tokens_that_forget_everything(form):
     """alpha = 0: what came before is gone, whatever it was, and no gradient reaches it."""
@@ -104,6 +116,22 @@ def test_strong_damping_makes_chunks_shorter_and_only_then():
     assert chunk.calm(torch.full((1, 128, 1), -50.0), 32) == 2
 
 
+def test_the_digest_sees_every_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    seen = {compiled.digest(tmp_path)}
+    for name in ("a.py", "folder/b.py"):
+        for text in ("1", "2"):
+            (tmp_path / name).write_text(text)
+            seen.add(compiled.digest(tmp_path))
+    assert len(seen) == 5
+
+
+def test_two_processes_never_give_two_codes_one_name():
+    function = sweep.forward.py_func
+    names = {compiled.kernel(function)._cache._cache_file._data_name(1) for _ in range(2)}
+    assert len(names) == 2
+
+
 def test_compiled_code_is_kept_until_any_file_of_the_kernel_changes(monkeypatch):
     key = sweep.forward._cache._index_key
     signature = sweep.forward.signatures[0] if sweep.forward.signatures else ()
@@ -118,10 +146,14 @@ def test_the_kernel_cuts_chunks_head_by_head():
     damping = torch.full((1, 70, 2), -0.5)
     damping[:, 40, 0] = damping[:, 50:, 1] = -100.0
     sizes = tile.Sizes(70, 2, 4, 4, 1, 1, 1, False, 16, 16)
-    first, starts = sweep.plan(damping.numpy().reshape(-1), sizes, 1)
+    first, starts, place, kept = sweep.plan(damping.numpy().reshape(-1), sizes, 1)
     assert first.tolist() == [0, 4, 4 + 23]
     assert starts.tolist()[:4] == [0, 32, 40, 70]
     assert starts.tolist()[4:] == [0, 32, *range(50, 71)]
+    # sections of 32 tokens: [0, 32), [32, 40), [40, 70), the end; [0, 32), [32, 64), [64, 70), the end
+    assert place.tolist()[:4] == [0, 1, 2, 3]
+    assert place.tolist()[4:] == [4, 5, *range(-1, -15, -1), 6, *range(-1, -6, -1), 7]
+    assert kept == 8
 
 
 @pytest.mark.parametrize("mode,disc,channels", [("real", False, False), ("real", False, True), ("complex", True, True)])
@@ -220,6 +252,48 @@ def test_the_backward_keeps_no_state_per_token():
     assert kept < 0.2 * B * T * H * 2 * m * V
     with torch.no_grad():
         assert torch.equal(entangle_fused(*args)[0], o)
+
+
+@pytest.mark.parametrize("damping", [-50.0, -20.0])
+def test_not_even_where_every_token_damps_to_nothing(damping):
+    B, T, H, m, V = 2, 256, 3, 8, 16
+    args = inputs(B, T, H, m, V)
+    args[4][:, :, 1:] = damping  # the first head stays as it is
+    expected = evaluate(entangle_chunk, args, "real")
+    got = evaluate(entangle_fused, args, "real", torch.float32)
+    for results in (got, expected):
+        results.pop("dlog_alpha")  # nothing but rounding where nothing passes
+    assert_close(got, expected, 1e-5)
+    o, _ = entangle_fused(*[x.float().requires_grad_() for x in args])
+    kept = max(x.numel() for x in o.grad_fn.saved_tensors if x is not None)
+    assert kept <= B * H * (T // 17 + 1) * 2 * m * V
+
+
+def test_an_empty_batch():
+    args = [x.float().requires_grad_() for x in inputs(0, 5, 2, 3, 4)]
+    for form in (entangle_chunk, entangle_fused):
+        o, state = form(*args)
+        assert o.shape == (0, 5, 2, 4) and state.shape == (0, 2, 6, 4)
+        (o.sum() + state.sum()).backward()
+        assert args[0].grad.shape == (0, 5, 2, 6)
+
+
+def test_views_that_negate():
+    args = [x.float() for x in inputs(2, 33, 2, 3, 4)]
+    q = torch.complex(torch.zeros_like(args[0]), -args[0]).conj().imag
+    assert q.is_neg()
+    torch.testing.assert_close(entangle_fused(q, *args[1:]), entangle_fused(*args))
+
+
+def test_function_transforms_take_the_form_that_has_them():
+    *args, S = (x.float() for x in inputs(2, 40, 2, 3, 4))
+
+    def loss(v):
+        return entangle(*args[:2], v, *args[3:], state=S)[0].square().sum()
+
+    v = args[2].clone().requires_grad_()
+    loss(v).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(args[2]), v.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_strange_memory_layouts():

@@ -8,24 +8,18 @@ vector registers of 512 bits.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from qies.ops.compiled import OPTIONS
+
 LANES = 16  # floats in a vector
 ROWS = 8  # rows of a matrix tile held in registers: ROWS x 2 accumulators
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"}}
 
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 _VEC = ir.VectorType(_F32, LANES)
@@ -289,26 +283,6 @@ def prefetch(x, at, step, width, rows):
             _prefetch(x, at + i * step + c)
 
 
-class _Cache(FunctionCache):
-    """Compiled code on disk that is made anew when any file of the ops changes.
-
-    numba looks at the file of the compiled function alone, though the code of all that it calls is in it.
-    """
-
-    sources = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.rglob("*.py")))).hexdigest()
-
-    def _index_key(self, *args):
-        return (*super()._index_key(*args), self.sources)
-
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """`function` compiled by numba on first use, and kept on disk for the next process."""
-    compiled = njit(**OPTIONS)(function)
-    with contextlib.suppress(RuntimeError):  # nowhere to write: compiled in every process
-        compiled._cache = _Cache(function)
-    return compiled
-
-
 def read(x, i):
     """x[i] in float32, of an array that the kernel never writes; uint16 holds the bits of bfloat16."""
 
@@ -383,7 +357,7 @@ def flat(x: Tensor | None) -> np.ndarray:
     only where they must be. None is empty."""
     if x is None:
         return np.empty(0, np.float32)
-    x = x.detach().to(working(x)).contiguous().view(-1)
+    x = x.detach().resolve_neg().to(working(x)).contiguous().view(-1)
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 

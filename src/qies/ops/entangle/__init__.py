@@ -71,9 +71,11 @@ def entangle(
 
 
 def _fits_kernel(*inputs: Any) -> bool:
-    """Whether the kernel takes these: real CPU memory (not a tracer's stand-in), and nothing to be done in float64."""
+    """Whether the kernel takes these: real CPU memory (not a stand-in of a tracer or of torch.func), and nothing to be
+    done in float64."""
     given = [x for x in inputs if x is not None]
     plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in given)
+    plain = plain and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
     return plain and working_dtype(*given) == torch.float32 and not torch.compiler.is_compiling()
 
 

@@ -33,7 +33,8 @@ def entangle_chunk(
     (B, T, H, K), out_dtype = q.shape, v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, beta, log_alpha = (x.to(dtype) for x in (q, k, v, beta, log_alpha))
-        q, k = unit(q), unit(k)
+        # keys in float64, or the same small error in every length would add up over a long row of reflections
+        q, k = unit(q), unit(k.double()).to(dtype)
         if theta is not None:
             phase = running_phase(theta, dtype)
             q, k = rotate(q, -phase), rotate(k, -phase)
@@ -82,7 +83,7 @@ def running_phase(theta: Tensor, dtype: torch.dtype) -> Tensor:
 def calm(log_alpha: Tensor, C: int) -> int:
     """The longest chunk, C halved as often as it takes, whose tokens after the first damp to e^-CALM at most."""
     damped = log_alpha.detach().clamp(-FAINT, 0).neg()
-    while C > 1 and chunks(damped, C)[:, :, :, 1:].sum(3).amax() > CALM:
+    while C > 1 and damped.numel() and chunks(damped, C)[:, :, :, 1:].sum(3).amax() > CALM:
         C = (C + 1) // 2
     return C
 

@@ -33,7 +33,7 @@ def entangle_fused(
 ) -> tuple[Tensor, Tensor]:
     """`entangle` on CPU, in float32 whatever comes (bfloat16 included); same shapes and returns. Once differentiable.
 
-    The backward keeps the state before every 32 key rows and nothing else as large.
+    The backward keeps the state before every 32 key rows (at worst 17, where damping cuts) and nothing else as large.
     """
     inputs = (q, k, v, beta, log_alpha, theta, state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -49,34 +49,33 @@ class _Fused(torch.autograd.Function):
         sizes = Sizes(T, H, m, V, r, decays, betas, theta is not None, *(-(-n // LANES) * LANES for n in (K, V)))
         inputs = (q, k, v, beta, log_alpha, theta)
         arrays = [flat(x) for x in inputs]
-        first, starts = plan(arrays[4], sizes, B)
-        slots = len(starts) if keep else 0
-        kept, phases = torch.empty(slots * K * V), np.empty(slots * m)
+        first, starts, place, count = plan(arrays[4], sizes, B)
+        kept, phases = torch.empty(count * K * V if keep else 0), np.empty(len(starts) * m if keep else 0)
         o = torch.empty(v.shape, dtype=working(v))
         last = torch.zeros(B, H, K, V) if state is None else state.float().clone(memory_format=torch.contiguous_format)
 
         def part(begin: int, end: int) -> None:
             tile = tile_of(sizes.k, sizes.v, m)
-            forward(*arrays, flat(last), flat(o), sizes, *tile, begin, end, first, starts, flat(kept), phases)
+            forward(*arrays, flat(last), flat(o), sizes, *tile, begin, end, first, starts, place, flat(kept), phases)
 
         in_parts(part, B * H)
         if keep:
             ctx.save_for_backward(*inputs, kept)
-            ctx.rest = sizes, first, starts, phases, None if state is None else state.dtype
+            ctx.rest = sizes, first, starts, place, phases, None if state is None else state.dtype
         return o.to(v.dtype), last
 
     @staticmethod
     @first_order
     def backward(ctx: Any, do: Tensor, dlast: Tensor):
         *inputs, kept = ctx.saved_tensors
-        sizes, first, starts, phases, state_dtype = ctx.rest
+        sizes, first, starts, place, phases, state_dtype = ctx.rest
         grads = [None if x is None else torch.empty(x.shape, dtype=working(x)) for x in inputs]
         dstate = dlast.float().clone(memory_format=torch.contiguous_format)
         arrays = [flat(x) for x in (*inputs, do, dstate, *grads)]
 
         def part(begin: int, end: int) -> None:
             tile = tile_of(sizes.k, sizes.v, sizes.m)
-            backward(*arrays, sizes, *tile, begin, end, first, starts, flat(kept), phases)
+            backward(*arrays, sizes, *tile, begin, end, first, starts, place, flat(kept), phases)
 
         in_parts(part, len(first) - 1)
         grads = [g if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
@@ -86,8 +85,8 @@ class _Fused(torch.autograd.Function):
 def in_parts(part: Callable[[int, int], None], units: int) -> None:
     """part(begin, end) over all units, on as many threads as torch uses."""
     threads = min(torch.get_num_threads(), units)
-    if threads == 1:
-        return part(0, units)
+    if threads <= 1:
+        return part(0, units) if units else None
     edges = [units * i // threads for i in range(threads + 1)]
     for _ in _pool(threads).map(part, edges[:-1], edges[1:]):
         pass  # raises what a part raised

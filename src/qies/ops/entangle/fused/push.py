@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from qies.ops.compiled import OPTIONS
 from qies.ops.entangle.fused.tile import RANGE, hand_out, hide, rescale, spread, take_in, turn
 from qies.ops.lanes import (
     FULL,
     LANES,
     LOWER,
-    OPTIONS,
     ROWS,
     cos_sin,
     exp,

@@ -1,7 +1,8 @@
 """Whole sequences, chunk by chunk. A unit of work is one head of one batch row: unit = b H + h.
 
-Chunks are cut where damping asks for it, unit by unit, so that strong damping in one head costs no other. Between
-chunks only the state is kept, in the gauge without phase; the backward makes the rest again by the forward's code.
+Chunks are cut where damping asks for it, unit by unit, so that strong damping in one head costs no other. Only the
+state is kept, in the gauge without phase, and only before sections: chunks of RANGE rows together at most, commonly
+one. The backward makes the rest again by the forward's code.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from qies.ops.compiled import OPTIONS, kernel
 from qies.ops.entangle.fused.pull import pull, settle, sum_up, through, turn_back
 from qies.ops.entangle.fused.push import advance, outputs, prepare
 from qies.ops.entangle.fused.tile import RANGE, rescale
-from qies.ops.lanes import OPTIONS, cos_sin, get, kernel, prefetch, put, read
+from qies.ops.lanes import cos_sin, get, prefetch, put, read
 
 ABREAST = 8  # most heads that go in step: their states stay in the nearer cache
 CALM = 60.0  # a chunk damps to e^-60 at most: its rescaled halves are far from over- and underflow in float32
@@ -39,7 +41,11 @@ def cut(log_alpha, s, b, h, start):
 
 @kernel
 def plan(log_alpha, s, B):
-    """`first` `[B H + 1]`: where a unit's chunk starts begin in `starts`, which ends each unit's with T."""
+    """The chunks of all units: `starts`, and `first` `[B H + 1]`, where a unit's begin there; each unit's end with T.
+
+    `place`, shaped like `starts`: which of the kept states is that before a chunk, or, for one inside a section, minus
+    the chunks since the section's start. And how many are kept.
+    """
     first = np.zeros(B * s.H + 1, np.int64)
     for unit in range(B * s.H):
         t, count = 0, 1
@@ -47,13 +53,18 @@ def plan(log_alpha, s, B):
             t = cut(log_alpha, s, unit // s.H, unit % s.H, t)
             count += 1
         first[unit + 1] = first[unit] + count
-    starts = np.empty(first[-1], np.int64)
+    starts, place, count = np.empty(first[-1], np.int64), np.empty(first[-1], np.int64), 0
     for unit in range(B * s.H):
-        t = 0
+        t = home = 0
         for slot in range(first[unit], first[unit + 1]):
+            stop = cut(log_alpha, s, unit // s.H, unit % s.H, t) if t < s.T else t
             starts[slot] = t
-            t = cut(log_alpha, s, unit // s.H, unit % s.H, t) if t < s.T else t
-    return first, starts
+            if t == 0 or t == s.T or (stop - starts[home]) * s.r > RANGE:
+                place[slot], home, count = count, slot, count + 1
+            else:
+                place[slot] = home - slot
+            t = stop
+    return first, starts, place, count
 
 
 @njit(**OPTIONS)
@@ -112,11 +123,11 @@ def look_ahead(s, b, h, start, stop, keys, values, theta):
 
 
 @kernel
-def forward(q, k, v, beta, log_alpha, theta, state, o, s, t, floats, begin, end, first, starts, kept, phases):
+def forward(q, k, v, beta, log_alpha, theta, state, o, s, t, floats, begin, end, first, starts, place, kept, phases):
     """Units from `begin` to `end`: the outputs into o, the last state into `state` in place of the first.
 
-    Unless `kept` is empty, the state before every chunk and after the last goes there, `[slots, 2m, V]`, and the phase
-    there into `phases` `[slots, m]`, in turns.
+    Unless `kept` is empty, states go there as `place` says, `[.., 2m, V]`, and the phases before every chunk and after
+    the last into `phases` `[.., m]`, in turns.
     """
     x, turns = np.zeros(floats, np.float32), np.zeros((ABREAST, s.m), np.float64)
     area, keep = 2 * s.m * s.V, len(kept) > 0
@@ -131,7 +142,8 @@ def forward(q, k, v, beta, log_alpha, theta, state, o, s, t, floats, begin, end,
                     continue
                 copy_state(x, t.S, state, u * area, s)
                 if keep:
-                    keep_state(x, t.S, kept, slot * area, s)
+                    if place[slot] >= 0:
+                        keep_state(x, t.S, kept, place[slot] * area, s)
                     phases[slot * s.m : (slot + 1) * s.m] = turns[u - unit]
                 if i < chunks:
                     b, h, start, tokens = u // s.H, u % s.H, starts[slot], starts[slot + 1] - starts[slot]
@@ -146,12 +158,27 @@ def forward(q, k, v, beta, log_alpha, theta, state, o, s, t, floats, begin, end,
         unit = stop
 
 
+@njit(**OPTIONS)
+def replay(x, t, s, q, k, v, beta, log_alpha, theta, b, h, slot, starts, place, kept, phases, turns, states, at):
+    """The states before the chunks of the section that ends with the chunk `slot`, but the kept one, to `states[at:]`
+    with room for that one."""
+    home, area = slot + place[slot], 2 * s.m * s.V
+    turns[:] = phases[home * s.m : (home + 1) * s.m]
+    copy_state(x, t.S, kept, place[home] * area, s)
+    for chunk in range(home, slot):
+        start = starts[chunk]
+        prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns, b, h, start, starts[chunk + 1] - start)
+        advance(x, t, s, starts[chunk + 1] - start)
+        keep_state(x, t.S, states, at + (chunk + 1 - home) * area, s)
+
+
 @kernel
 def backward(q, k, v, beta, log_alpha, theta, do, dstate, dq, dk, dv, dbeta, dlog_alpha, dtheta,
-             s, t, floats, begin, end, first, starts, kept, phases):  # fmt: skip
+             s, t, floats, begin, end, first, starts, place, kept, phases):  # fmt: skip
     """Units from `begin` to `end`: every gradient; `dstate`, of the last state, becomes that of the first."""
     x, turns = np.zeros(floats, np.float32), np.zeros(s.m, np.float64)
-    area = 2 * s.m * s.V
+    area, depth = 2 * s.m * s.V, 1 - place.min()
+    inside = np.empty(ABREAST * depth * area if depth > 1 else 0, np.float32)
     unit = begin
     while unit < end:
         stop, most = together(unit, end, s, first)
@@ -167,8 +194,18 @@ def backward(q, k, v, beta, log_alpha, theta, do, dstate, dq, dk, dv, dbeta, dlo
                 if slot > first[u]:
                     look_ahead(s, b, h, starts[slot - 1], start, (q, k, dq, dk), (v, do, dv), theta)
                 copy_state(x, t.G, dstate, u * area, s)
-                through(x, t, s, tokens, kept, (slot + 1) * area, s.V)
-                copy_state(x, t.S, kept, slot * area, s)
+                section = (u - unit) * depth * area
+                if place[slot + 1] >= 0:
+                    through(x, t, s, tokens, kept, place[slot + 1] * area, s.V)
+                    if place[slot] < 0:
+                        replay(x, t, s, q, k, v, beta, log_alpha, theta, b, h, slot, starts, place, kept, phases, turns,
+                               inside, section)  # fmt: skip
+                else:
+                    through(x, t, s, tokens, inside, section - place[slot + 1] * area, s.V)
+                if place[slot] >= 0:
+                    copy_state(x, t.S, kept, place[slot] * area, s)
+                else:
+                    copy_state(x, t.S, inside, section - place[slot] * area, s)
                 turns[:] = phases[slot * s.m : (slot + 1) * s.m]
                 prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns, b, h, start, tokens)
                 rescale(x, t.G, t.leave, s)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from qies.ops.lanes import LANES, OPTIONS, get, put, read, write
+from qies.ops.compiled import OPTIONS
+from qies.ops.lanes import LANES, get, put, read, write
 
 RANGE = 32  # rows of a chunk: tokens, or half as many in complex mode
 
