@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qies.errors import UserError
 from qies.ops import compiled
-from qies.ops.entangle import chunk, entangle, entangle_chunk, entangle_naive
+from qies.ops.entangle import chunk, entangle, entangle_chunk, entangle_naive, fused
 from qies.ops.entangle.fused import entangle_fused, in_parts, sweep, tile
 
 FORMS = [("real", False), ("complex", False), ("complex", True)]
@@ -294,6 +294,20 @@ def test_function_transforms_take_the_form_that_has_them():
     v = args[2].clone().requires_grad_()
     loss(v).backward()
     torch.testing.assert_close(torch.func.grad(loss)(args[2]), v.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_a_compiled_model_runs_the_kernel(monkeypatch):
+    args = [x.float() for x in inputs(2, 40, 2, 3, 4)]
+    calls = []
+    monkeypatch.setattr(fused._Fused, "apply", lambda *a, f=fused._Fused.apply: calls.append(1) or f(*a))
+
+    def twice(q, *rest):
+        return 2 * entangle(q * 2, *rest)[0]
+
+    want = evaluate(lambda *a, state, mode: (twice(*a), state), args, "real")
+    compiled_twice = torch.compile(twice, backend="eager")
+    got = evaluate(lambda *a, state, mode: (compiled_twice(*a), state), args, "real")
+    assert len(calls) == 2 and all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_strange_memory_layouts():

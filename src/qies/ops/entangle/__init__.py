@@ -71,12 +71,14 @@ def entangle(
 
 
 def _fits_kernel(*inputs: Any) -> bool:
-    """Whether the kernel takes these: real CPU memory (not a stand-in of a tracer or of torch.func), and nothing to be
+    """Whether the kernel takes these: real CPU memory (not a stand-in of an export or of torch.func), and nothing to be
     done in float64."""
     given = [x for x in inputs if x is not None]
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in given)
-    plain = plain and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
-    return plain and working_dtype(*given) == torch.float32 and not torch.compiler.is_compiling()
+    if not all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in given):
+        return False
+    if torch.compiler.is_exporting() or working_dtype(*given) != torch.float32:
+        return False
+    return torch.compiler.is_compiling() or not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
 
 
 def _check(q, k, v, beta, log_alpha, theta, state, mode, backend) -> None:

@@ -136,10 +136,11 @@ def obstacle(
 
 def missing(device: torch.device) -> str | None:
     """What the machine lacks, or None."""
-    lacks = [] if device.type == "cuda" else [f"a CUDA device (the inputs are on {device.type})"]
+    if device.type != "cuda":
+        return f"backend 'fla' needs a CUDA device but the inputs are on {device.type}; use backend='auto'."
     if not installed():
-        lacks.append("the package flash-linear-attention (pip install 'qies[cuda]')")
-    return f"backend 'fla' needs {' and '.join(lacks)}; provide it or use backend='chunk'." if lacks else None
+        return "backend 'fla' needs flash-linear-attention; pip install 'qies[cuda]' or use backend='chunk'."
+    return None
 
 
 def inexpressible(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *others: Tensor | None) -> str | None:

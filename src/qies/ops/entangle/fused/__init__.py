@@ -21,6 +21,7 @@ from qies.ops.entangle.fused.tile import Sizes, tile_of
 from qies.ops.lanes import LANES, flat, working
 
 
+@torch.compiler.disable  # a compiled model runs it as it is, between two compiled pieces
 def entangle_fused(
     q: Tensor,
     k: Tensor,
