@@ -99,7 +99,9 @@ def test_bf16_model_trains_and_reloads_in_bf16(tmp_path):
     model.train()(ids, labels=ids).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     model.save_pretrained(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    wide = {name.split(".")[-1] for name, p in loaded.named_parameters() if p.dtype == torch.float32}
+    assert loaded.dtype == torch.bfloat16 and wide == {"beta_bias", "decay_bias", "decay_rate", "phase_bias"}
 
 
 @pytest.mark.parametrize("name", ARMS)

@@ -66,6 +66,8 @@ class QiesPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["QiesBlock"]  # noqa: RUF012
+    # bfloat16 would round the span of a memory by two percent
+    _keep_in_fp32_modules_strict = ["beta_bias", "decay_bias", "decay_rate", "phase_bias"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
