@@ -83,8 +83,8 @@ def estimate(study: StudyConfig) -> list[float]:
     return out
 
 
-SECONDS_PER_TOKEN = 8e-5
-SECONDS_PER_FLOP = 1e-11
+SECONDS_PER_TOKEN = 2e-5
+SECONDS_PER_FLOP = 3.4e-12
 
 
 def clock(seconds: float) -> str:

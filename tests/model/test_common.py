@@ -303,3 +303,18 @@ def test_embeddings_resize(arm, tie, size, ids):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
     model.train()(ids, labels=ids).loss.backward()
     assert model.lm_head.weight.grad.shape == (size, 32)
+
+
+def test_a_compiled_model_trains_as_the_plain_one():
+    model = stirred("qies").train()
+    ids = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    want = model(ids, labels=ids).loss
+    want.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.compile(backend="eager")
+    got = model(ids, labels=ids).loss
+    got.backward()
+    torch.testing.assert_close(got, want)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad)

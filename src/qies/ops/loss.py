@@ -29,6 +29,7 @@ CHUNK_MIN = 256
 LARGEST_CAP = 60.0  # beyond, exp(softcap) times a large vocabulary may overflow fp32
 
 
+@torch.compiler.disable  # its kernel is compiled already
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -141,6 +141,7 @@ class _Run:
             (self.folder / "error.log").unlink(missing_ok=True)
         self._write("running")
         self.model.train()
+        self._compile()
         milestones = self.config.milestones
         while self.step < self.config.steps:
             started = time.perf_counter()
@@ -163,6 +164,14 @@ class _Run:
             if (self.step % self.train.save_every == 0 and self.step < self.config.steps) or self.step in milestones:
                 self._save()
         return self._finish()
+
+    def _compile(self) -> None:
+        """The smallest step there is, thrown away: kernels compiled on first use are no part of the run's time."""
+        ids = torch.zeros(1, 3, dtype=torch.long, device=self.group.device)
+        with self.precision():
+            loss = self.model(ids[:, :-1], shift_labels=ids[:, 1:]).loss
+        loss.backward()
+        self.optimizers.clear()
 
     def _one_step(self) -> dict[str, Any]:
         """One optimizer step and its row. A non-finite loss or gradient is reported and never applied: the loss is the
