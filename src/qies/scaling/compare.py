@@ -23,7 +23,8 @@ from qies.scaling.joint import LIMIT, Joint, bisect, crossings, multipliers
 from qies.scaling.matching import Cells, Paired, cells_of, match, paired_tests, seed_noise
 from qies.scaling.power import TARGET, Power, cells_needed, detectable_effect, size_power
 from qies.scaling.shared import shared_fit
-from qies.scaling.table import Runs, sound
+from qies.scaling.soundness import oddities, sound
+from qies.scaling.table import Runs
 from qies.scaling.views import SHARED, View, Views, make_views
 
 Array = NDArray[np.float64]
@@ -54,7 +55,7 @@ def compare(
     a, b = kept.of_arm(candidate), kept.of_arm(baseline)
     ca, cb = cells_of(a, b)
     paired = paired_tests(a, b, ca, cb, level)
-    warnings = _data_warnings(paired, ca, cb, candidate, baseline)
+    warnings = oddities(kept) + _data_warnings(paired, ca, cb, candidate, baseline)
     noise = seed_noise(a, b, ca, cb)
     views = make_views(ca, cb, (a, b), form, level, noise)
     warnings += views.warnings

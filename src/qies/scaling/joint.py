@@ -24,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
+from qies.scaling.intervals import ROUNDING
+
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
 Evaluate = Callable[[Array, Array], tuple[Array, Array]]
@@ -31,8 +33,6 @@ Path = Callable[[Array], Array]
 
 LIMIT = math.log(1e4)  # multipliers beyond are not told apart from "never"
 STEP = 0.02  # of the search for an interval's end, in log g: 2 %
-# Losses are stored to about 1e-9 at best: less scatter than that is rounding, not a measurement of noise.
-ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
