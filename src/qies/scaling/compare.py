@@ -94,7 +94,7 @@ def compare(
 def _check(runs: Runs, candidate: str, baseline: str, form: str, level: float, points: int) -> None:
     for arm in (candidate, baseline):
         if arm not in runs.arms:
-            known = ", ".join(runs.arms) or "none"
+            known = ", ".join(runs.arms) or "none; name their column with --columns arm=COLUMN"
             raise UserError(f"arm '{arm}' is not in these runs (arms: {known})." + nearest(arm, runs.arms))
     if candidate == baseline:
         raise UserError(f"both arms are '{candidate}'; name a candidate and another arm as its baseline")
@@ -227,9 +227,9 @@ def _verdict(
     shown = largest is not None and largest.p is not None and largest.p < 1 - level
     if not gain:
         if largest is None or not shown:
-            return "no difference", "no law in compute can be fitted and no paired test at the largest size shows one"
+            return "no difference", "there is no gain in compute and no paired test at the largest size shows one"
         return f"{candidate if largest.difference < 0 else baseline} wins", (
-            f"no law in compute can be fitted, and the paired test at the largest matched size has p = {largest.p:.2g}"
+            f"there is no gain in compute, and the paired test at the largest matched size has p = {largest.p:.2g}"
         )
     last = gain[-1]
     where = f"the compute gain of {candidate} over {baseline} at {last.x:.3g} FLOPs is {last.words()}"

@@ -238,7 +238,8 @@ def _doubts(law: Form, theta: Array, runs: Runs, condition: float, dof: int, tab
     far = sorted((r for r in table if r.outlier), key=lambda r: -abs(r.residual))
     if far:
         named = ", ".join(f"{r.name} ({100 * math.expm1(r.residual):+.1f} %)" for r in far[:5])
-        said.append(f"{len(far)} of {len(table)} runs lie more than {OUTLIER_SIGMAS:g} robust sigma off: {named}")
+        lie = f"{len(far)} of {len(table)} runs {'lies' if len(far) == 1 else 'lie'}"
+        said.append(f"{lie} more than {OUTLIER_SIGMAS:g} robust sigma off: {named}")
     return said
 
 
@@ -258,6 +259,11 @@ def _check(
     values = np.stack([runs.params, runs.tokens, runs.loss, runs.weight])
     if not (np.isfinite(values).all() and (values > 0).all()):
         raise UserError("params, tokens, loss and weight must be finite and positive; leave the other runs out (sound)")
+    for what, axis, values in (("size", "tokens", runs.params), ("token count", "params", runs.tokens)):
+        if len(set(values)) == 1:
+            raise UserError(
+                f"{law.name} needs runs of more than one {what}; train others, or use --form power+floor --axis {axis}"
+            )
     cells = len(set(zip(runs.params, runs.tokens, strict=True)))
     if cells - drop_worst < len(law.names):
         raise UserError(

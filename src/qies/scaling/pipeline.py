@@ -161,6 +161,10 @@ def fit_file(
     dropped = [dataclasses.replace(d, index=int(index[d.index])) for d in unsound]
     if not len(runs):
         raise UserError(f"{path}: no sound run is left; the first was left out because: {dropped[0].reason}")
+    if np.ptp(runs.loss) == 0:
+        raise UserError(
+            f"{path}: every loss is {runs.loss[0]:g}, so no law can be fitted; check the column of the loss."
+        )
     kept = np.delete(index, [d.index for d in unsound])
     mixed = [] if len(runs.arms) < 2 else [f"runs of {len(runs.arms)} arms are fitted as one; choose with --arm"]
     warnings = (*mixed, *oddities(runs))

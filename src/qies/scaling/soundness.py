@@ -12,7 +12,7 @@ from qies.scaling.table import Dropped, Runs
 
 Array = NDArray[np.float64]
 
-FINISHED = {"", "done", "finished", "completed", "complete", "ok", "success", "succeeded"}
+FINISHED = {"", "done", "finished", "completed", "complete", "ok", "success", "succeeded", "converged"}
 # A diverged run lies above the law by more than any noise: by 10 robust standard deviations of its arm's
 # residuals of log loss, and by more than a quarter (a table of good runs at an odd place of the grid does less).
 DIVERGED_SIGMAS, DIVERGED_LEAST = 10.0, math.log(1.25)
@@ -50,8 +50,9 @@ def sound(runs: Runs, *, against_fit: bool = True) -> tuple[Runs, list[Dropped]]
 
 def _excess(runs: Runs) -> Array:
     """log loss above a robust law of the runs, [n]; zero where they are too few for one."""
-    cells = len(set(zip(runs.params, runs.tokens, strict=True)))
-    if cells >= FEWEST_FOR_A_SURFACE:
+    cells = set(zip(runs.params, runs.tokens, strict=True))
+    both_vary = all(len(set(values)) > 1 for values in zip(*cells, strict=True))
+    if len(cells) >= FEWEST_FOR_A_SURFACE and both_vary:
         fit = fit_surface(runs, "approach3")
         return np.log(runs.loss) - np.log(fit.predict(runs.params, runs.tokens))
     if len(runs) < FEWEST_FOR_A_LINE:
@@ -80,7 +81,7 @@ def oddities(runs: Runs) -> list[str]:
     said = []
     median = float(np.median(runs.loss))
     if median > MOST_NATS:
-        said.append(f"the median loss is {median:.3g}, more than a guess costs in nats a token: is it a perplexity?")
+        said.append(f"the median loss is {median:.3g}, more than a guess costs in nats a token: it may be a perplexity")
     for what, least in (("params", FEWEST_PARAMS), ("tokens", FEWEST_TOKENS)):
         most = float(getattr(runs, what).max())
         if most < least:

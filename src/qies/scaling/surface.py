@@ -134,7 +134,8 @@ class SurfaceFit:
         ]
         if self.dropped:
             parts.append(
-                f"{len(self.dropped)} runs left out: " + "; ".join(f"{d.name} ({d.reason})" for d in self.dropped)
+                f"{len(self.dropped)} run{'s' if len(self.dropped) > 1 else ''} left out: "
+                + "; ".join(f"{d.name} ({d.reason})" for d in self.dropped)
             )
         return ". ".join([*parts, *(w[0].upper() + w[1:] for w in self.warnings)]) + "."
 
