@@ -136,8 +136,10 @@ def test_no_difference_under_the_null_quickly():
     ("cells", "seeds", "cell_sd"), [(GRID, 1, 0), (GRID, 2, 0.002), (LADDER, 1, 0), (LADDER, 3, 0.002)]
 )
 def test_under_the_null_the_verdict_is_wrong_in_about_five_percent(cells, seeds, cell_sd):
+    """Both shares are 95 % where the theory is exact. 400 comparisons have a binomial standard error of 1.09 %: a right
+    program leaves 95 % +- 3 standard errors in 0.3 % of seeds, but falls below a bound of 93 % in 4 %."""
     silent, covered = null(cells, 400, 2, seeds, seed_sd=0.003, shared_sd=0.003, cell_sd=cell_sd)
-    assert silent >= 0.93 and 0.90 <= covered <= 0.98
+    assert 0.917 <= silent <= 0.983 and 0.917 <= covered <= 0.983
 
 
 def test_a_candidate_below_the_baselines_floor_wins_and_above_its_every_loss_loses():
