@@ -38,8 +38,8 @@ def huber_covariance(jacobian: Array, residual: Array, delta: float) -> tuple[fl
     """
     inside, variance = huber_moments(residual, delta, jacobian.shape[1])
     scale = math.sqrt(variance) / inside
-    covariance: Array = scale**2 * np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-15)
-    return scale, covariance
+    inverse: Array = np.asarray(np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-15), np.float64)
+    return scale, scale**2 * inverse
 
 
 def huber_moments(residual: Array, delta: float, p: int) -> tuple[float, float]:
