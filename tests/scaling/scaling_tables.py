@@ -25,6 +25,7 @@ def make_runs(params, tokens, loss, **columns):
         "wall_seconds": np.full(n, np.nan),
         "status": ("",) * n,
         "name": tuple(f"row {i + 1}" for i in range(n)),
+        "run": ("",) * n,
         "convention": "6ND",
         **columns,
     }

@@ -136,8 +136,38 @@ def test_no_difference_under_the_null_quickly():
     ("cells", "seeds", "cell_sd"), [(GRID, 1, 0), (GRID, 2, 0.002), (LADDER, 1, 0), (LADDER, 3, 0.002)]
 )
 def test_under_the_null_the_verdict_is_wrong_in_about_five_percent(cells, seeds, cell_sd):
+    """Both shares are 95 % where the theory is exact. 400 comparisons have a binomial standard error of 1.09 %: a right
+    program leaves 95 % +- 3 standard errors in 0.3 % of seeds, but falls below a bound of 93 % in 4 %."""
     silent, covered = null(cells, 400, 2, seeds, seed_sd=0.003, shared_sd=0.003, cell_sd=cell_sd)
-    assert silent >= 0.93 and 0.90 <= covered <= 0.98
+    assert 0.917 <= silent <= 0.983 and 0.917 <= covered <= 0.983
+
+
+def test_a_candidate_below_the_baselines_floor_wins_and_above_its_every_loss_loses():
+    rng = np.random.default_rng(0)
+    n, d = GRID.T
+    runs = table(GRID, noisy(rng, {"q": chinchilla(n, d) - E + 0.1, "t": chinchilla(n, d)}, 1, 0.003))
+    end = compare(runs, "q", "t").at_largest
+    assert end.gain is None and end.lo > 1 and end.hi is None
+    assert compare(runs, "q", "t").verdict == compare(runs, "t", "q").verdict == "q wins"
+    c = 6 * LADDER.prod(axis=1)
+    worse = table(LADDER, noisy(rng, {"q": np.full(4, 9.0), "t": 30 * c**-0.06}, 1, 0.003))
+    end = compare(worse, "q", "t").at_largest
+    assert end.gain is None and end.lo == 0 and end.hi < 1 and "out of the baseline's reach" in end.words()
+    json.dumps(compare(worse, "q", "t").to_dict(), allow_nan=False)
+    assert compare(worse, "q", "t").verdict == "t wins"
+
+
+def test_arms_of_one_flat_loss_have_a_gain_of_one():
+    result = compare(table(LADDER, flat({"q": np.full(4, 3.0), "t": np.full(4, 3.0)})), "q", "t")
+    assert result.verdict == "no difference" and gains(result, "compute") == [1.0] * 13
+
+
+def test_times_that_are_known_for_some_runs_alone_are_said():
+    seconds = {"q": np.where(np.arange(20) < 5, np.nan, 1.0), "t": np.where(np.arange(20) == 3, 0.0, 1.0)}
+    law = {"q": chinchilla(*GRID.T), "t": chinchilla(*GRID.T)}
+    result = compare(table(GRID, flat(law), seconds=seconds), "q", "t")
+    assert "time" not in result.gain
+    assert "no gain in time: 6 of 40 (size, tokens) points lack a positive value of it" in result.warnings
 
 
 def test_power_analysis_answers_where_nothing_is_shown():

@@ -51,7 +51,20 @@ def surface_runs(noise=0.0):
     loss = (1.7 + 400 * n**-0.34 + 1800 * d**-0.37) * np.exp(noise * np.random.default_rng(0).standard_normal(16))
     one = np.ones(16)
     words = tuple(f"run {i}" for i in range(16))
-    return Runs(n, d, 6 * n * d, loss, ("a",) * 16, one.astype(np.int64), one, np.nan * one, ("",) * 16, words, "6ND")
+    return Runs(
+        n,
+        d,
+        6 * n * d,
+        loss,
+        ("a",) * 16,
+        one.astype(np.int64),
+        one,
+        np.nan * one,
+        ("",) * 16,
+        words,
+        ("",) * 16,
+        "6ND",
+    )
 
 
 @pytest.fixture(scope="module")

@@ -189,6 +189,46 @@ def test_seeds_of_one_cell_are_one_observation_and_can_be_resampled():
         fit_surface(make_runs(n, d, once), bootstrap=9, resample="seeds")
 
 
+def test_points_of_a_training_curve_are_resampled_together():
+    """Curves that move up and down as wholes: by points the interval is far too narrow."""
+    rng = np.random.default_rng(1)
+    n, d = np.repeat(np.geomspace(1e7, 5e9, 12), 12), np.tile(np.geomspace(1e9, 1e11, 12), 12)
+    loss = law(n, d) * np.exp(np.repeat(0.01 * rng.standard_normal(12), 12))
+    points = fit_surface(make_runs(n, d, loss), delta=0.02, bootstrap=100)
+    curves = fit_surface(make_runs(n, d, loss, run=tuple(f"{v:g}" for v in n)), delta=0.02, bootstrap=100)
+    assert curves.params == points.params
+    assert np.ptp(curves.ci["alpha"]) > 1.5 * np.ptp(points.ci["alpha"])
+    few = make_runs(n, d, loss, run=tuple(f"{i % 4}" for i in range(144)))
+    with pytest.raises(UserError, match="belong to 4 runs, too few to resample"):
+        fit_surface(few, bootstrap=9)
+
+
+def test_groups_join_rows_by_cell_and_by_run():
+    from qies.scaling.intervals import independent_groups
+
+    cell = np.array([0, 0, 1, 2, 3, 4])
+    assert independent_groups(cell, ("",) * 6).tolist() == [0, 0, 1, 2, 3, 4]
+    # the second seed of cell 0 is a point of the curve that also holds cell 2
+    assert independent_groups(cell, ("a", "b", "", "b", "c", "c")).tolist() == [0, 0, 1, 0, 2, 2]
+
+
+def test_one_size_is_refused():
+    d = np.geomspace(1e9, 1e11, 12)
+    with pytest.raises(UserError, match=r"more than one size.*--axis tokens"):
+        fit_surface(make_runs(np.full(12, 1e8), d, law(1e8, d)))
+
+
+@pytest.mark.parametrize(("seed", "count", "scatter"), [(86, 36, 0.003), (108, 31, 0.1)])
+def test_a_term_that_only_the_smallest_runs_feel_is_found(seed, count, scatter):
+    """An exponent near 6 whose amplitude at the centre of the data is e^-30."""
+    rng = np.random.default_rng(seed)
+    n, d = 10 ** rng.uniform(6, 11, count), 10 ** rng.uniform(8, 13, count)
+    steep = 1.8 + 2.0 * (n / n.min()) ** -6.0 + 2000 * d**-0.37
+    fit = fit_surface(make_runs(n, d, noisy(rng, steep, scatter)), delta=0.1)
+    residual = np.log(fit.predict(n, d)) - np.log(steep)
+    assert fit.params["alpha"] > 2 and np.abs(residual).max() < 5 * scatter
+
+
 def test_bootstrap_is_repeatable_and_agrees_with_t():
     rng = np.random.default_rng(9)
     n, d = grid(8, 8)
@@ -283,9 +323,11 @@ def coverage(datasets, bootstrap, delta, scatter=0.01, shape=(6, 6)):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("delta", [1e-3, 0.02])
 @pytest.mark.parametrize("bootstrap", [0, 400])
 def test_intervals_cover_as_stated(bootstrap, delta):
+    """200 tables have a binomial standard error of 1.5 % at 95 %: the bounds are 3.2 below and 2 above."""
     found = coverage(200, bootstrap, delta)
     assert all(0.90 <= rate <= 0.98 for rate in found.values()), found
 

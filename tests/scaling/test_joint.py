@@ -83,7 +83,7 @@ def test_interval_is_unbounded_where_the_baseline_does_not_fall():
     assert np.isnan(hi[0]) or np.isinf(hi[0]) or lo[0] == 0
 
 
-def test_gain_below_the_baselines_floor_is_not_a_number():
+def test_gain_below_the_baselines_floor_is_unbounded_from_the_furthest_multiplier_on():
     law = {"a": [np.log(1.0), 5.0, 6.0, 0.3, 0.3], "b": [np.log(2.0), 5.0, 6.0, 0.3, 0.3]}
     x = np.log(np.array([(n, d) for n in (1e6, 1e7, 1e8) for d in (1e7, 1e8, 1e9)]))
     names = ("log E", "log A", "log B", "alpha", "beta")
@@ -91,7 +91,10 @@ def test_gain_below_the_baselines_floor_is_not_a_number():
     joint = join(*laws, np.stack([np.arange(9)] * 2, axis=1), 0.95)
     path = lambda log_n: np.stack([log_n, np.full_like(log_n, np.log(1e12))], axis=1)  # noqa: E731
     g, lo, hi = multipliers(joint, path, path, np.log([1e9]))
-    assert np.isnan([g[0], lo[0], hi[0]]).all()
+    assert np.isnan(g[0]) and lo[0] == pytest.approx(1e4) and np.isinf(hi[0])
+    back = join(laws[1], laws[0], np.stack([np.arange(9)] * 2, axis=1), 0.95)
+    g, lo, hi = multipliers(back, path, path, np.log([1e9]))
+    assert np.isnan(g[0]) or hi[0] < 1
 
 
 def test_reach_is_the_worst_coordinates_factor():

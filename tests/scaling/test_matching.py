@@ -53,6 +53,14 @@ def test_seeds_not_shared_or_not_told_apart_are_compared_by_welch(seeds):
     assert row.lo == pytest.approx(reference.confidence_interval(0.95).low)
 
 
+def test_seeds_that_differ_by_nothing_measure_no_noise():
+    a, b = arms()
+    a, b = dataclasses.replace(a, loss=np.full(4, 3.1)), dataclasses.replace(b, loss=np.full(4, 3.2))
+    row = one_test(a, b)
+    assert (row.test, row.lo, row.hi, row.p, row.sd) == ("no spread", None, None, None, None)
+    assert one_test(a, dataclasses.replace(b, loss=a.loss)).p == 1.0
+
+
 def test_one_seed_gives_a_difference_and_nothing_else():
     row = one_test(*arms(seeds_a=(0,), seeds_b=(0,)))
     assert row.difference == pytest.approx(-0.05)

@@ -58,6 +58,20 @@ def test_drop_worst_replaces_the_search_for_diverged_runs(table, tmp_path):
     assert 20 in [d["index"] for d in found["dropped"]] and len(found["dropped"]) == 3
 
 
+def test_drop_worst_of_none_keeps_what_looks_diverged(table, tmp_path):
+    out = tmp_path / "fit.json"
+    assert call(table, *COLUMNS, "--drop-worst", "0", "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert found["n"] == 29 and [d["index"] for d in found["dropped"]] == [8]
+
+
+def test_equal_losses_are_refused(tmp_path, capsys):
+    path = tmp_path / "t.csv"
+    path.write_text("params,tokens,loss\n" + "".join(f"{n},{20 * n},3\n" for n in range(1000000, 1000012)))
+    assert call(path, "--form", "power") == 2
+    assert "every loss is 3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("axis", ["params", "tokens", "flops"])
 def test_power_laws_go_through_the_same_verb(tmp_path, axis):
     x = np.geomspace(1e6, 1e9, 8)

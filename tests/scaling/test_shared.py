@@ -68,6 +68,7 @@ def test_size_and_power_quickly():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("shared", [0.0, 0.005])
 def test_size_is_five_percent(shared):
+    """600 tables have a binomial standard error of 0.9 %: the bounds are 2.2 of them from 5 %."""
     cells = grid()
     base = chinchilla(*cells.T)
     assert 0.03 <= rejections({"q": base, "t": base}, cells, 600, 3, seed_sd=0.003, shared_sd=shared) <= 0.07

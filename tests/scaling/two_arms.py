@@ -63,5 +63,6 @@ def runs_of(params, tokens, flops, loss, arm, seed, seconds):
         wall_seconds=np.array(seconds, float),
         status=("done",) * count,
         name=tuple(f"run {i}" for i in range(count)),
+        run=("",) * count,
         convention="6ND",
     )

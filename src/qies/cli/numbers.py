@@ -92,7 +92,7 @@ def fit(
     arm: str | None = None,
     flops: str | None = None,
     delta: float | None = None,
-    drop_worst: int = 0,
+    drop_worst: int | None = None,
     bootstrap: int = 0,
     resample: str = "runs",
     level: float = 0.95,
@@ -114,17 +114,20 @@ def fit(
         qies fit results/quick --arm qies --form power
         qies fit runs.csv --form approach3 --delta 1e-3 --bootstrap 400 --json fit.json --figures figures/
         qies fit runs.csv --columns params=N,tokens=D "loss=Val Loss" --drop-worst 5 --leave-largest 1
+        qies fit runs.csv --columns "params=N (M)*1e6" "tokens=D (B)*1e9" flops=PF-days*8.64e19
         qies fit runs.csv --form gadre --beside approach3 --predict 6.9e9,1.38e11
 
     Args:
         runs: CSV, TSV, JSONL, JSON or Parquet with columns params, tokens and loss, or a folder of run records.
         form: The law.
         axis: What a power law runs along: params, tokens or flops.
-        columns: The table's names for ours, as OURS=THEIRS.
+        columns: The table's names for ours, as OURS=THEIRS, or OURS=THEIRS*FACTOR to change the unit. Ours: params,
+            tokens, loss, flops, arm, seed, weight, status, name, run (rows of one training curve share it).
         arm: Fit the runs of this arm only.
         flops: Convention of C: 6ND or another multiple, or given; by default the table's, and 6ND where it has none.
         delta: Residual of log loss beyond which a run counts linearly; by default the form's (1e-3 for approach3).
-        drop_worst: Leave out so many runs, one by one the furthest from the fit, instead of what looks diverged.
+        drop_worst: Leave out so many runs, one by one the furthest from the fit, instead of what looks diverged; 0
+            keeps every run that has numbers.
         bootstrap: Draws for the intervals; 0 takes Student's t.
         resample: What a draw resamples: runs, or seeds within runs.
         level: Coverage of the intervals.
@@ -184,7 +187,7 @@ def compare(
         arms: The candidate and its baseline.
         json: Write the whole result here as JSON.
         figures: Write the figures into this folder as SVG: gains, frontier, paired differences.
-        columns: The table's names for ours, as OURS=THEIRS.
+        columns: The table's names for ours, as OURS=THEIRS or OURS=THEIRS*FACTOR; besides those of fit, wall_seconds.
         flops: How FLOPs are counted: 6ND, another multiple of ND, or given. By default the table's, else 6ND.
         form: surface (L(N, D) an arm), power (power laws along the runs) or auto.
         level: Coverage of every interval.

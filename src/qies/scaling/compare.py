@@ -23,7 +23,8 @@ from qies.scaling.joint import LIMIT, Joint, bisect, crossings, multipliers
 from qies.scaling.matching import Cells, Paired, cells_of, match, paired_tests, seed_noise
 from qies.scaling.power import TARGET, Power, cells_needed, detectable_effect, size_power
 from qies.scaling.shared import shared_fit
-from qies.scaling.table import Runs, sound
+from qies.scaling.soundness import oddities, sound
+from qies.scaling.table import Runs
 from qies.scaling.views import SHARED, View, Views, make_views
 
 Array = NDArray[np.float64]
@@ -54,7 +55,7 @@ def compare(
     a, b = kept.of_arm(candidate), kept.of_arm(baseline)
     ca, cb = cells_of(a, b)
     paired = paired_tests(a, b, ca, cb, level)
-    warnings = _data_warnings(paired, ca, cb, candidate, baseline)
+    warnings = oddities(kept) + _data_warnings(paired, ca, cb, candidate, baseline)
     noise = seed_noise(a, b, ca, cb)
     views = make_views(ca, cb, (a, b), form, level, noise)
     warnings += views.warnings
@@ -93,7 +94,7 @@ def compare(
 def _check(runs: Runs, candidate: str, baseline: str, form: str, level: float, points: int) -> None:
     for arm in (candidate, baseline):
         if arm not in runs.arms:
-            known = ", ".join(runs.arms) or "none"
+            known = ", ".join(runs.arms) or "none; name their column with --columns arm=COLUMN"
             raise UserError(f"arm '{arm}' is not in these runs (arms: {known})." + nearest(arm, runs.arms))
     if candidate == baseline:
         raise UserError(f"both arms are '{candidate}'; name a candidate and another arm as its baseline")
@@ -226,9 +227,9 @@ def _verdict(
     shown = largest is not None and largest.p is not None and largest.p < 1 - level
     if not gain:
         if largest is None or not shown:
-            return "no difference", "no law in compute can be fitted and no paired test at the largest size shows one"
+            return "no difference", "there is no gain in compute and no paired test at the largest size shows one"
         return f"{candidate if largest.difference < 0 else baseline} wins", (
-            f"no law in compute can be fitted, and the paired test at the largest matched size has p = {largest.p:.2g}"
+            f"there is no gain in compute, and the paired test at the largest matched size has p = {largest.p:.2g}"
         )
     last = gain[-1]
     where = f"the compute gain of {candidate} over {baseline} at {last.x:.3g} FLOPs is {last.words()}"

@@ -22,8 +22,9 @@ class Gain:
     """How many times the candidate's `x` the baseline needs for the same loss; above 1 the candidate needs less.
 
     x in FLOPs, parameters, tokens or seconds of the candidate. gain None: the baseline's law does not reach
-    that loss within a factor of 10,000. lo, hi None without an interval; hi None with a lo: unbounded above;
-    lo 0: unbounded below. `reach`: how many times beyond the runs either arm's law is read here; 1 is inside.
+    that loss within a factor of 10,000 (a loss below its floor, say; lo and hi then still bound the gain).
+    lo, hi None without an interval; hi None with a lo: unbounded above; lo 0: unbounded below. `reach`: how many
+    times beyond the runs either arm's law is read here; 1 is inside.
     """
 
     x: float
@@ -34,7 +35,7 @@ class Gain:
 
     def excludes_one(self) -> int:
         """+1: the interval lies above 1; -1: below; 0: it holds 1, or there is none."""
-        if self.gain is None or self.lo is None:
+        if self.lo is None:
             return 0
         if self.lo > 1 + 1e-6:  # arms that are the same run differ by rounding
             return 1
@@ -44,12 +45,13 @@ class Gain:
         return {key: self.x, "gain": self.gain, "lo": self.lo, "hi": self.hi, "reach": self.reach}
 
     def words(self) -> str:
-        if self.gain is None:
+        if self.gain is None and self.lo is None:
             return "not to be told (the baseline's law does not reach that loss)"
         if self.lo is None:
             return f"{self.gain:.3g} (no interval)"
         end = "unbounded" if self.hi is None else f"{self.hi:.3g}"
-        return f"{self.gain:.3g} ({self.lo:.3g} to {end})"
+        value = "out of the baseline's reach" if self.gain is None else f"{self.gain:.3g}"
+        return f"{value} ({self.lo:.3g} to {end})"
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Comparison:
         last = {variable: points[-1] for variable, points in self.gain.items()}
         others = [f"{p.words()} times the {UNIT[v]} at {p.x:.3g}" for v, p in last.items() if v != "compute"]
         said = [f"For the same loss {self.baseline} needs {', '.join(others)}"] if others else []
-        far = [f"{p.reach:.2g} times in {variable}" for variable, p in last.items() if p.reach > INSIDE]
+        far = [f"{p.reach:.3g} times in {variable}" for variable, p in last.items() if p.reach > INSIDE]
         if far:
             said.append(f"These gains read a law beyond the runs it was fitted to, by {', '.join(far)}")
         return said

@@ -127,17 +127,19 @@ def fit_approach2(runs: Runs, *, method: str = "parabola", level: float = 0.95) 
     """
     if method not in METHODS:
         raise UserError(f"method '{method}' is unknown; choose from {', '.join(METHODS)}.{nearest(method, METHODS)}")
-    points, used, warnings, widest = [], [], [], 0.0
+    points, used, widest = [], [], 0.0
+    left_out: dict[str, list[float]] = {}
     for group in isoflop_groups(runs.flops):
         compute = float(np.exp(np.log(runs.flops[group]).mean()))
         found = _minimum(np.log(runs.params[group]), runs.loss[group], method)
         if isinstance(found, str):
-            warnings.append(f"the budget of {compute:.3g} FLOPs is left out: {found}")
+            left_out.setdefault(found, []).append(compute)
             continue
         log_n, loss = found
         points.append(Optimum(compute, math.exp(log_n), compute / 6 / math.exp(log_n), loss))
         used.append(group)
         widest = max(widest, float(np.abs(np.log(runs.params[group]) - log_n).max()))
+    warnings = [_budgets(computes, reason) for reason, computes in left_out.items()]
     if len(points) < 2:
         why = f"; {warnings[0]}" if warnings else ""
         raise UserError(f"approach 2 needs 2 budgets with a minimum inside, found {len(points)}{why}")
@@ -156,7 +158,7 @@ def _minimum(log_n: Array, loss: Array, method: str) -> tuple[float, float] | st
     """(log N, loss) of the minimum of one budget, or why there is none."""
     sizes, member = np.unique(log_n, return_inverse=True)
     if len(sizes) < FEWEST_SIZES[method]:
-        return f"{len(sizes)} sizes, {FEWEST_SIZES[method]} are needed"
+        return f"fewer than {FEWEST_SIZES[method]} sizes"
     if method == "parabola":
         middle = log_n.mean()
         c2, c1, c0 = np.polyfit(log_n - middle, loss, 2)
@@ -173,6 +175,12 @@ def _minimum(log_n: Array, loss: Array, method: str) -> tuple[float, float] | st
     if not sizes[0] < at < sizes[-1]:
         return "its minimum lies outside the sizes tried"
     return float(at), float(value)
+
+
+def _budgets(compute: list[float], reason: str) -> str:
+    if len(compute) == 1:
+        return f"the budget of {compute[0]:.3g} FLOPs is left out: {reason}"
+    return f"{len(compute)} budgets from {compute[0]:.3g} to {compute[-1]:.3g} FLOPs are left out: {reason}"
 
 
 def _bias(runs: Runs, used: list[NDArray[np.int64]], method: str) -> tuple[float, ...]:

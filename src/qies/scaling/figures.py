@@ -170,11 +170,14 @@ def gain_figure(comparison: Result | Sequence[Result], kind: str = "compute") ->
     for pair, look in zip(pairs, looks, strict=True):
         curve = pair["gain"]["curves"][kind]
         x, gain, lo, hi = ([point[k] for point in curve] for k in (key, "gain", "lo", "hi"))
-        bands.append(Band(x, *_open(lo, hi, gain), look))
+        bands.append(Band(x, lo, hi, look))
         inside = [point["reach"] <= INSIDE for point in curve]
         lines += _faint_beyond(x, gain, inside, look, pair_name(pair))
         xs += x
         seen += [g for g in gain if g is not None]
+        # Where the baseline's law does not reach the loss, a band without a curve: room on its open side.
+        out = [(a, b) for g, a, b in zip(gain, lo, hi, strict=True) if g is None and a is not None]
+        seen += [a * BAND_REACH if b is None else b / BAND_REACH for a, b in out]
         ends += [v for v in (*lo, *hi) if v]
     if not xs:
         raise UserError(f"no gain in {kind} is known for these arms")
@@ -197,7 +200,7 @@ def frontier_figure(comparison: Result | Sequence[Result]) -> Figure:
         curve = pair["frontier"].get(arm, ())
         if curve:
             x, loss, lo, hi = ([point[k] for point in curve] for k in ("compute", "loss", "lo", "hi"))
-            bands.append(Band(x, *_open(lo, hi, loss), looks[arm]))
+            bands.append(Band(x, lo, hi, looks[arm]))
             lines += _faint_beyond(x, loss, [point["reach"] <= INSIDE for point in curve], looks[arm], arm)
         cells = pair["losses"][arm]
         hover = [f"{arm}, N = {si(n)}, D = {si(d)}, C = {si(c)}" for c, n, d, _ in cells]
@@ -285,16 +288,6 @@ def _faint_beyond(
         return [Line(x, y, name, look)]
     return [Line(x, y, "", look, faint=True), Line(x, [v if i else None for v, i in zip(y, inside, strict=True)],
                                                    name, look)]  # fmt: skip
-
-
-def _open(
-    lo: Sequence[float | None], hi: Sequence[float | None], middle: Sequence[float | None]
-) -> tuple[list[float | None], list[float | None]]:
-    """Ends of a band whose upper end is open where only it is missing, and that has a gap where nothing is known."""
-    known = [a is not None and m is not None for a, m in zip(lo, middle, strict=True)]
-    return [a if k else None for a, k in zip(lo, known, strict=True)], [
-        b if k else None for b, k in zip(hi, known, strict=True)
-    ]
 
 
 def _columns(plain: Mapping[str, Any], runs: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:

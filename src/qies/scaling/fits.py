@@ -5,20 +5,19 @@ arXiv:2203.15556; why the sum: Besiroglu et al. 2024, arXiv:2404.10102), from a 
 
 Runs that share N and D (the seeds of one configuration) are one cell. Cells are what intervals rest on: four
 configurations are four observations, whatever the seeds. Without a bootstrap the interval is Student's t with the
-covariance of the Huber estimate; with one, cells are resampled with all their seeds ("runs") or seeds within their
-cell ("seeds", how far another choice of seeds would move the law), and the draws' one-sigma percentiles are stretched
-to the level (`intervals.stretched_percentiles`).
+covariance of the Huber estimate; with one, cells are resampled with all their seeds, and with all other points of
+their training curves where `run` names these ("runs"), or seeds within their cell ("seeds", how far another choice of
+seeds would move the law), and the draws' one-sigma percentiles are stretched to the level
+(`intervals.stretched_percentiles`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from qies.errors import UserError, nearest
 from qies.scaling.forms import LEAST_FLOOR, STEEPEST, Form, surface_form
@@ -26,11 +25,13 @@ from qies.scaling.intervals import (
     ILL_CONDITIONED,
     condition_number,
     huber_covariance,
+    independent_groups,
     resampled_counts,
     stretched_percentiles,
     t_quantile,
 )
 from qies.scaling.solver import best, minimise, residuals
+from qies.scaling.surface import Residual, SurfaceFit
 from qies.scaling.table import Dropped, Runs
 
 Array = NDArray[np.float64]
@@ -39,139 +40,8 @@ DELTA = 1e-3
 RESAMPLE = ("runs", "seeds")
 CRITERIA = ("log", "loss")
 OUTLIER_SIGMAS = 4.0  # robust standard deviations of log loss from which a run is named
+FEWEST_GROUPS = 5  # independent ones, below which a bootstrap says nothing
 DRAWS_A_BATCH = 50  # between two calls of `progress`
-
-
-@dataclass(frozen=True)
-class Residual:
-    """A run beside the law: `residual` is log(loss / predicted)."""
-
-    name: str
-    params: float
-    tokens: float
-    loss: float
-    predicted: float
-    residual: float
-    outlier: bool
-
-
-@dataclass(frozen=True)
-class SurfaceFit:
-    """A fitted law of N and D; `summary()` says it in words, `predict` draws it, `to_dict()` stores it.
-
-    `n` runs at `cells` distinct (N, D); `params` by the law's names; `objective` the Huber sum of residuals of log L
-    (of L where `criterion` is "loss"); `exponents` {"a", "b"} of the optimum N ~ C^a, D ~ C^b under C = 6ND;
-    `ci` of every parameter and exponent, or None; `scatter` the residual standard deviation of log loss;
-    `condition` of the Jacobian with unit columns; `convention` of the runs' FLOPs.
-    """
-
-    form: str
-    n: int
-    cells: int
-    params: dict[str, float]
-    objective: float
-    exponents: dict[str, float]
-    ci: dict[str, tuple[float, float] | None]
-    dropped: tuple[Dropped, ...]
-    warnings: tuple[str, ...]
-    condition: float
-    residuals: tuple[Residual, ...]
-    scatter: float | None
-    delta: float
-    criterion: str
-    level: float
-    interval: str
-    convention: str
-    _law: Form = field(repr=False)
-    _theta: Array = field(repr=False)
-    _center: Array = field(repr=False)
-    _covariance: Array | None = field(repr=False)
-    _draws: Array = field(repr=False)
-
-    @property
-    def draws(self) -> Array:
-        """Bootstrap parameters [bootstrap, p] in the order of `params`; [0, p] without a bootstrap."""
-        return self._law.public(self._draws, self._center)
-
-    def predict(self, params: ArrayLike, tokens: ArrayLike) -> Array:
-        """Loss at N and D, which broadcast; float64."""
-        x, shape = self._logs(params, tokens)
-        return np.exp(self._law.evaluate(self._theta[None], x)[0][0]).reshape(shape)
-
-    def predict_band(self, params: ArrayLike, tokens: ArrayLike) -> tuple[Array, Array, Array]:
-        """(loss, lo, hi) at N and D: the law's own uncertainty at `level`; NaN where there is no interval."""
-        x, shape = self._logs(params, tokens)
-        log_loss, jacobian = (part[0] for part in self._law.evaluate(self._theta[None], x))
-        if len(self._draws):
-            drawn = self._law.evaluate(self._draws, x)[0]
-            lo, hi = stretched_percentiles(log_loss, drawn, self.level)
-        elif self._covariance is not None:
-            variance = np.einsum("ni,ij,nj->n", jacobian, self._covariance, jacobian)
-            half = t_quantile(self.level, self.cells - len(self.params)) * np.sqrt(np.maximum(variance, 0.0))
-            lo, hi = log_loss - half, log_loss + half
-        else:
-            lo = hi = np.full_like(log_loss, np.nan)
-        return np.exp(log_loss).reshape(shape), np.exp(lo).reshape(shape), np.exp(hi).reshape(shape)
-
-    def optimum(self, compute: float) -> tuple[float, float, float]:
-        """(N, D, loss) of the lowest loss at C = 6ND FLOPs; closed form, as the sum of two powers."""
-        a_amp, alpha, b_amp, beta = self._law.reducible(self.params)
-        if not (alpha > 0 and beta > 0 and compute > 0):
-            raise UserError("no optimum: the law does not fall with both N and D, or compute is not positive")
-        log_ratio = math.log(alpha) + math.log(a_amp) - math.log(beta) - math.log(b_amp)
-        n = math.exp((log_ratio + beta * math.log(compute / 6)) / (alpha + beta))
-        d = compute / 6 / n
-        return n, d, float(self.predict(n, d))
-
-    def frontier(self, compute: ArrayLike) -> Array:
-        """Lowest loss at each C = 6ND FLOPs."""
-        values = np.asarray(compute, np.float64)
-        return np.array([self.optimum(float(c))[2] for c in values.reshape(-1)]).reshape(values.shape)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; no interval is null, and so is the infinite delta of least squares."""
-        public = {k: getattr(self, k) for k in self.__dataclass_fields__ if not k.startswith("_")}
-        plain = {
-            "ci": {name: None if pair is None else list(pair) for name, pair in self.ci.items()},
-            "dropped": [vars(d) for d in self.dropped],
-            "warnings": list(self.warnings),
-            "residuals": [vars(r) for r in self.residuals],
-            "condition": self.condition if math.isfinite(self.condition) else None,
-            "delta": self.delta if math.isfinite(self.delta) else None,
-        }
-        return {**public, **plain, "bootstrap": len(self._draws)}
-
-    def summary(self) -> str:
-        """The law, its exponents and intervals, what they rest on, and every warning, as one paragraph."""
-        values = ", ".join(f"{k} {v:.5g}{_range(self.ci[k])}" for k, v in self.params.items())
-        exponents = ", ".join(
-            f"{k} {v:.3f}{'' if k in self.params else _range(self.ci[k])}" for k, v in self.exponents.items()
-        )
-        how = f"{len(self._draws)} bootstrap draws" if len(self._draws) else self.interval
-        kind = "least squares" if math.isinf(self.delta) else f"Huber sum, delta {self.delta:g},"
-        basis = f"{kind} on {'log L' if self.criterion == 'log' else 'L'}: objective {self.objective:.6g}"
-        parts = [
-            f"{self.form} through {self.n} runs at {self.cells} distinct (N, D): {values}",
-            f"Optimum N ~ C^a, D ~ C^b: {exponents}",
-            f"{basis}; {100 * self.level:g} % intervals by {how}"
-            + ("" if self.scatter is None else f"; scatter {100 * self.scatter:.2g} %"),
-            f"FLOPs {self.convention}",
-        ]
-        if self.dropped:
-            parts.append(
-                f"{len(self.dropped)} runs left out: " + "; ".join(f"{d.name} ({d.reason})" for d in self.dropped)
-            )
-        return ". ".join([*parts, *(w[0].upper() + w[1:] for w in self.warnings)]) + "."
-
-    def plot(self, runs: Runs | None = None, axis: str = "flops") -> Any:
-        """The runs and the law against `axis` ("params", "tokens" or "flops"); residuals where no runs are given."""
-        from qies.scaling import figures
-
-        return figures.residual_figure(self) if runs is None else figures.surface_figure(self, runs, axis)
-
-    def _logs(self, params: ArrayLike, tokens: ArrayLike) -> tuple[Array, tuple[int, ...]]:
-        n, d = np.broadcast_arrays(np.asarray(params, np.float64), np.asarray(tokens, np.float64))
-        return np.log(np.stack([n.reshape(-1), d.reshape(-1)], axis=1)) - self._center, n.shape
 
 
 def fit_surface(
@@ -214,7 +84,12 @@ def fit_surface(
     dof = len(cells) - len(law.names)
     draws = np.empty((0, len(law.names)))
     if dof and bootstrap:
-        weight = resampled_counts(member, resample, bootstrap, seed) * runs.weight
+        drawn = independent_groups(member, runs.run) if resample == "runs" else member
+        if (curves := int(drawn.max()) + 1) < FEWEST_GROUPS:
+            raise UserError(
+                f"the rows belong to {curves} runs, too few to resample; train more, or fit without bootstrap"
+            )
+        weight = resampled_counts(drawn, resample, bootstrap, seed) * runs.weight
         parts = []
         for i in range(0, bootstrap, DRAWS_A_BATCH):
             part = weight[i : i + DRAWS_A_BATCH]
@@ -363,7 +238,8 @@ def _doubts(law: Form, theta: Array, runs: Runs, condition: float, dof: int, tab
     far = sorted((r for r in table if r.outlier), key=lambda r: -abs(r.residual))
     if far:
         named = ", ".join(f"{r.name} ({100 * math.expm1(r.residual):+.1f} %)" for r in far[:5])
-        said.append(f"{len(far)} of {len(table)} runs lie more than {OUTLIER_SIGMAS:g} robust sigma off: {named}")
+        lie = f"{len(far)} of {len(table)} runs {'lies' if len(far) == 1 else 'lie'}"
+        said.append(f"{lie} more than {OUTLIER_SIGMAS:g} robust sigma off: {named}")
     return said
 
 
@@ -383,6 +259,11 @@ def _check(
     values = np.stack([runs.params, runs.tokens, runs.loss, runs.weight])
     if not (np.isfinite(values).all() and (values > 0).all()):
         raise UserError("params, tokens, loss and weight must be finite and positive; leave the other runs out (sound)")
+    for what, axis, values in (("size", "tokens", runs.params), ("token count", "params", runs.tokens)):
+        if len(set(values)) == 1:
+            raise UserError(
+                f"{law.name} needs runs of more than one {what}; train others, or use --form power+floor --axis {axis}"
+            )
     cells = len(set(zip(runs.params, runs.tokens, strict=True)))
     if cells - drop_worst < len(law.names):
         raise UserError(
@@ -392,7 +273,3 @@ def _check(
         )
     if bootstrap and resample == "seeds" and cells == len(runs):
         raise UserError("no (N, D) has more than one seed to resample; use --resample runs")
-
-
-def _range(pair: tuple[float, float] | None) -> str:
-    return "" if pair is None else f" ({pair[0]:.4g} to {pair[1]:.4g})"

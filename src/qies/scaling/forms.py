@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 LOG6 = float(np.log(6.0))
 # A floor a million times below the losses is none; an exponent beyond 8 is a step, no power law.
 LEAST_FLOOR, STEEPEST = float(np.log(1e-6)), 8.0
-EXPONENTS = np.geomspace(0.03, 2.5, 8)
+EXPONENTS = np.geomspace(0.03, 6, 9)
 
 
 @dataclass(frozen=True)
@@ -165,15 +165,15 @@ class Gamma(Approach3):
 
     def starts(self, x: Array, loss: Array) -> Array:
         """Grid of exponents, gamma and floor: given those, the bracket is linear in A and B."""
-        alpha, beta = (g.reshape(-1) for g in np.meshgrid(EXPONENTS[::2], EXPONENTS[::2]))
+        alpha, beta = (g.reshape(-1) for g in np.meshgrid(EXPONENTS[1::2], EXPONENTS[1::2]))
         found = []
         for gamma in (0.25, 0.5, 1.0, 2.0, 4.0):
             for floor in (0.05, 0.4, 0.75, 0.95):
                 bracket = (loss - floor * loss.min()) ** (1 / gamma)
                 terms = np.exp(np.stack([-alpha[:, None] * x[:, 0], -beta[:, None] * x[:, 1]], axis=2))
-                amplitude = _positive(_least_squares(terms / bracket[:, None]))
+                amplitude = _least_squares(terms / bracket[:, None])
                 e, g = np.full(len(alpha), np.log(floor * loss.min())), np.full(len(alpha), gamma)
-                found.append(np.column_stack([e, np.log(amplitude * np.median(bracket)), alpha, beta, g]))
+                found.append(np.column_stack([e, np.log(amplitude), alpha, beta, g]))
         return np.concatenate(found)
 
 
@@ -211,24 +211,25 @@ def _log_sum_exp_curvature(features: Array, share: Array, c: Array) -> Array:
 
 
 def _least_squares(design: Array) -> Array:
-    """Amplitudes [S, K] that bring design [S, n, K] closest to one."""
+    """Amplitudes [S, K] that bring design [S, n, K] closest to one.
+
+    None so small that its term stays below a thousandth everywhere: a term that starts at nothing would stay there.
+    """
+    largest = design.max(axis=1)
+    design = design / largest[:, None]  # steep terms span many orders of magnitude
     gram = np.swapaxes(design, 1, 2) @ design
     ridge = 1e-10 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(gram.shape[1])
-    return np.linalg.solve(gram + ridge, design.sum(axis=1)[..., None])[..., 0]
-
-
-def _positive(amplitude: Array) -> Array:
-    """No amplitude below a thousandth of the largest: a term that starts at nothing would stay there."""
-    return np.maximum(amplitude, 1e-3 * np.maximum(amplitude.max(axis=1, keepdims=True), 1e-300))
+    amplitude = np.linalg.solve(gram + ridge, design.sum(axis=1)[..., None])[..., 0]
+    return np.maximum(amplitude, 1e-3) / largest
 
 
 def _amplitudes(log_terms: Array, loss: Array) -> list[Array]:
     """log (E, amplitudes) [S, 1 + K] for terms exp(log_terms) [S, n, K]: with the best floor, and with fixed ones."""
     terms = np.exp(log_terms) / loss[:, None]
     floor = np.broadcast_to((1 / loss)[None, :, None], (*terms.shape[:2], 1))
-    found = [np.log(_positive(_least_squares(np.concatenate([floor, terms], axis=2))))]
+    found = [np.log(_least_squares(np.concatenate([floor, terms], axis=2)))]
     for part in (0.05, 0.5, 0.9):
         e = part * loss.min()
-        amplitude = _positive(_least_squares(terms / (1 - e / loss)[:, None]))
+        amplitude = _least_squares(terms / (1 - e / loss)[:, None])
         found.append(np.column_stack([np.full(len(terms), np.log(e)), np.log(amplitude)]))
     return found

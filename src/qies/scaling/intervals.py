@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from scipy.stats import norm
 from scipy.stats import t as student
 
@@ -14,6 +17,8 @@ Array = NDArray[np.float64]
 # Of the Jacobian with unit columns: a step along the weakest combination of parameters then moves the losses
 # a thousand times less than one along the strongest, so the data do not tell them apart.
 ILL_CONDITIONED = 1e3
+# Losses are stored to about 1e-9 at best: less scatter than that is rounding, not a measurement of noise.
+ROUNDING = 1e-9
 WINDOW = 0.8  # robust standard deviations over which the density of residuals at zero is taken
 
 
@@ -31,15 +36,22 @@ def huber_covariance(jacobian: Array, residual: Array, delta: float) -> tuple[fl
     then taken over 0.8 robust standard deviations, where those p count half, as about half of them would lie there
     anyway. (By the share within delta alone, 95 % intervals cover about 60 % at 36 cells and delta 1e-3.)
     """
-    n, p = jacobian.shape
+    inside, variance = huber_moments(residual, delta, jacobian.shape[1])
+    scale = math.sqrt(variance) / inside
+    inverse: Array = np.asarray(np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-15), np.float64)
+    return scale, scale**2 * inverse
+
+
+def huber_moments(residual: Array, delta: float, p: int) -> tuple[float, float]:
+    """Mean of rho'' (the share of errors within delta) and of rho'^2 over residuals [n] of a fit with p parameters."""
+    n = len(residual)
     spread = 1.4826 * float(np.median(np.abs(residual))) * math.sqrt(n / (n - p))
     if delta >= WINDOW * spread:
         inside = max(float((np.abs(residual) <= delta).mean()), 1 / n)
     else:
         window = WINDOW * spread
         inside = max(int((np.abs(residual) <= window).sum()) - p / 2, 1) / (n - p / 2) * delta / window
-    scale = math.sqrt(float((np.clip(residual, -delta, delta) ** 2).sum()) / (n - p)) / inside
-    return scale, scale**2 * np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-15)
+    return inside, float((np.clip(residual, -delta, delta) ** 2).sum()) / (n - p)
 
 
 def stretched_percentiles(estimate: Array, draws: Array, level: float) -> tuple[Array, Array]:
@@ -53,10 +65,21 @@ def stretched_percentiles(estimate: Array, draws: Array, level: float) -> tuple[
     return estimate - z * (middle - below), estimate + z * (above - middle)
 
 
-def resampled_counts(member: NDArray[np.int64], resample: str, draws: int, seed: int) -> Array:
-    """How often each run counts in each draw, [draws, n]: whole cells ("runs"), or the seeds within each ("seeds").
+def independent_groups(cell: NDArray[np.int64], run: Sequence[str]) -> NDArray[np.int64]:
+    """Group of each row, [n], from 0: rows share one if they share a cell [n] or a run [n] ("" is none), directly or
+    through others. Points of one training curve move together, and so do the seeds of one cell."""
+    names = {name: i for i, name in enumerate(dict.fromkeys(r for r in run if r))}
+    known = np.array([r != "" for r in run], dtype=bool)
+    cells, nodes = int(cell.max()) + 1, int(cell.max()) + 1 + len(names)
+    ends = cell[known], np.array([cells + names[r] for r in run if r], dtype=np.int64)
+    graph = coo_matrix((np.ones(len(ends[0])), ends), shape=(nodes, nodes))
+    return np.unique(connected_components(graph, directed=False)[1][cell], return_inverse=True)[1].astype(np.int64)
 
-    member: the cell of each run, [n], from 0.
+
+def resampled_counts(member: NDArray[np.int64], resample: str, draws: int, seed: int) -> Array:
+    """How often each run counts in each draw, [draws, n]: whole groups ("runs"), or the seeds within each ("seeds").
+
+    member: the group of each run, [n], from 0.
     """
     rng = np.random.default_rng(seed)
     cells = int(member.max()) + 1

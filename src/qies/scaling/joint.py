@@ -24,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
+from qies.scaling.intervals import ROUNDING
+
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
 Evaluate = Callable[[Array, Array], tuple[Array, Array]]
@@ -31,8 +33,6 @@ Path = Callable[[Array], Array]
 
 LIMIT = math.log(1e4)  # multipliers beyond are not told apart from "never"
 STEP = 0.02  # of the search for an interval's end, in log g: 2 %
-# Losses are stored to about 1e-9 at best: less scatter than that is rounding, not a measurement of noise.
-ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,9 @@ def _pseudo_inverse(jacobian: Array) -> Array:
 def multipliers(joint: Joint, path_a: Path, path_b: Path, x: Array) -> tuple[Array, Array, Array]:
     """g with L_A(path_a(x)) = L_B(path_b(log g + x)) at log x [n], and its interval: (g, lo, hi).
 
-    A path takes logs [n] to inputs [n, k]. NaN where no g within 1e-4 to 1e4 does it (the baseline's floor
-    lies above, say); lo = 0 and hi = inf where that end is unbounded.
+    A path takes logs [n] to inputs [n, k]. g is NaN where none within 1e-4 to 1e4 does it: the baseline's floor lies
+    above A's loss, say, and then hi is inf, and lo the g below which the baseline is significantly worse. lo = 0 and
+    hi = inf where that end is unbounded.
     """
     target = path_a(x)
 
@@ -150,11 +151,12 @@ def multipliers(joint: Joint, path_a: Path, path_b: Path, x: Array) -> tuple[Arr
         return joint.difference(target, path_b(x + log_g))
 
     full = np.full(len(x), LIMIT)
-    root = bisect(lambda v: gap(v)[0], -full, full)
+    now = gap(np.zeros(len(x)))[0]
+    root = np.where(np.abs(now) < ROUNDING, 0.0, bisect(lambda v: gap(v)[0], -full, full))
     if joint.dof == 0:
         return np.exp(root), np.full(len(x), np.nan), np.full(len(x), np.nan)
     t = joint.quantile
-    start = np.where(np.isnan(root), 0.0, root)
+    start = np.where(np.isnan(root), -np.sign(now) * LIMIT, root)
 
     def beyond(log_g: Array, sign: int) -> Array:
         """Positive where L_A(x) is significantly above (+1) or below (-1) the baseline's loss at g x."""
@@ -165,7 +167,7 @@ def multipliers(joint: Joint, path_a: Path, path_b: Path, x: Array) -> tuple[Arr
     lo = _first_positive(lambda v: beyond(v, -1), start, -STEP)
     lo, hi = np.where(np.isnan(lo), 0.0, np.exp(lo)), np.where(np.isnan(hi), np.inf, np.exp(hi))
     g = np.exp(root)
-    return g, np.where(np.isnan(g), np.nan, np.minimum(lo, g)), np.where(np.isnan(g), np.nan, np.maximum(hi, g))
+    return g, np.fmin(lo, g), np.fmax(hi, g)
 
 
 def bisect(f: Callable[[Array], Array], low: Array, high: Array) -> Array:

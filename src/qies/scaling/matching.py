@@ -46,7 +46,8 @@ class Paired:
     """The difference (candidate minus baseline, nats per token) at one size and token budget, over seeds.
 
     `n` differences went into `test`: "paired t" over seeds that both arms have, "Welch t" where they share
-    fewer than two but each has two, "one seed" where neither can be done: lo, hi, sd, p are then None.
+    fewer than two but each has two, "one seed" where neither can be done, "no spread" where seeds differ by nothing,
+    which measures no noise (copies of a row, say): lo, hi, sd, p are then None.
     `flops_ratio`: the candidate's FLOPs over the baseline's.
     """
 
@@ -98,7 +99,7 @@ def _cells(runs: Runs, size: NDArray[np.int64], budget: NDArray[np.int64]) -> Ce
         params=np.exp(mean(runs.params)),
         tokens=np.exp(mean(runs.tokens)),
         flops=np.exp(mean(runs.flops)),
-        seconds=np.exp(mean(runs.wall_seconds)),
+        seconds=np.exp(mean(np.where(runs.wall_seconds > 0, runs.wall_seconds, np.nan))),
         log_loss=mean(runs.loss),
         weight=np.array([runs.weight[m].mean() for m in members]),
         runs=members,
@@ -143,11 +144,13 @@ def _paired(a: Runs, b: Runs, ca: Cells, cb: Cells, i: int, j: int, level: float
             sd = math.sqrt(va * len(left) + vb * len(right))
         else:
             error, sd, dof, test = None, math.nan, 0.0, "one seed"
+    if error == 0 and mean != 0:
+        error, test = None, "no spread"
     lo = hi = p = None
     if error is not None:
         half = float(student.ppf(0.5 + level / 2, dof)) * error
         lo, hi = mean - half, mean + half
-        p = float(2 * student.sf(abs(mean) / error, dof)) if error > 0 else float(mean == 0)
+        p = float(2 * student.sf(abs(mean) / error, dof)) if error > 0 else 1.0
     return Paired(
         params=float(math.sqrt(ca.params[i] * cb.params[j])),
         tokens=float(math.sqrt(ca.tokens[i] * cb.tokens[j])),

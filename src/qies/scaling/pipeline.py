@@ -16,11 +16,13 @@ from qies.plotting import Figure
 from qies.scaling import figures
 from qies.scaling.curves import CURVE_COLUMNS, CurveFit, fit_annealing, fit_downstream
 from qies.scaling.envelopes import EnvelopeFit, fit_approach1, fit_approach2
-from qies.scaling.fits import Residual, SurfaceFit, fit_surface
+from qies.scaling.fits import fit_surface
 from qies.scaling.forms import FORMS
 from qies.scaling.laws import PowerLaw, fit_power
 from qies.scaling.selection import Comparison, HeldOut, HeldOutRun, compare_forms, leave_largest_out
-from qies.scaling.table import Dropped, Runs, read_columns, read_runs, sound
+from qies.scaling.soundness import oddities, sound
+from qies.scaling.surface import Residual, SurfaceFit
+from qies.scaling.table import Dropped, Runs, read_columns, read_runs
 
 POWERS = ("power", "power+floor")
 ENVELOPES = ("approach1", "approach2")
@@ -119,7 +121,7 @@ def fit_file(
     arm: str | None = None,
     axis: str = "params",
     delta: float | None = None,
-    drop_worst: int = 0,
+    drop_worst: int | None = None,
     bootstrap: int = 0,
     resample: str = "runs",
     level: float = 0.95,
@@ -131,10 +133,11 @@ def fit_file(
 ) -> Outcome:
     """Fit `form` to the runs of a file or folder (`table.read_runs`).
 
-    With `drop_worst` the user says how many runs lie off, so the search for diverged runs against a fit is left out;
-    runs that did not finish or hold no number always are. `leave_largest`: also fit without the so many largest model
-    sizes and predict them. `beside`: other forms to compare this one with. `predict`: pairs of N and D. `axis` is what
-    `power` and `power+floor` run along. Raises UserError for an unknown form or axis, and what the parts raise.
+    With `drop_worst` the user says how many runs lie off, 0 for none, so the search for diverged runs against a fit is
+    left out; runs that did not finish or hold no number are left out always. `leave_largest`: also fit without the so
+    many largest model sizes and predict them. `beside`: other forms to compare this one with. `predict`: pairs of N and
+    D. `axis` is what `power` and `power+floor` run along. Raises UserError for an unknown form or axis, and what the
+    parts raise.
     """
     if form not in ALL_FORMS:
         raise UserError(f"form '{form}' is unknown; choose from {', '.join(ALL_FORMS)}.{nearest(form, ALL_FORMS)}")
@@ -154,12 +157,17 @@ def fit_file(
     if arm is not None:
         everything.of_arm(arm)  # which says what arms there are
     index = np.flatnonzero(chosen)
-    runs, unsound = sound(everything.select(index), against_fit=not drop_worst)
+    runs, unsound = sound(everything.select(index), against_fit=drop_worst is None)
     dropped = [dataclasses.replace(d, index=int(index[d.index])) for d in unsound]
     if not len(runs):
         raise UserError(f"{path}: no sound run is left; the first was left out because: {dropped[0].reason}")
+    if np.ptp(runs.loss) == 0:
+        raise UserError(
+            f"{path}: every loss is {runs.loss[0]:g}, so no law can be fitted; check the column of the loss."
+        )
     kept = np.delete(index, [d.index for d in unsound])
-    warnings = () if len(runs.arms) < 2 else (f"runs of {len(runs.arms)} arms are fitted as one; choose with --arm",)
+    mixed = [] if len(runs.arms) < 2 else [f"runs of {len(runs.arms)} arms are fitted as one; choose with --arm"]
+    warnings = (*mixed, *oddities(runs))
     if form in POWERS:
         law = fit_power(
             getattr(runs, axis),
@@ -177,8 +185,8 @@ def fit_file(
             (fit_approach1 if form == "approach1" else fit_approach2)(runs, level=level), runs, tuple(dropped), warnings
         )
     fit = fit_surface(
-        runs, form, delta=delta, bootstrap=bootstrap, resample=resample, level=level, drop_worst=drop_worst, seed=seed,
-        progress=progress,
+        runs, form, delta=delta, bootstrap=bootstrap, resample=resample, level=level, drop_worst=drop_worst or 0,
+        seed=seed, progress=progress,
     )  # fmt: skip
     dropped += [dataclasses.replace(d, index=int(kept[d.index])) for d in fit.dropped]
     fit = dataclasses.replace(fit, dropped=tuple(dropped))

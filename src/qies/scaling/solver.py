@@ -20,6 +20,7 @@ Array = NDArray[np.float64]
 CONVERGED = 1e-13  # a Newton step that promises less, relative to the objective, is the end
 PATIENCE = 300
 SCREENING, FINALISTS, ROUNDS = 12, 24, 20
+APART = 0.5  # in theta, whose entries are logarithms and exponents
 EXACT = 1e-20  # objective a run below which the law passes through the runs
 BATCH = 2_000_000  # numbers of one Jacobian [S, n, p] held at once
 
@@ -56,13 +57,14 @@ def minimise(
 def best(form: Form, x: Array, loss: Array, weight: Array, delta: float, criterion: str) -> tuple[Array, float]:
     """The lowest minimum (theta [p], objective) over the law's own starts; weight [n].
 
-    All starts take a few steps, the most promising go on to the end. The kinks of the Huber sum and long curved
-    valleys leave many minima beside each other, so copies of the best, shifted at random, then look around until a
-    round of them finds nothing lower.
+    All starts take a few steps, and the most promising that lie apart go on to the end. The kinks of the Huber sum and
+    long curved valleys leave many minima beside each other, so copies of the best, shifted at random, then look around
+    until a round of them finds nothing lower.
     """
     theta, cost = minimise(form, form.starts(x, loss), x, loss, weight[None], delta, criterion, SCREENING)
-    promising = np.argsort(cost, kind="stable")[:FINALISTS]
-    theta, cost = minimise(form, theta[promising], x, loss, weight[None], delta, criterion)
+    order = np.argsort(cost, kind="stable")
+    _, apart = np.unique(np.round(theta[order] / APART), axis=0, return_index=True)
+    theta, cost = minimise(form, theta[order[np.sort(apart)[:FINALISTS]]], x, loss, weight[None], delta, criterion)
     rng = np.random.default_rng(0)
     found, lowest = theta[cost.argmin()], float(cost.min())
     for _ in range(ROUNDS if lowest > EXACT * len(loss) else 0):

@@ -5,8 +5,6 @@ Legend: N parameters, D training tokens, C training FLOPs, L loss in nats a toke
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -18,18 +16,27 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qies.errors import UserError, nearest
+from qies.scaling.files import read_rows
 
 Array = NDArray[np.float64]
 
 # Our names, and where a run record (DESIGN, section 3) keeps the same thing.
 RECORD = {"params": "params.non_embedding", "loss": "metrics.val_loss"}
 NUMBERS = ("params", "tokens", "flops", "loss", "weight", "wall_seconds", "seed")
-TEXTS = ("arm", "status", "name", "flops_convention")
+TEXTS = ("arm", "status", "name", "run", "flops_convention")
 COLUMNS = NUMBERS + TEXTS
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 MISSING = {"", "nan", "na", "n/a", "none", "null", "-"}
 SCALES = {"": 1.0, "%": 0.01, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-NUMBER = re.compile(r"([+-]?(?:\d{1,3}(?:[,_]\d{3})+|\d+)?(?:\.\d*)?(?:e[+-]?\d+)?)\s*([%kmbgt]?)", re.IGNORECASE)
+SCALES |= {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+# FLOPs alone go by these letters, as 3E is half a number elsewhere; a petaFLOP/s-day is 1e15 times 86,400 s.
+FLOPS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15, "e": 1e18, "z": 1e21, "y": 1e24}
+DAY = 86400.0
+NUMBER = re.compile(
+    r"([+-]?(?:\d{1,3}(?:[,_]\d{3})+|\d+)?(?:\.\d*)?(?:e[+-]?\d+)?)\s*"
+    r"(?:(%|k|m|b|g|t|thousand|million|billion|trillion|)\s*(?:tokens?|params?|parameters?|s|sec|seconds?)?"
+    r"|([kmgtpezy]?)flops?|([kmgtpezy])(?:f|flops?(?:/s)?)[- ]?days?)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,8 @@ class Runs:
 
     `params` N, `tokens` D, `flops` C, `loss` L (nats a token), `weight` (of the run in a fit, 1 by default) and
     `wall_seconds` (NaN where unknown) are float64 [n]; `seed` int64 [n]; `arm`, `status` ("" where unknown) and
-    `name` n words each. `convention` says how the FLOPs were counted: "6ND", a named convention, or "given".
+    `name` n words each. `run` ("" where unknown): entries of one run are points of one training curve and not
+    independent. `convention` says how the FLOPs were counted: "6ND", a named convention, or "given".
     """
 
     params: Array
@@ -51,6 +59,7 @@ class Runs:
     wall_seconds: Array
     status: tuple[str, ...]
     name: tuple[str, ...]
+    run: tuple[str, ...]
     convention: str
 
     def __len__(self) -> int:
@@ -79,6 +88,7 @@ class Runs:
             wall_seconds=self.wall_seconds[pick],
             status=words(self.status),
             name=words(self.name),
+            run=words(self.run),
             convention=self.convention,
         )
 
@@ -92,15 +102,16 @@ class Runs:
 def read_runs(path: str | Path, columns: Mapping[str, str] | None = None, flops: str | None = None) -> Runs:
     """Runs of a CSV, TSV, JSONL, JSON or Parquet table, or of every run.json below a folder.
 
-    columns: our name -> the table's name, such as {"params": "N"}; nested JSON is reached by dots
-    ("metrics.val_loss"). Needed are loss and two of params, tokens and flops: the third follows from C = 6ND.
+    columns: our name -> the table's name, such as {"params": "N"}, with a factor where the unit is another, such as
+    {"tokens": "D (billions)*1e9"}; nested JSON is reached by dots ("metrics.val_loss"). Names differ by more than
+    case. Needed are loss and two of params, tokens and flops: the third follows from C = 6ND.
     flops: None takes the table's FLOPs and 6ND where there are none; "6ND" or another multiple, such as "8ND" for
     recomputed activations, counts all runs so; "given" insists on the table's. Numbers may read 1,200,000 or 1.2M or
-    3.5 %. Values that are missing or not finite are kept as NaN, for `sound` to report. Raises UserError for an
-    unreadable file, an unknown or missing column, and a cell that is no number.
+    3.5 % (`parse_number`). Values that are missing or not finite are kept as NaN, for `sound` to report. Raises
+    UserError for an unreadable file, an unknown or missing column, and a cell that is no number.
     """
     path = Path(path)
-    rows = _rows(path)
+    rows = read_rows(path)
     if not rows:
         raise UserError(f"{path} holds no rows; give a table with one run a row.")
     known = list(dict.fromkeys(key for row in rows for key in row))
@@ -110,7 +121,7 @@ def read_runs(path: str | Path, columns: Mapping[str, str] | None = None, flops:
     if len(names.keys() & {"params", "tokens", "flops"}) < 2:
         raise _missing("params" if "params" not in names else "tokens", known, path)
     number = {k: _numbers(rows, names[k], path) for k in NUMBERS if k in names}
-    text = {k: tuple(_text(row.get(names[k])) for row in rows) for k in TEXTS if k in names}
+    text = {k: tuple(_text(row.get(names[k][0])) for row in rows) for k in TEXTS if k in names}
     n = len(rows)
     params, tokens, compute, convention = _compute(number, text.get("flops_convention", ()), flops, n, path)
     seed = number.get("seed", np.zeros(n))
@@ -125,6 +136,7 @@ def read_runs(path: str | Path, columns: Mapping[str, str] | None = None, flops:
         wall_seconds=number.get("wall_seconds", np.full(n, np.nan)),
         status=text.get("status", ("",) * n),
         name=text.get("name", tuple(f"row {i + 1}" for i in range(n))),
+        run=text.get("run", ("",) * n),
         convention=convention,
     )
 
@@ -135,7 +147,7 @@ def read_columns(path: str | Path, needed: Iterable[str], columns: Mapping[str, 
     Files, `columns` and errors as in `read_runs`.
     """
     path, needed = Path(path), tuple(needed)
-    rows = _rows(path)
+    rows = read_rows(path)
     known = list(dict.fromkeys(key for row in rows for key in row))
     names = _resolve(columns or {}, known, path, needed)
     for need in needed:
@@ -153,155 +165,42 @@ class Dropped:
     reason: str
 
 
-FINISHED = {"", "done", "finished", "completed", "complete", "ok", "success", "succeeded"}
-# A diverged run lies above the law by more than any noise: by 10 robust standard deviations of its arm's
-# residuals of log loss, and by more than a quarter (a table of good runs at an odd place of the grid does less).
-DIVERGED_SIGMAS, DIVERGED_LEAST = 10.0, math.log(1.25)
-FEWEST_FOR_A_SURFACE, FEWEST_FOR_A_LINE = 10, 5
-
-
-def sound(runs: Runs, *, against_fit: bool = True) -> tuple[Runs, list[Dropped]]:
-    """The runs to trust, and the others with the reason.
-
-    Left out are runs that did not finish (by `status`), whose N, D, C or L is not finite or not positive, and, with
-    `against_fit`, diverged ones: log loss far above a robust fit of their arm (approach 3 from 10 runs on, a
-    Theil-Sen line in log C from 5 on). "Far" is 10 scaled MADs of the residuals and at least 25 %.
-    """
-    reasons: dict[int, str] = {}
-    for i in range(len(runs)):
-        if runs.status[i].lower() not in FINISHED:
-            reasons[i] = f"status {runs.status[i]}"
-            continue
-        for what in ("loss", "params", "tokens", "flops", "weight"):
-            value = float(getattr(runs, what)[i])
-            if not (math.isfinite(value) and value > 0):
-                reasons[i] = f"{what} is {value:g}"
-                break
-    if against_fit:
-        for arm in runs.arms:
-            index = np.array([i for i in range(len(runs)) if i not in reasons and runs.arm[i] == arm], dtype=int)
-            excess = _excess(runs.select(index))
-            scale = 1.4826 * float(np.median(np.abs(excess - np.median(excess)))) if len(excess) else 0.0
-            for i, above in zip(index, excess, strict=True):
-                if above > max(DIVERGED_SIGMAS * scale, DIVERGED_LEAST):
-                    reasons[int(i)] = f"diverged: loss {100 * math.expm1(above):.0f} % above the law of its arm"
-    keep = np.array([i not in reasons for i in range(len(runs))], dtype=bool)
-    return runs.select(keep), [Dropped(i, runs.name[i], reasons[i]) for i in sorted(reasons)]
-
-
-def _excess(runs: Runs) -> Array:
-    """log loss above a robust law of the runs, [n]; zero where they are too few for one."""
-    from qies.scaling.fits import fit_surface  # the fits read tables, so this direction waits until it is called
-
-    cells = len(set(zip(runs.params, runs.tokens, strict=True)))
-    if cells >= FEWEST_FOR_A_SURFACE:
-        fit = fit_surface(runs, "approach3")
-        return np.log(runs.loss) - np.log(fit.predict(runs.params, runs.tokens))
-    if len(runs) < FEWEST_FOR_A_LINE:
-        return np.zeros(len(runs))
-    x, y = np.log(runs.flops), np.log(runs.loss)
-    i, j = np.triu_indices(len(x), 1)
-    apart = x[i] != x[j]
-    slope = float(np.median((y[i] - y[j])[apart] / (x[i] - x[j])[apart])) if apart.any() else 0.0
-    return y - slope * x - np.median(y - slope * x)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if path.is_dir():
-        from qies import runs  # the run record's own reader, which checks the schema
-
-        records = [(p.parent, runs.read(p.parent)) for p in sorted(path.glob("**/run.json"))]
-        if not records:
-            raise UserError(f"{path} holds no run record (run.json); give a table or a folder of runs.")
-        return [{**_flat(record or {}), "name": str(folder.relative_to(path))} for folder, record in records]
-    if not path.is_file():
-        raise UserError(f"no table at {path}; give a file or a folder of run records.")
-    kind = path.suffix.lower()
-    if kind not in SUFFIXES:
-        raise UserError(f"{path} is of no known kind; give one of {', '.join(SUFFIXES)} or a folder of run records.")
-    if kind == ".parquet":
-        return _parquet(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
-    if kind in (".csv", ".tsv"):
-        return _separated(text, path)
-    try:
-        if kind != ".json":
-            return [_flat(_object(json.loads(line), path)) for line in text.splitlines() if line.strip()]
-        value = json.loads(text)
-    except ValueError as e:
-        raise UserError(f"{path} is not valid {kind[1:].upper()} ({e}).") from None
-    if isinstance(value, dict) and isinstance(value.get("runs"), list):
-        value = value["runs"]
-    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-        if len({len(v) for v in value.values()}) != 1:
-            raise UserError(f"{path}: the columns differ in length; give one value a run in each.")
-        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-    if not isinstance(value, list):
-        raise UserError(f"{path}: give a list of runs, or one list a column.")
-    return [_flat(_object(row, path)) for row in value]
-
-
-def _separated(text: str, path: Path) -> list[dict[str, Any]]:
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    if not lines:
-        return []
-    separator = max(",\t;", key=lines[0].count)
-    head, *body = csv.reader(lines, delimiter=separator, skipinitialspace=True)
-    head = [h.strip() for h in head]
-    if twice := [h for h in head if head.count(h) > 1 and h]:
-        raise UserError(f"{path}: two columns are called '{twice[0]}'; rename one.")
-    for i, row in enumerate(body):
-        if len(row) != len(head):
-            counts = f"row {i + 1} has {len(row)} cells and the head {len(head)}"
-            raise UserError(f"{path}: {counts}; quote numbers with commas.")
-    return [dict(zip(head, row, strict=True)) for row in body if any(cell.strip() for cell in row)]
-
-
-def _parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow; pip install pyarrow, or save the table as CSV.") from None
-    try:
-        return [_flat(row) for row in parquet.read_table(path).to_pylist()]
-    except Exception as e:
-        raise UserError(f"{path} is not a readable Parquet file ({type(e).__name__}).") from None
-
-
-def _object(row: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise UserError(f"{path}: every run must be an object of names and values.")
-    return row
-
-
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _resolve(
     columns: Mapping[str, str], known: list[str], path: Path, allowed: tuple[str, ...] = COLUMNS
-) -> dict[str, str]:
-    """Our name -> the table's, as given or, without a word, the same name or the run record's."""
+) -> dict[str, tuple[str, float]]:
+    """Our name -> the table's and a factor, as given or, without a word, the same name or the run record's."""
+    found = {}
     for ours, theirs in columns.items():
         if ours not in allowed:
             raise UserError(f"'{ours}' is no column of ours; choose from {', '.join(allowed)}.{nearest(ours, allowed)}")
-        if theirs not in known:
+        name, factor = _same(theirs, known), 1.0
+        if name is None and "*" in theirs and ours not in TEXTS:
+            theirs, _, times = (part.strip() for part in theirs.rpartition("*"))
+            name, factor = _same(theirs, known), _factor(times, ours)
+        if name is None:
             raise UserError(f"{path} has no column '{theirs}' for {ours}.{nearest(theirs, known) or _listed(known)}")
-    found = dict(columns)
+        found[ours] = name, factor
     for ours in allowed:
         for theirs in (ours, RECORD.get(ours, ours)):
-            if theirs in known:
-                found.setdefault(ours, theirs)
+            if (name := _same(theirs, known)) is not None:
+                found.setdefault(ours, (name, 1.0))
     return found
+
+
+def _same(name: str, known: list[str]) -> str | None:
+    """The column of that name, or else the only one that differs from it by case alone."""
+    alike = [k for k in known if k.casefold() == name.casefold()]
+    return name if name in known else alike[0] if len(alike) == 1 else None
+
+
+def _factor(word: str, ours: str) -> float:
+    try:
+        factor = parse_number(word)
+    except ValueError:
+        factor = math.nan
+    if not 0 < factor < math.inf:
+        raise UserError(f"{ours} is to be multiplied by '{word}', which is no positive number; give one, such as 1e9.")
+    return factor
 
 
 def _missing(need: str, known: list[str], path: Path) -> UserError:
@@ -313,18 +212,22 @@ def _listed(known: Iterable[str]) -> str:
     return f" It has: {', '.join(list(known)[:12])}."
 
 
-def _numbers(rows: list[dict[str, Any]], column: str, path: Path) -> Array:
-    values = np.empty(len(rows))
+def _numbers(rows: list[dict[str, Any]], source: tuple[str, float], path: Path) -> Array:
+    (column, factor), values = source, np.empty(len(rows))
     for i, row in enumerate(rows):
         try:
             values[i] = parse_number(row.get(column))
         except ValueError:
             raise UserError(f"{path}: row {i + 1}, column '{column}': '{row.get(column)}' is no number.") from None
-    return values
+    return values * factor
 
 
 def parse_number(cell: Any) -> float:
-    """A number from a table's cell: 1,200,000 or 1.2M or 3.5 % or 1e9; NaN where missing. Raises ValueError."""
+    """A number from a table's cell; NaN where missing. Raises ValueError.
+
+    1,200,000 or 1e9; with k, M, B (or G), T or the words thousand to trillion: 1.2M, 300 billion tokens; 3.5 %;
+    FLOPs from kFLOPs to YFLOPs, and PF-days.
+    """
     if cell is None:
         return math.nan
     if isinstance(cell, int | float | np.number):
@@ -335,7 +238,9 @@ def parse_number(cell: Any) -> float:
     match = NUMBER.fullmatch(word)
     if match is None or not any(c.isdigit() for c in match[1]):
         return float(word)  # "inf" and what else Python reads
-    return float(match[1].replace(",", "").replace("_", "")) * SCALES[match[2].lower()]
+    scale, flops, days = (None if part is None else part.lower() for part in match.groups()[1:])
+    factor = FLOPS[days] * DAY if days is not None else FLOPS[flops] if flops is not None else SCALES[scale or ""]
+    return float(match[1].replace(",", "").replace("_", "")) * factor
 
 
 def _text(cell: Any) -> str:

@@ -113,6 +113,7 @@ def _power_views(a: Cells, b: Cells, level: float, noise: Noise, said: tuple[str
     for variable, column in columns.items():
         xs = [np.log(getattr(cells, column)) for cells in (a, b)]
         if not all(np.isfinite(x).all() for x in xs):
+            warnings += _unknown(variable, xs)
             continue
         if any(np.ptp(x) == 0 for x in xs):
             warnings.append(f"no gain in {variable}: an arm has one value of it")
@@ -138,6 +139,7 @@ def _surface_views(a: Cells, b: Cells, runs: tuple[Runs, Runs], level: float, no
     for variable, column in {"compute": "flops", "time": "seconds"}.items():
         logs = [np.log(getattr(cells, column)) for cells in (a, b)]
         if not all(np.isfinite(x).all() for x in logs):
+            warnings += _unknown(variable, logs)
             continue
         costs = [fit_cost(law.x[:, 0], law.x[:, 1], x) for law, x in zip(laws, logs, strict=True)]
         if (scatter := max(cost.scatter for cost in costs)) > COST_SCATTER:
@@ -193,6 +195,14 @@ def frontier(law: Law, cost: Cost) -> Path:
 
 def _column(x: Array) -> Array:
     return x[:, None]
+
+
+def _unknown(variable: str, logs: list[Array]) -> list[str]:
+    """Nothing where no run has a value, as then it was not asked for."""
+    lacking, every = sum(int((~np.isfinite(x)).sum()) for x in logs), sum(len(x) for x in logs)
+    if lacking == every:
+        return []
+    return [f"no gain in {variable}: {lacking} of {every} (size, tokens) points lack a positive value of it"]
 
 
 def _add(

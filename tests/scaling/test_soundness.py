@@ -1,0 +1,95 @@
+"""What is left out of a table with its reason, and what is said of the rest."""
+
+import re
+
+import numpy as np
+import pytest
+from scaling_tables import grid, law, make_runs, noisy
+
+from qies.scaling import sound
+from qies.scaling.soundness import oddities
+
+
+def test_unfinished_and_impossible_runs_are_left_out_with_the_reason():
+    n, d = grid()
+    loss = law(n, d)
+    loss[1], loss[2] = np.nan, -1.0
+    n[3] = 0.0
+    status = ["done"] * len(n)
+    status[4], status[5] = "failed", "Running"
+    kept, dropped = sound(make_runs(n, d, loss, status=tuple(status)))
+    assert [d.index for d in dropped] == [1, 2, 3, 4, 5]
+    assert [d.reason for d in dropped] == [
+        "loss is nan",
+        "loss is -1",
+        "params is 0",
+        "status failed",
+        "status Running",
+    ]
+    assert len(kept) == len(n) - 5
+
+
+@pytest.mark.parametrize("factor", [1.5, 2.0, 4.0])
+def test_diverged_runs_are_found_against_the_fit(factor):
+    rng = np.random.default_rng(2)
+    n, d = grid()
+    loss = noisy(rng, law(n, d), 0.01)
+    loss[[7, 29]] *= factor
+    kept, dropped = sound(make_runs(n, d, loss))
+    assert [d.index for d in dropped] == [7, 29]
+    assert all("diverged" in d.reason for d in dropped) and len(kept) == 28
+
+
+def test_a_diverged_run_among_few_is_found_against_a_line_in_compute():
+    n = np.geomspace(1e6, 1e8, 6)
+    loss = 20 * n**-0.1
+    loss[4] *= 2
+    _, dropped = sound(make_runs(n, 20 * n, loss))
+    assert [d.index for d in dropped] == [4]
+
+
+@pytest.mark.parametrize("scatter", [0.001, 0.01, 0.05])
+def test_good_runs_stay(scatter):
+    rng = np.random.default_rng(5)
+    n, d = grid(8, 6)
+    arms = ("a",) * len(n) + ("b",) * len(n)
+    loss = np.concatenate([noisy(rng, law(n, d), scatter), noisy(rng, 1.3 * law(n, d), scatter)])
+    _, dropped = sound(make_runs(np.tile(n, 2), np.tile(d, 2), loss, arm=arms))
+    assert dropped == []
+
+
+def test_one_size_at_many_budgets_is_searched_along_a_line():
+    d = np.geomspace(1e9, 1e11, 12)
+    loss = 20 * d**-0.1
+    loss[6] *= 3
+    _, dropped = sound(make_runs(np.full(12, 1e8), d, loss))
+    assert [run.index for run in dropped] == [6]
+
+
+def test_nothing_is_said_of_an_ordinary_table():
+    n, d = grid()
+    assert oddities(make_runs(n, d, law(n, d))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda n, d, y: (n, d, np.exp(y) * 5, {}), "it may be a perplexity"),
+        (lambda n, d, y: (n / 1e9, d, y, {}), "more than 5 params: if the column counts millions"),
+        (lambda n, d, y: (n, d / 1e9, y, {}), "more than 1e\\+03 tokens: if the column counts"),
+        (lambda n, d, y: (n, d, y, {"flops": 6e-18 * n * d}), "FLOPs are 6e-18 times params times tokens"),
+        (lambda n, d, y: (np.append(n, n[:2]), np.append(d, d[:2]), np.append(y, y[:2]), {}), "2 rows repeat"),
+        (lambda n, d, y: (n, d, y, {"run": tuple(f"{v:g}" for v in n)}), "points of 6 training curves"),
+    ],
+)
+def test_slips_are_said(change, says):
+    n, d = grid()
+    n, d, loss, columns = change(n, d, law(n, d))
+    [said] = oddities(make_runs(n, d, loss, **columns))
+    assert re.search(says, said)
+
+
+def test_many_budgets_a_size_may_be_curves():
+    n, d = grid(4, 8)
+    assert "--columns run=COLUMN" in oddities(make_runs(n, d, law(n, d)))[0]
+    assert oddities(make_runs(n, d, law(n, d), run=tuple(map(str, range(32))))) == []
