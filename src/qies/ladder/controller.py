@@ -74,6 +74,7 @@ def execute(
     retries: int = 2,
     retry_failed: bool = False,
     stale: float = STALE_SECONDS,
+    track: Sequence[str] = (),
     command: Sequence[str] = WORKER,
     event: Event | None = None,
 ) -> list[dict[str, Any]]:
@@ -81,7 +82,8 @@ def execute(
 
     Each run is a process of its own with `threads` threads and `gpus` devices. Controllers on the same folder share
     the runs by leases (lease.py) and wait for each other's. A run whose process fails is tried `retries` more times;
-    bad input and divergence are final; `retry_failed` gives runs that were given up new attempts.
+    bad input and divergence are final; `retry_failed` gives runs that were given up new attempts. `track` names where
+    metrics go beside metrics.jsonl (train/tracking.py).
     `event(config, new metric rows, status)` reports progress. An interrupt lets each run save.
     """
     from qies.data.shards import open_shards
@@ -89,6 +91,7 @@ def execute(
     vocab = open_shards(data).manifest.vocab_size
     owner, tell = uuid.uuid4().hex[:12], event or (lambda *_: None)
     free = _devices(workers, gpus)
+    command = (*command, *(f"--track={','.join(track)}" for _ in track[:1]), str(data))
     for config in configs:
         _plan(run_folder(root, config), config, vocab)
         if retry_failed:
@@ -105,7 +108,7 @@ def execute(
                     folder = run_folder(root, config)
                     if free and (held := leases.acquire(folder, owner, stale=stale, retries=retries)):
                         waiting.remove(config)
-                        active.append(_start(config, folder, held, free.pop(0), (*command, str(data)), threads))
+                        active.append(_start(config, folder, held, free.pop(0), command, threads))
                     elif _over(folder, retries):  # another controller's work
                         waiting.remove(config)
                         tell(config, [], (runs.read(folder) or {"status": "failed"})["status"])
