@@ -252,17 +252,22 @@ def samples_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]) -> 
 
 
 def result_table(study: StudyConfig, records: list[dict[str, Any]]) -> Table:
-    """Held-out bits a byte by arm and size, with throughput and peak memory: the terminal's summary."""
+    """Held-out bits a byte by arm, size and budget, with throughput and peak memory: the terminal's summary.
+
+    Each is the mean over the seeds.
+    """
     title = f"study {study.name}: held-out bits a byte (loss in nats a token), throughput, peak memory"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
-    for column in (*study.sizes, "tokens/s", "MiB"):
+    points = list(dict.fromkeys((c.size, c.tokens) for c in study.runs()))
+    names = [f"{s}, {t / 1e6:.2f}M tokens" if len(study.budgets) > 1 else s for s, t in points]
+    for column in (*names, "tokens/s", "MiB"):
         table.add_column(column, justify="right")
     for arm in study.arms:
         own = [r for r in records if r["arm"] == arm]
         cells = []
-        for size in study.sizes:
-            here = [r for r in own if r["size"] == size]
+        for point in points:
+            here = [r for r in own if (r["size"], r["config"]["tokens"]) == point]
             done = [r["metrics"] for r in here if r["status"] == "done"]
             if done:
                 mean = {k: sum(m[k] for m in done) / len(done) for k in ("val_bpb", "val_loss")}

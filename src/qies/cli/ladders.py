@@ -123,11 +123,11 @@ def _table(found: dict[str, Any]) -> Table:
     from qies.study import clock
 
     table = Table(box=box.SIMPLE_HEAD, caption=f"{clock(found['seconds_left'])} left with the runs now active")
-    for column in ("run", "arm", "size", "seed", "state", "step", "tokens/s", "loss", "left"):
+    for column in ("run", "arm", "size", "tokens", "seed", "state", "step", "tokens/s", "loss", "left"):
         table.add_column(column, justify="left" if column in ("run", "arm", "state") else "right", no_wrap=True)
     for r in found["runs"]:
         rate = f"{r['tokens_per_second']:,.0f}" if r["tokens_per_second"] else "-"
         loss = f"{r['loss']:.3f}" if r["loss"] is not None else "-"
-        table.add_row(r["run"][:8], r["arm"], r["size"], str(r["seed"]), r["state"], f"{r['step']}/{r['steps']}", rate,
-                      loss, clock(r["seconds_left"]))  # fmt: skip
+        table.add_row(r["run"][:8], r["arm"], r["size"], f"{r['tokens'] / 1e6:.2f}M", str(r["seed"]), r["state"],
+                      f"{r['step']}/{r['steps']}", rate, loss, clock(r["seconds_left"]))  # fmt: skip
     return table

@@ -34,6 +34,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def thread_environment(threads: int) -> dict[str, str]:
+    """What holds a process to `threads` threads. Libraries read it as they are loaded, before any code of ours."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+
 @dataclass
 class Slot:
     """One run in progress: its process, its lease, the GPUs it has, and how far its metrics are read."""
@@ -181,7 +186,7 @@ def _start(
     config: RunConfig, folder: Path, held: Lease, gpus: str | None, command: Sequence[str], threads: int
 ) -> Slot:
     """A fresh interpreter for the run; what it prints goes beside its attempt."""
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    env = os.environ | thread_environment(threads)
     if gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpus
     *program, data = command
