@@ -8,8 +8,8 @@ import threading
 import time
 
 import pytest
-from ladder_workers import quick
 
+from ladder_workers import quick
 from qies import cli, ladder, runs
 from qies.config import StudyConfig, content_hash, save
 from qies.ladder.lease import attempts
@@ -166,7 +166,9 @@ def test_a_submitted_ladder_trains(file, tmp_path, capsys):
     pytest.importorskip("submitit")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "qies", "ladder", "run", str(file), "--out", str(out), "--submit", "local"]
-    done = subprocess.run([*command, "--track", "tensorboard", "--json"], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [*command, "--track", "tensorboard", "--json"], capture_output=True, text=True, env=os.environ
+    )
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["jobs"]) == 1
     assert call("ladder", "status", "--out", out, "--watch") == 0

@@ -20,7 +20,13 @@ from qies.train.loop import keep_memory
 
 
 def bench_threads(
-    cases: Sequence[str] = (), *, rounds: int = 3, size: str = "400k", seq_len: int = 512, batch: int = 8, steps: int = 12
+    cases: Sequence[str] = (),
+    *,
+    rounds: int = 3,
+    size: str = "400k",
+    seq_len: int = 512,
+    batch: int = 8,
+    steps: int = 12,
 ) -> list[Comparison]:
     """The time that so many runs of so many threads take, side by side, for the same number of training steps in all.
 

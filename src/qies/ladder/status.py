@@ -10,7 +10,6 @@ from qies import runs
 from qies.config import RunConfig, content_hash
 from qies.ladder.lease import STALE_SECONDS, attempts
 
-
 OVER = ("done", "diverged", "failed")  # states that stay
 
 

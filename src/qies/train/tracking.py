@@ -1,14 +1,13 @@
 """Metrics in TensorBoard and trackio: copies of metrics.jsonl, which stays the record.
 
-A tracker is no part of a run's configuration: it changes no result. It is filled again from metrics.jsonl when a run
-starts or resumes, so it holds every step once, whatever was killed between which of its writes.
+A tracker is no part of a run's configuration: it changes no result. When a run resumes, or is tracked for the first time,
+what is missing comes from metrics.jsonl and what will be done again is dropped: every step is there once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,10 @@ RESULTS = ("val_loss", "val_bpb", "train_loss")  # of a finished run, after its 
 
 
 class Tracker(Protocol):
-    """Where scalars of one run go. Opening drops what it held of this run before."""
+    """Where scalars of one run go. Opened at the step the run goes on from, it drops what it holds from `start` on and
+    wants the rows from there."""
+
+    start: int
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -32,16 +34,17 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in `tensorboard/` of the run's folder; `tensorboard --logdir` on a ladder's `runs/` shows them all."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         own = folder / "tensorboard"
-        shutil.rmtree(own, ignore_errors=True)
-        self.writer = SummaryWriter(str(own), purge_step=0)  # a reader that is open forgets what it has seen
+        self.start = step if any(own.glob("events.*")) else 0
+        self.writer = SummaryWriter(str(own), purge_step=self.start)  # readers forget what they saw from there on
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # a checkpoint may follow, and a run that resumes from it does not do this step again
 
     def close(self) -> None:
         self.writer.close()
@@ -50,15 +53,19 @@ class TensorBoard:
 class Trackio:
     """trackio's local store (TRACKIO_DIR says where): project "qies", the run by its arm, size, seed and hash.
 
-    Nothing is sent anywhere, and the machine's own load is not logged.
+    Nothing is sent anywhere, and the machine's own load is not logged. trackio cannot drop single steps, so the run is
+    dropped and filled again.
     """
 
     PROJECT = "qies"
     REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # what would make trackio send
 
-    def __init__(self, folder: Path) -> None:
+    start = 0
+
+    def __init__(self, folder: Path, step: int) -> None:
         import trackio
 
+        self.trackio = trackio
         record = runs.read(folder)
         assert record is not None
         self.name = f"{record['arm']}-{record['size']}-seed{record['seed']}-{record['config_hash'][:8]}"
@@ -76,10 +83,10 @@ class Trackio:
 
     def close(self) -> None:
         with contextlib.redirect_stdout(sys.stderr):
-            self.run.finish()
+            self.trackio.finish()
 
 
-TRACKERS: dict[str, Callable[[Path], Tracker]] = {"tensorboard": TensorBoard, "trackio": Trackio}
+TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {"tensorboard": TensorBoard, "trackio": Trackio}
 
 
 def parse(text: str) -> tuple[str, ...]:
@@ -100,17 +107,20 @@ def tracking(names: Sequence[str], folder: Path) -> Iterator[Callable[[dict[str,
     """Yields what takes each row of the run in `folder` once it is in metrics.jsonl; at the end the results follow."""
     opened: list[Tracker] = []
 
-    def fill() -> None:
-        opened.extend(TRACKERS[name](folder) for name in names)
-        for row in runs.steps(folder):
-            write(row)
-
-    def write(row: Mapping[str, Any]) -> None:
+    def fill(step: int) -> None:
+        opened.extend(TRACKERS[name](folder, step) for name in names)
         for tracker in opened:
-            tracker.write(row["step"], {k: row[k] for k in SERIES if row.get(k) is not None})
+            for row in runs.steps(folder)[tracker.start :]:
+                write(tracker, row)
+
+    def write(tracker: Tracker, row: Mapping[str, Any]) -> None:
+        tracker.write(row["step"], {k: row[k] for k in SERIES if row.get(k) is not None})
 
     def see(row: dict[str, Any]) -> None:
-        write(row) if opened else fill()
+        if not opened:
+            return fill(row["step"])
+        for tracker in opened:
+            write(tracker, row)
 
     before = runs.read(folder)
     try:
@@ -118,7 +128,7 @@ def tracking(names: Sequence[str], folder: Path) -> Iterator[Callable[[dict[str,
         after = runs.read(folder)
         if names and after and after["status"] == "done" and (before is None or before["status"] != "done"):
             if not opened:  # every step was done before, and only the end was missing
-                fill()
+                fill(after["steps"])
             for tracker in opened:
                 tracker.write(after["steps"], {k: after["metrics"][k] for k in RESULTS})
     finally:
