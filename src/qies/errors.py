@@ -26,6 +26,6 @@ def nearest(word: str, options: Iterable[str]) -> str:
 
 
 def require(package: str, wanted_by: str, extra: str) -> None:
-    """Raise UserError unless `package` is installed; `wanted_by` is the option that needs it, `extra` what brings it."""
+    """Raise UserError unless `package` is installed; `wanted_by` is the option that needs it."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{wanted_by} needs the package {package}: pip install 'qies[{extra}]'.")

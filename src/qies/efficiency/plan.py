@@ -149,7 +149,8 @@ def command(
         "train", "--arm", arm, "--size", size, "--tokens", str(tokens), "--out", f"runs/{arm}-{size}",
         f"train.seq_len={seq_len}", f"train.batch_size={batch['sequences']}",
         f"train.accumulate={batch['accumulation']}", f"train.recompute={str(checkpointing).lower()}",
-        "train.precision=bf16", f"train.warmup={rule.warmup:.6g}", f"train.decay={rule.decay:.6g}", f"train.weight_decay={rule.weight_decay:.6g}",
+        "train.precision=bf16", f"train.warmup={rule.warmup:.6g}", f"train.decay={rule.decay:.6g}",
+        f"train.weight_decay={rule.weight_decay:.6g}",
         *(f"model.{o}" for o in overrides),
     ]  # fmt: skip
     return f'torchrun {where} --nproc-per-node={per_node} -m qies {shlex.join(run)} --data "$DATA"'

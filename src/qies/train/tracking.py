@@ -1,7 +1,7 @@
 """Metrics in TensorBoard and trackio: copies of metrics.jsonl, which stays the record.
 
-A tracker is no part of a run's configuration: it changes no result. When a run resumes, or is tracked for the first time,
-what is missing comes from metrics.jsonl and what will be done again is dropped: every step is there once.
+A tracker is no part of a run's configuration: it changes no result. When a run resumes, or is tracked for the first
+time, what is missing comes from metrics.jsonl and what will be done again is dropped: every step is there once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` of the run's folder; `tensorboard --logdir` on a ladder's `runs/` shows them all."""
+    """Event files in `tensorboard/` of the run's folder; `tensorboard --logdir` on `runs/` shows a whole ladder."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
