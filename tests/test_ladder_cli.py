@@ -1,7 +1,6 @@
 """`qies ladder`: what its actions print, when they end, and jobs that share a ladder with other controllers."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -166,9 +165,7 @@ def test_a_submitted_ladder_trains(file, tmp_path, capsys):
     pytest.importorskip("submitit")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "qies", "ladder", "run", str(file), "--out", str(out), "--submit", "local"]
-    done = subprocess.run(
-        [*command, "--track", "tensorboard", "--json"], capture_output=True, text=True, env=os.environ
-    )
+    done = subprocess.run([*command, "--track", "tensorboard", "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["jobs"]) == 1
     assert call("ladder", "status", "--out", out, "--watch") == 0

@@ -13,7 +13,7 @@ from qies.train.tracking import RESULTS, SERIES, parse, tracking
 
 ROWS = [
     {"step": 0, "tokens": 128, "lr_factor": 0.5, "loss": 6.0, "grad_norm": 1.0, "seconds": 0.1},
-    {"step": 1, "tokens": 256, "lr_factor": 1.0, "loss": None, "grad_norm": None, "skipped": "non-finite loss", "seconds": 0.2},
+    {"step": 1, "tokens": 256, "lr_factor": 1.0, "loss": None, "grad_norm": None, "skipped": "loss", "seconds": 0.2},
     {"step": 2, "tokens": 384, "lr_factor": 1.0, "loss": 5.0, "grad_norm": 2.0, "seconds": 0.3},
     {"step": 3, "tokens": 512, "lr_factor": 0.0, "loss": 4.0, "grad_norm": 3.0, "seconds": 0.4},
 ]  # fmt: skip
