@@ -87,8 +87,10 @@ def ladder(
         show(json, records, lambda: console.print(studies.plan_table(chosen)))
     elif action == "run":
         here = max(1, ladders.cores() // threads) if submit is None else 1
-        how: dict[str, Any] = {"workers": workers or chosen.workers or here, "threads": threads, "gpus": gpus, "retries": retries,
-               "retry_failed": retry_failed, "track": parse(track)}  # fmt: skip
+        how: dict[str, Any] = {
+            "workers": workers or chosen.workers or here, "threads": threads, "gpus": gpus,
+            "retries": retries, "retry_failed": retry_failed, "track": parse(track),
+        }  # fmt: skip
         if submit is not None:
             data = studies.prepare(chosen, folder, console)
             ids = ladders.submit(
