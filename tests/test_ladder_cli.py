@@ -106,7 +106,8 @@ def test_bad_input_is_one_line_and_two(argv, words, file, tmp_path, capsys, monk
     assert err.count("\n") == 1 and words in err
 
 
-def test_a_missing_package_is_named_with_what_brings_it(file, capsys, monkeypatch):
+def test_a_missing_package_is_named_with_what_brings_it(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     found = importlib.util.find_spec
     hidden = {"trackio", "submitit"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name in hidden else found(name, *a))
@@ -114,6 +115,7 @@ def test_a_missing_package_is_named_with_what_brings_it(file, capsys, monkeypatc
         assert call("ladder", "run", file, *words) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "pip install 'qies[" in err
+        assert not (tmp_path / "results").exists()
 
 
 def finish(folder, configs, seconds=120):

@@ -64,6 +64,7 @@ def ladder(
     from qies import config, runs
     from qies import ladder as ladders
     from qies import study as studies
+    from qies.ladder.jobs import check
     from qies.train.tracking import parse
 
     for name, number, least in (("workers", workers, 1), ("threads", threads, 1), ("gpus", gpus, 0),
@@ -92,6 +93,7 @@ def ladder(
             "retries": retries, "retry_failed": retry_failed, "track": parse(track),
         }  # fmt: skip
         if submit is not None:
+            check(submit, sbatch)
             data = studies.prepare(chosen, folder, console)
             ids = ladders.submit(
                 studies.longest_first(chosen), folder / "runs", data, folder / "jobs",

@@ -59,12 +59,9 @@ def submit(
     options, "partition=gpu account=mine". how: keywords of `execute`; a job asks for their workers x threads
     processors and workers x gpus devices. Raises UserError when submitit or Slurm is missing or refuses.
     """
-    require("submitit", "--submit", "slurm")
+    extra = check(cluster, sbatch)
     import submitit
 
-    extra = _options(sbatch)
-    if extra and cluster != "slurm":
-        raise UserError("--sbatch holds options of Slurm; leave it out with --submit local.")
     wanted: dict[str, Any] = {
         "name": "qies-ladder",
         "timeout_min": minutes,
@@ -83,6 +80,15 @@ def submit(
         return [executor.submit(controller).job_id for _ in range(jobs)]
     except (submitit.core.utils.FailedJobError, RuntimeError, OSError) as e:
         raise UserError(f"{cluster} took no job: {' '.join(str(e).split())}") from None
+
+
+def check(cluster: str, sbatch: str) -> dict[str, str]:
+    """sbatch's options by name. Raises UserError for what can be known to be missing or wrong before work is spent."""
+    require("submitit", "--submit", "slurm")
+    extra = _options(sbatch)
+    if extra and cluster != "slurm":
+        raise UserError("--sbatch holds options of Slurm; leave it out with --submit local.")
+    return extra
 
 
 def _options(text: str) -> dict[str, str]:
