@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -22,3 +23,9 @@ def nearest(word: str, options: Iterable[str]) -> str:
     """The sentence that points at the option most like `word`, or "" when none is close."""
     close = difflib.get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def require(package: str, wanted_by: str, extra: str) -> None:
+    """Raise UserError unless `package` is installed; `wanted_by` is the option that needs it."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{wanted_by} needs the package {package}: pip install 'qies[{extra}]'.")

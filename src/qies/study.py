@@ -119,18 +119,21 @@ def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
 
 def run_all(study: StudyConfig, folder: Path, console: Console, **how: Any) -> list[dict[str, Any]]:
     """Every run of the study, with a progress bar; `how` goes to `ladder.execute`. Returns the records."""
-    data, root, planned = prepare(study, folder, console), folder / "runs", study.runs()
+    data, root, planned = prepare(study, folder, console), folder / "runs", longest_first(study)
     todo = [c for c in planned if not ladder.finished(ladder.run_folder(root, c))]
     if len(todo) < len(planned):
         console.print(f"{len(planned) - len(todo)} of {len(planned)} runs are done already.")
     if todo:
         how.setdefault("workers", study.workers or ladder.cores())
-        # The longest first, so that no core waits for one last long run.
-        cost = dict(zip(map(configs.content_hash, planned), estimate(study), strict=True))
-        longest_first = sorted(planned, key=lambda c: -cost[configs.content_hash(c)])
         with _Watch(study, todo, how["workers"], console) as watch:
-            ladder.execute(longest_first, root, data, event=watch.event, **how)
-    return [r for c in planned if (r := runs.read(ladder.run_folder(root, c))) is not None]
+            ladder.execute(planned, root, data, event=watch.event, **how)
+    return [r for c in study.runs() if (r := runs.read(ladder.run_folder(root, c))) is not None]
+
+
+def longest_first(study: StudyConfig) -> list[RunConfig]:
+    """The runs in the order to start them, so that no core waits for one last long run."""
+    pairs = zip(study.runs(), estimate(study), strict=True)
+    return [config for config, _ in sorted(pairs, key=lambda pair: -pair[1])]
 
 
 def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[str, Any]]:
@@ -249,17 +252,22 @@ def samples_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]) -> 
 
 
 def result_table(study: StudyConfig, records: list[dict[str, Any]]) -> Table:
-    """Held-out bits a byte by arm and size, with throughput and peak memory: the terminal's summary."""
+    """Held-out bits a byte by arm, size and budget, with throughput and peak memory: the terminal's summary.
+
+    Each is the mean over the seeds.
+    """
     title = f"study {study.name}: held-out bits a byte (loss in nats a token), throughput, peak memory"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
-    for column in (*study.sizes, "tokens/s", "MiB"):
+    points = list(dict.fromkeys((c.size, c.tokens) for c in study.runs()))
+    names = [f"{s}, {t / 1e6:.2f}M tokens" if len(study.budgets) > 1 else s for s, t in points]
+    for column in (*names, "tokens/s", "MiB"):
         table.add_column(column, justify="right")
     for arm in study.arms:
         own = [r for r in records if r["arm"] == arm]
         cells = []
-        for size in study.sizes:
-            here = [r for r in own if r["size"] == size]
+        for point in points:
+            here = [r for r in own if (r["size"], r["config"]["tokens"]) == point]
             done = [r["metrics"] for r in here if r["status"] == "done"]
             if done:
                 mean = {k: sum(m[k] for m in done) / len(done) for k in ("val_bpb", "val_loss")}

@@ -3,7 +3,7 @@
 import pytest
 
 from qies import presets
-from qies.efficiency import bench, latency
+from qies.efficiency import bench, latency, threads
 from qies.errors import UserError
 
 
@@ -55,3 +55,17 @@ def test_a_training_step_of_every_rival_runs():
 def test_a_bad_case_is_named(what, case):
     with pytest.raises(UserError):
         bench.run(what, [case], 1)
+
+
+@pytest.mark.parametrize("case", ["2", "2x", "0x1", "axb"])
+def test_a_bad_case_of_threads_is_named(case):
+    with pytest.raises(UserError, match=f"'{case}' is not RUNSxTHREADS"):
+        threads.bench_threads([case])
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_take_the_same_steps_in_all():
+    small = {"rounds": 1, "size": "50k", "seq_len": 8, "batch": 2, "steps": 1}
+    [result] = threads.bench_threads(["2x1", "1x2"], **small)
+    assert list(result.seconds) == ["2 runs x 1 threads", "1 runs x 2 threads"]
+    assert "32 tokens in all" in result.case and min(result.seconds.values()) > 0

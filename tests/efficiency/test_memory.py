@@ -22,11 +22,12 @@ WORLD = 64
 
 class KernelOfFla(torch.autograd.Function):
     """Keeps what ChunkGatedDeltaRuleFunction of flash-linear-attention keeps (fla/ops/gated_delta_rule/chunk.py): its
-    inputs, the running decay, and the inverse of every chunk of 64 tokens."""
+    inputs, the running decay, and the inverse of every chunk of 64 tokens; and what ChunkKDAFunction keeps beside."""
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta):
-        ctx.save_for_backward(q, k, v, g.cumsum(1), beta, q.new_zeros(*q.shape[:3], 64))
+        kept = [g, q.new_zeros(*q.shape[:3], 64)] if g.ndim == 4 else []  # kda/chunk.py: the decays, queries x keys
+        ctx.save_for_backward(q, k, v, *kept, g.cumsum(1), beta, q.new_zeros(*q.shape[:3], 64))
         return torch.zeros_like(v), q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
 
 
@@ -41,8 +42,8 @@ def as_on_cuda(monkeypatch):
     )
     monkeypatch.setattr(loss, "_product_dtype", lambda *_: None)
     monkeypatch.setattr(attention, "LONGEST", 0)
-    for module in (entangle, fla):
-        monkeypatch.setattr(module, "obstacle", lambda *_: None)
+    monkeypatch.setattr(fla, "missing", lambda device: None)
+    monkeypatch.setattr(entangle, "_fits_kernel", lambda *_: False)
     monkeypatch.setattr(fla, "kernel", lambda name: lambda q, k, v, beta, g, **_: KernelOfFla.apply(q, k, v, g, beta))
 
 
@@ -60,7 +61,7 @@ def kept_bytes(model, ids) -> int:
     return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
 
 
-@pytest.mark.parametrize("arm", ["transformer", "qies", "no_phase", "fixed_phase", "gpt2"])
+@pytest.mark.parametrize("arm", ["transformer", "qies", "no_phase", "fixed_phase", "gpt2", "complex"])
 @pytest.mark.parametrize("size", ["200k", "3m"])
 def test_activations_are_those_that_autograd_keeps(arm, size, as_on_cuda):
     vocab, batch, length = 512, 2, 128
@@ -72,9 +73,20 @@ def test_activations_are_those_that_autograd_keeps(arm, size, as_on_cuda):
     assert counted == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("override", [{"gate": "none"}, {"gate": "channel"}, {"conv_size": 0}, {"position": "rope"}])
-def test_activations_follow_the_overrides(override, as_on_cuda):
-    values = presets.settings("qies", "200k", 512, **override)
+REGISTERS = {"register_heads": 3, "register_channels": 4}
+CHANNELS = {"decay": "channel"}
+
+
+@pytest.mark.parametrize(
+    ("arm", "override"),
+    [
+        *(("qies", o) for o in ({"gate": "none"}, {"gate": "channel"}, {"conv_size": 0}, {"position": "rope"})),
+        *(("qies", o) for o in (REGISTERS, CHANNELS, REGISTERS | CHANNELS)),
+        ("complex", CHANNELS), ("complex", {"phase": "none"}), ("no_phase", CHANNELS),
+    ],
+)  # fmt: skip
+def test_activations_follow_the_overrides(arm, override, as_on_cuda):
+    values = presets.settings(arm, "200k", 512, **override)
     model = QiesForCausalLM(QiesConfig(**values)).bfloat16().train()
     measured = kept_bytes(model, torch.randint(0, 512, (2, 129))) / 256
     assert memory.activation_bytes(values, checkpointing=False) - 8 * 512 == pytest.approx(measured, rel=0.05)
@@ -185,8 +197,8 @@ def test_gathered_weights_are_those_of_the_largest_groups():
     assert memory.gathered_bytes(values) == 2 * root + 2 * 2 * block + 6 * max(root, block)
 
 
-def test_heads_without_a_cuda_kernel_have_no_count():
-    values = presets.settings("complex", "100m", 512)
+def test_complex_heads_with_real_eigenvalues_have_no_count():
+    values = presets.settings("complex", "100m", 512, eigenvalues="signed")
     with pytest.raises(ValueError, match="no count"):
         memory.activation_bytes(values, checkpointing=True)
     plan = plan_model(values, "complex", "100m", None, 512)

@@ -72,7 +72,8 @@ def test_the_batch_is_the_rules_in_whole_micro_batches(size, gpus, micro):
 
 @pytest.mark.parametrize("gpus", ["1", "4", "64"])
 def test_the_command_is_one_that_train_takes(gpus, capsys):
-    plan = planned(capsys, "--size", "1b", "--gpus", gpus, "--seq-len", "4096", "conv_size=0", "gate=none")
+    options = ["--activation-checkpointing"] if gpus == "64" else ["--micro-batch", "2"]
+    plan = planned(capsys, "--size", "1b", "--gpus", gpus, "--seq-len", "4096", *options, "conv_size=0", "gate=none")
     launcher, module, verb, *words = _split(plan["command"])
     assert (module, verb) == ("qies", "train")
     assert f"--nproc-per-node={min(8, int(gpus))}" in launcher
@@ -83,6 +84,10 @@ def test_the_command_is_one_that_train_takes(gpus, capsys):
     config = from_dict(RunConfig, merge({}, [*(f"{k}={v}" for k, v in named.items()), *keys]))
     assert config.model == {"conv_size": 0, "gate": "none"}
     assert config.train.batch_size == plan["batch"]["sequences"] and config.train.seq_len == 4096
+    assert config.train.accumulate == plan["batch"]["accumulation"] and config.train.precision == "bf16"
+    assert config.train.recompute is plan["activation_checkpointing"] is (gpus == "64")
+    each = config.train.batch_size // int(gpus) // config.train.accumulate
+    assert each == (1 if gpus == "64" else 2)  # sequences of a micro-batch on each process
     assert config.steps == plan["batch"]["steps"]
     assert config.train.weight_decay == pytest.approx(plan["hyperparameters"]["weight_decay"], rel=1e-5)
     assert {w.removeprefix("--") for w in words if w.startswith("--")} <= set(signature(VERBS["train"]).parameters)

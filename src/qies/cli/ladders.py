@@ -27,6 +27,11 @@ def ladder(
     gpus: int = 0,
     retries: int = 2,
     retry_failed: bool = False,
+    track: str = "",
+    submit: Literal["slurm", "local"] | None = None,
+    jobs: int = 1,
+    minutes: int = 60,
+    sbatch: str = "",
     watch: bool = False,
     json: bool = False,
 ) -> None:
@@ -36,26 +41,34 @@ def ladder(
 
         qies ladder plan ladder.yaml tokens_per_parameter=[5,20]
         qies ladder run ladder.yaml --out ladders/first
+        qies ladder run ladder.yaml --out ladders/first --submit slurm --jobs 4 --gpus 1 --sbatch "partition=gpu"
         qies ladder status --out ladders/first --watch
 
     Args:
         action: plan, run or status.
         overrides: A ladder file (the keys of a study), and dotted overrides of its keys; status needs only --out.
         out: The ladder's folder; by default results/NAME.
-        workers: Runs side by side; by default one for each `threads` cores.
+        workers: Runs side by side; by default one for each `threads` cores, and in a submitted job one.
         threads: Processor threads of a run.
         gpus: GPUs of a run, given to it by CUDA_VISIBLE_DEVICES.
         retries: New attempts after a run's first failure.
         retry_failed: Try again the runs that were given up.
+        track: Where metrics go beside metrics.jsonl: tensorboard, trackio, or both with a comma between.
+        submit: Leave the runs to jobs and return: "slurm", or "local" for background processes of this host.
+        jobs: Jobs to submit; each works on the ladder until nothing is left.
+        minutes: Time limit of a job; one that reaches it saves its runs and is queued again.
+        sbatch: More options of sbatch as KEY=VALUE words in one string, such as "partition=gpu account=mine".
         watch: Let status refresh until every run is over.
         json: Print JSON.
     """
     from qies import config, runs
     from qies import ladder as ladders
     from qies import study as studies
+    from qies.ladder.jobs import check
+    from qies.train.tracking import parse
 
     for name, number, least in (("workers", workers, 1), ("threads", threads, 1), ("gpus", gpus, 0),
-                                ("retries", retries, 0)):  # fmt: skip
+                                ("retries", retries, 0), ("jobs", jobs, 1), ("minutes", minutes, 1)):  # fmt: skip
         if number is not None and number < least:
             raise UserError(f"--{name} must be at least {least}.")
     files = [w for w in overrides if "=" not in w]
@@ -74,8 +87,23 @@ def ladder(
         records = [runs.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
         show(json, records, lambda: console.print(studies.plan_table(chosen)))
     elif action == "run":
-        side = workers or chosen.workers or max(1, ladders.cores() // threads)
-        how = {"workers": side, "threads": threads, "gpus": gpus, "retries": retries, "retry_failed": retry_failed}
+        here = max(1, ladders.cores() // threads) if submit is None else 1
+        how: dict[str, Any] = {
+            "workers": workers or chosen.workers or here, "threads": threads, "gpus": gpus,
+            "retries": retries, "retry_failed": retry_failed, "track": parse(track),
+        }  # fmt: skip
+        if submit is not None:
+            check(submit, sbatch)
+            data = studies.prepare(chosen, folder, console)
+            ids = ladders.submit(
+                studies.longest_first(chosen), folder / "runs", data, folder / "jobs",
+                cluster=submit, jobs=jobs, minutes=minutes, sbatch=sbatch, **how,
+            )  # fmt: skip
+            told = f"submitted {', '.join(ids)}; qies ladder status --out {folder} --watch"
+            show(json, {"jobs": ids, "folder": str(folder)}, lambda: console.print(told))
+            return
+        if sbatch:
+            raise UserError("--sbatch belongs to --submit slurm; give both.")
         records = studies.run_all(chosen, folder, console, **how)
         show(json, records, lambda: console.print(studies.result_table(chosen, records)))
         failed = [str(folder / "runs" / r["config_hash"] / "attempts") for r in records if r["status"] == "failed"]
@@ -88,7 +116,7 @@ def ladder(
             show(json, found, lambda: console.print(_table(found)))
             return
         with Live(_table(found), console=console) as live:
-            while found["seconds_left"] > 0:
+            while any(r["state"] not in ladders.OVER for r in found["runs"]):
                 time.sleep(1)
                 found = ladders.status(planned, folder / "runs", estimates)
                 live.update(_table(found))
@@ -99,11 +127,11 @@ def _table(found: dict[str, Any]) -> Table:
     from qies.study import clock
 
     table = Table(box=box.SIMPLE_HEAD, caption=f"{clock(found['seconds_left'])} left with the runs now active")
-    for column in ("run", "arm", "size", "seed", "state", "step", "tokens/s", "loss", "left"):
+    for column in ("run", "arm", "size", "tokens", "seed", "state", "step", "tokens/s", "loss", "left"):
         table.add_column(column, justify="left" if column in ("run", "arm", "state") else "right", no_wrap=True)
     for r in found["runs"]:
         rate = f"{r['tokens_per_second']:,.0f}" if r["tokens_per_second"] else "-"
         loss = f"{r['loss']:.3f}" if r["loss"] is not None else "-"
-        table.add_row(r["run"][:8], r["arm"], r["size"], str(r["seed"]), r["state"], f"{r['step']}/{r['steps']}", rate,
-                      loss, clock(r["seconds_left"]))  # fmt: skip
+        table.add_row(r["run"][:8], r["arm"], r["size"], f"{r['tokens'] / 1e6:.2f}M", str(r["seed"]), r["state"],
+                      f"{r['step']}/{r['steps']}", rate, loss, clock(r["seconds_left"]))  # fmt: skip
     return table

@@ -35,7 +35,7 @@ def report(folder: Positional[Path], /, svg: Path | None = None) -> None:
 
 
 def bench(
-    what: Positional[Literal["op", "train"]],
+    what: Positional[Literal["op", "train", "threads"]],
     /,
     rounds: int = 5,
     threads: int = 1,
@@ -47,18 +47,20 @@ def bench(
 
     `op`: the entanglement op, forward and backward, against transformers' gated delta rule and causal SDPA.
     `train`: whole training steps of the arms against GPT-2 and Qwen3-Next of transformers.
+    `threads`: the same training steps by many runs of one thread, one run of many threads, many runs of many.
 
     For example:
 
         qies bench op
         qies bench op --cases 8x2048x4x64x64 --rounds 9
         qies bench train --cases 400k:512 6m:512 --out bench.json
+        qies bench threads --rounds 3 --out threads.json
 
     Args:
-        what: op or train.
+        what: op, train or threads.
         rounds: Timed rounds after one that does not count.
-        threads: Processor threads.
-        cases: BxTxHxKxV for op, SIZE:T for train; by default a few of each.
+        threads: Processor threads of op and train.
+        cases: BxTxHxKxV for op, SIZE:T for train, RUNSxTHREADS for threads; by default a few of each.
         out: Also write the JSON here.
         json: Print JSON.
     """
@@ -66,14 +68,15 @@ def bench(
 
     from qies import runs
     from qies.efficiency import bench as benches
+    from qies.efficiency.threads import bench_threads
 
     if rounds < 1 or threads < 1:
         raise UserError("--rounds and --threads must be at least 1.")
     torch.set_num_threads(threads)
-    results = benches.run(what, cases, rounds)
+    results = bench_threads(cases, rounds=rounds) if what == "threads" else benches.run(what, cases, rounds)
     value = {
         "what": what,
-        "threads": threads,
+        "threads": None if what == "threads" else threads,
         "environment": runs.environment(),
         "code_version": runs.code_version(),
         "cases": [r.to_dict() for r in results],

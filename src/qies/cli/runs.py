@@ -189,6 +189,7 @@ def train(
     threads: int | None = None,
     resume: bool = True,
     branch_from: Path | None = None,
+    track: str = "",
     json: bool = False,
 ) -> None:
     """Train one run. The same command again resumes it, or finds it done. torchrun trains it on many processes.
@@ -213,6 +214,7 @@ def train(
         threads: Processor threads; by default one.
         resume: Whether to go on in a folder that holds this run; --no-resume refuses.
         branch_from: The folder of a longer run with this budget among its train.branches; its settings are taken over.
+        track: Where metrics go beside metrics.jsonl: tensorboard, trackio, or both with a comma between.
         json: Print the run record.
     """
     import torch
@@ -224,9 +226,11 @@ def train(
     from qies.train.loop import check_data
     from qies.train.loop import train as train_run
     from qies.train.parallel import start
+    from qies.train.tracking import parse, tracking
 
     if out is None:
         raise UserError("Give --out DIR, the folder of this run.")
+    trackers = parse(track)
     named = {"arm": arm, "size": size, "tokens": tokens, "seed": seed}
     flags = [f"{k}={v}" for k, v in named.items() if v is not None]
     if config is not None:
@@ -257,7 +261,13 @@ def train(
     claim(chosen, out)
     with start(out) as group:
         shards = open_shards(group.on_first(prepare))
-        with training_bar(chosen.steps, quiet=json or group.rank > 0) as progress:
+        quiet = json or group.rank > 0
+        with training_bar(chosen.steps, quiet) as bar, tracking(trackers if group.rank == 0 else (), out) as tracked:
+
+            def progress(row: dict[str, Any]) -> None:
+                bar(row)
+                tracked(row)
+
             record = train_run(chosen, shards, out, progress=progress, group=group)
         if group.rank == 0:
             show(json, record, lambda: _print_record(record, out))

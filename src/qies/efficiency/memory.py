@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qies.presets import control_parameters, count_parameters, head_groups
+from qies.presets import HeadGroup, control_parameters, count_parameters, head_groups
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 KERNEL_CHUNK = 64  # tokens of a chunk in flash-linear-attention, whose inverse [64, 64] it keeps in bfloat16
+ROWS = 64  # key rows of a chunk in `ops/entangle/chunk.py`, two a token in complex mode
 
 
 def training_memory(
@@ -68,8 +69,8 @@ def activation_bytes(values: Mapping[str, Any], *, checkpointing: bool) -> float
 def obstacle(values: Mapping[str, Any]) -> str | None:
     """Why the activations of this model are not known, or None."""
     groups = head_groups(values) if "linear_attention" in values["layer_types"] else ()
-    if any(g.eigenvalues == "disc" or g.mode == "complex" for g in groups) or values["decay"] == "channel":
-        return "activations are counted for real mode with a decay per head; other heads have no count yet"
+    if any(g.mode == "complex" and g.eigenvalues != "disc" for g in groups):
+        return 'activations of complex heads are counted for model.eigenvalues="disc"; others have no count yet'
     return None
 
 
@@ -107,24 +108,53 @@ def attention_bytes(values: Mapping[str, Any]) -> float:
 
 
 def entanglement_bytes(values: Mapping[str, Any]) -> float:
-    """An entanglement mixer's, with the gated delta rule of flash-linear-attention.
-
-    Around the kernel: q and k in float32 before and after they are turned, and their angles. The kernel keeps its
-    inputs and the inverse of every chunk, [64] numbers a token and head; the states before the chunks it makes again.
-    """
-    d = values["hidden_size"]
-    (group,) = head_groups(values)
-    heads, keys, wide = group.heads, group.key_width, group.value_width
-    angles = heads * group.channels
-    total = HALF * d * (2 if values["conv_size"] else 1)
-    total += 2 * FULL * keys + HALF * (2 * keys + wide) + HALF * KERNEL_CHUNK * heads
-    total += FULL * heads * 7  # beta, decay and their maps, and the lengths of q and k
-    if values["phase"] != "none" and group.phases:
-        total += 2 * FULL * keys  # of unit length, before they are turned
-        # their running sum, and for q and k its negative, cosine and sine
-        total += FULL * angles * (7 + (values["phase"] == "selective"))
-        total += HALF * values["phase_rank"] if values["phase"] == "selective" else 0
+    """An entanglement mixer's: what its groups of heads share, and each group's op."""
+    d, groups = values["hidden_size"], head_groups(values)
+    heads, wide = sum(g.heads for g in groups), sum(g.value_width for g in groups)
+    total = float(HALF * d * (2 if values["conv_size"] else 1))
+    if values["phase"] == "selective" and any(g.phases for g in groups):
+        total += HALF * values["phase_rank"]
+    total += sum(chunk_bytes(values, g) if g.eigenvalues == "disc" else kernel_bytes(values, g) for g in groups)
     return total + gate_bytes(values, heads, wide)
+
+
+def kernel_bytes(values: Mapping[str, Any], group: HeadGroup) -> float:
+    """Real heads', by a kernel of flash-linear-attention: the gated delta rule, or KDA with a decay per channel.
+
+    Around the kernel: q and k in float32 before and after they are turned, and their angles. The gated delta rule keeps
+    its inputs and the inverse of every chunk, [64] numbers a token and head; the states before them it makes again.
+    KDA keeps the products of queries and keys as well, and K decays and their running sum.
+    """
+    keys, wide, channels = group.key_width, group.value_width, values["decay"] == "channel"
+    total = 2 * FULL * keys + HALF * (2 * keys + wide) + HALF * KERNEL_CHUNK * group.heads * (2 if channels else 1)
+    total += FULL * group.heads * 7  # beta, decay and their maps, and the lengths of q and k
+    if channels:
+        total += FULL * (3 * (group.decays - group.heads) + 2 * keys)
+    return total + angle_bytes(values, group, FULL * group.key_width * 2)
+
+
+def chunk_bytes(values: Mapping[str, Any], group: HeadGroup) -> float:
+    """Complex heads' with eigenvalues in the disc, for which no kernel exists: `ops/entangle/chunk.py`, in float32.
+
+    A token has two rows of keys, queries and writes and two of values. Kept are: queries, keys and writes before and
+    after they are rescaled, the keys once more for beta and beta's 2 x 2 matrix; in every chunk the two triangles
+    [rows, rows] and what the substitution gives, the values written, and three states [K, V].
+    """
+    k, v, rows = 2 * group.channels, group.values, 2
+    tokens = ROWS // rows
+    decays = k if values["decay"] == "channel" else 1
+    each = 7 * rows * k + rows * rows + 2 * rows * ROWS + rows * (v + k) + rows * v + 3 * k * v / tokens
+    each += 2 * k + 2 + 3 * decays  # q and k as they came and their lengths; the rescaling
+    maps = 8 * group.heads + 3 * group.decays  # from the projection to beta in the disc, and to the decay
+    return FULL * (group.heads * each + maps) + angle_bytes(values, group, FULL * group.key_width * 2)
+
+
+def angle_bytes(values: Mapping[str, Any], group: HeadGroup, turned: float) -> float:
+    """The phases': `turned`, q and k of unit length, before they are turned; the angles; their running sum, and for q
+    and k its negative, cosine and sine."""
+    if values["phase"] == "none" or not group.phases:
+        return 0.0
+    return turned + FULL * group.heads * group.channels * (7 + (values["phase"] == "selective"))
 
 
 def gate_bytes(values: Mapping[str, Any], heads: int, wide: int) -> float:

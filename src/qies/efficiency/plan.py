@@ -107,7 +107,7 @@ def plan_model(
         "fits": None if total is None else total <= USABLE * cluster.gpu_memory * GIGABYTE,
         "optimizer_flops_per_step": optimizer,
         "days": work / (cluster.gpu_flops * cluster.utilisation) / 86400,
-        "command": command(arm, size, tokens, seq_len, batch["sequences"], rule, cluster, overrides),
+        "command": command(arm, size, tokens, seq_len, batch, rule, cluster, checkpointing, overrides),
         "decode": _decode(values),
     }
 
@@ -132,19 +132,25 @@ def command(
     size: str,
     tokens: int,
     seq_len: int,
-    sequences: int,
+    batch: Mapping[str, int],
     rule: Hyperparameters,
     cluster: Cluster,
+    checkpointing: bool,
     overrides: tuple[str, ...] = (),
 ) -> str:
-    """The line to type on every node, for bash; $HEAD is the first node's address, $DATA a folder of token shards."""
+    """The line to type on every node, for bash; $HEAD is the first node's address, $DATA a folder of token shards.
+
+    It sets everything the plan counts with; that the model is sharded follows from the number of processes.
+    """
     per_node = min(cluster.gpus, cluster.gpus_per_node)
     where = "--standalone" if cluster.nodes == 1 else f"--nnodes={cluster.nodes} --rdzv-backend=c10d --rdzv-endpoint="
     where += "" if cluster.nodes == 1 else '"$HEAD:29500"'
     run = [
         "train", "--arm", arm, "--size", size, "--tokens", str(tokens), "--out", f"runs/{arm}-{size}",
-        f"train.seq_len={seq_len}", f"train.batch_size={sequences}", f"train.warmup={rule.warmup:.6g}",
-        f"train.decay={rule.decay:.6g}", f"train.weight_decay={rule.weight_decay:.6g}",
+        f"train.seq_len={seq_len}", f"train.batch_size={batch['sequences']}",
+        f"train.accumulate={batch['accumulation']}", f"train.recompute={str(checkpointing).lower()}",
+        "train.precision=bf16", f"train.warmup={rule.warmup:.6g}", f"train.decay={rule.decay:.6g}",
+        f"train.weight_decay={rule.weight_decay:.6g}",
         *(f"model.{o}" for o in overrides),
     ]  # fmt: skip
     return f'torchrun {where} --nproc-per-node={per_node} -m qies {shlex.join(run)} --data "$DATA"'

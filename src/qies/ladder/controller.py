@@ -34,6 +34,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def thread_environment(threads: int) -> dict[str, str]:
+    """What holds a process to `threads` threads. Libraries read it as they are loaded, before any code of ours."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+
 @dataclass
 class Slot:
     """One run in progress: its process, its lease, the GPUs it has, and how far its metrics are read."""
@@ -74,6 +79,7 @@ def execute(
     retries: int = 2,
     retry_failed: bool = False,
     stale: float = STALE_SECONDS,
+    track: Sequence[str] = (),
     command: Sequence[str] = WORKER,
     event: Event | None = None,
 ) -> list[dict[str, Any]]:
@@ -81,7 +87,8 @@ def execute(
 
     Each run is a process of its own with `threads` threads and `gpus` devices. Controllers on the same folder share
     the runs by leases (lease.py) and wait for each other's. A run whose process fails is tried `retries` more times;
-    bad input and divergence are final; `retry_failed` gives runs that were given up new attempts.
+    bad input and divergence are final; `retry_failed` gives runs that were given up new attempts. `track` names where
+    metrics go beside metrics.jsonl (train/tracking.py).
     `event(config, new metric rows, status)` reports progress. An interrupt lets each run save.
     """
     from qies.data.shards import open_shards
@@ -89,6 +96,7 @@ def execute(
     vocab = open_shards(data).manifest.vocab_size
     owner, tell = uuid.uuid4().hex[:12], event or (lambda *_: None)
     free = _devices(workers, gpus)
+    command = (*command, *(f"--track={','.join(track)}" for _ in track[:1]), str(data))
     for config in configs:
         _plan(run_folder(root, config), config, vocab)
         if retry_failed:
@@ -105,7 +113,7 @@ def execute(
                     folder = run_folder(root, config)
                     if free and (held := leases.acquire(folder, owner, stale=stale, retries=retries)):
                         waiting.remove(config)
-                        active.append(_start(config, folder, held, free.pop(0), (*command, str(data)), threads))
+                        active.append(_start(config, folder, held, free.pop(0), command, threads))
                     elif _over(folder, retries):  # another controller's work
                         waiting.remove(config)
                         tell(config, [], (runs.read(folder) or {"status": "failed"})["status"])
@@ -178,7 +186,7 @@ def _start(
     config: RunConfig, folder: Path, held: Lease, gpus: str | None, command: Sequence[str], threads: int
 ) -> Slot:
     """A fresh interpreter for the run; what it prints goes beside its attempt."""
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    env = os.environ | thread_environment(threads)
     if gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpus
     *program, data = command

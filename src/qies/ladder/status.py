@@ -10,6 +10,8 @@ from qies import runs
 from qies.config import RunConfig, content_hash
 from qies.ladder.lease import STALE_SECONDS, attempts
 
+OVER = ("done", "diverged", "failed")  # states that stay
+
 
 def status(
     configs: Sequence[RunConfig], root: Path, estimates: Sequence[float], stale: float = STALE_SECONDS
@@ -33,12 +35,11 @@ def status(
         last = steps[-1] if steps else None
         done = last["step"] + 1 if last else 0
         each = last["seconds"] / done if last else estimate / config.steps
-        over = state in ("done", "diverged", "failed")
         rows.append({
             "run": content_hash(config), "arm": config.arm, "size": config.size, "seed": config.seed, "state": state,
             "tokens": config.tokens, "step": done, "steps": config.steps, "loss": last["loss"] if last else None,
             "tokens_per_second": round(last["tokens"] / last["seconds"], 1) if last and last["seconds"] else None,
-            "attempts": len(history), "seconds_left": 0.0 if over else round((config.steps - done) * each, 1),
+            "attempts": len(history), "seconds_left": 0.0 if state in OVER else round((config.steps - done) * each, 1),
         })  # fmt: skip
     active = max(1, len([r for r in rows if r["state"] == "running"]))
     return {"schema": 1, "runs": rows, "seconds_left": round(sum(r["seconds_left"] for r in rows) / active, 1)}

@@ -1,17 +1,20 @@
-"""The process of one run: `python -m qies.ladder.worker FOLDER DATA THREADS`. Its configuration is in run.json.
+"""The process of one run: `python -m qies.ladder.worker [--track=NAMES] FOLDER DATA THREADS`. Its configuration is in
+run.json.
 
 Exit code 0: done or diverged; 2: bad input; 128 + n: saved after signal n; anything else: failed, traceback on stderr.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PATIENCE = 7 * 86_400.0  # seconds to wait for an orphan of a dead controller that still holds the run's folder
 
 
-def main(folder: Path, data: Path, threads: int) -> int:
+def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> int:
     """Train the run in `folder` on the shards in `data`; the exit code."""
     import torch
 
@@ -20,13 +23,16 @@ def main(folder: Path, data: Path, threads: int) -> int:
     from qies.data.shards import open_shards
     from qies.errors import UserError
     from qies.train.loop import Interrupted, train
+    from qies.train.tracking import tracking
 
     torch.set_num_threads(threads)
     try:
         record = runs.read(folder)
         if record is None:
             raise UserError(f"{folder} holds no run.json; plan the run first.")
-        train(from_dict(RunConfig, record["config"]), open_shards(data), folder, patience=PATIENCE)
+        config = from_dict(RunConfig, record["config"])
+        with tracking(track, folder) as tracked:
+            train(config, open_shards(data), folder, patience=PATIENCE, progress=tracked)
     except Interrupted as error:
         return error.code
     except UserError as error:
@@ -36,4 +42,8 @@ def main(folder: Path, data: Path, threads: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
+    # Slurm's warning goes to every process of a job; the controller acts on it and stops its runs by SIGTERM.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    *options, run, shards, number = sys.argv[1:]
+    names = [name for option in options for name in option.removeprefix("--track=").split(",")]
+    sys.exit(main(Path(run), Path(shards), int(number), names))

@@ -120,10 +120,9 @@ class _Run:
         self.parent = os.getppid()
         self.progress, self.stop, self.train = progress, stop, config.train
         self.checkpoints = folder / CHECKPOINTS
-        self.model = build_model(config, shards.manifest.vocab_size)
+        self.model = group.shard(lambda: build_model(config, shards.manifest.vocab_size))
         if self.train.recompute:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        group.shard(self.model)
         rates = presets.hyperparameters(presets.parse_size(config.size), config.tokens)
         muon = torch.bfloat16 if self.train.muon_precision == "bf16" else torch.float32
         self.optimizers = Optimizers(self.model, rates, self.train.weight_decay, self.train.lr_scale, muon)

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from qies.errors import Stopped, UserError
 from qies.model import QiesForCausalLM
+from qies.train.deferred import Deferred
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # of a collective; a process that dies is noticed by `_Watch`, far sooner
@@ -78,21 +79,25 @@ class Group:
             raise answer[1]
         return answer[0]
 
-    def shard(self, model: QiesForCausalLM) -> None:
-        """FSDP2: parameters, gradients and optimizer state of every block, and of the rest, in equal parts.
+    def shard(self, build: Callable[[], QiesForCausalLM]) -> QiesForCausalLM:
+        """The model that `build` makes; on many processes each holds its part alone, of the same initial weights.
 
-        On GPUs parameters travel and compute in bf16 and gradients are summed in fp32; on a CPU the run's autocast
-        decides alone.
+        FSDP2: parameters, gradients and optimizer state of every block, and of the rest, in equal parts. On GPUs
+        parameters travel and compute in bf16 and gradients are summed in fp32; on a CPU the run's autocast decides
+        alone.
         """
-        model.to(self.device)
         if self.size == 1:
-            return
+            return build().to(self.device)
+        deferred = Deferred(build)
+        model = deferred.model
         mesh = init_device_mesh(self.device.type, (self.size,))
         cuda = self.device.type == "cuda"
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
         for block in model.model.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
+        deferred.fill()
+        return model
 
     def reduce_gradients(self, model: Any, on: bool) -> None:
         """Whether the next backward pass sums gradients over processes: only the last micro-batch needs to."""

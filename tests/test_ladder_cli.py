@@ -1,0 +1,179 @@
+"""`qies ladder`: what its actions print, when they end, and jobs that share a ladder with other controllers."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from ladder_workers import quick
+from qies import cli, ladder, runs
+from qies.config import StudyConfig, content_hash, save
+from qies.ladder.lease import attempts
+
+
+def call(*argv: object) -> int:
+    with pytest.raises(SystemExit) as e:
+        cli.main([str(a) for a in argv])
+    return e.value.code or 0
+
+
+@pytest.fixture
+def study(data_config, tiny):
+    return StudyConfig("tiny", ("qies",), ("50k",), (0, 1), (0.02, 0.05), data_config, tiny)
+
+
+@pytest.fixture
+def file(study, tmp_path):
+    path = tmp_path / "ladder.yaml"
+    save(study, path)
+    return path
+
+
+@pytest.fixture
+def fast(monkeypatch, tmp_path):
+    """Runs take half a second."""
+    monkeypatch.setitem(ladder.execute.__kwdefaults__, "command", quick(tmp_path))
+
+
+def test_plan_run_and_status(study, file, fast, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call("ladder", "plan", file, "--json") == 0
+    assert [r["config_hash"] for r in json.loads(capsys.readouterr().out)] == [content_hash(c) for c in study.runs()]
+    assert call("ladder", "plan", file) == 0
+    assert "4 runs" in capsys.readouterr().out and not out.exists()
+
+    assert call("ladder", "run", file, "--out", out, "--workers", "2", "--json") == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [r["config_hash"] for r in records] == [content_hash(c) for c in study.runs()]
+    assert {r["status"] for r in records} == {"done"}
+    assert call("ladder", "run", file, "--out", out) == 0
+    text = capsys.readouterr().out
+    assert "4 of 4 runs are done already" in text
+    for tokens in {r["tokens"] for r in records}:  # a mean over seeds, and over nothing else
+        assert f"50k, {tokens / 1e6:.2f}M" in " ".join(text.split()) and f"{1e-6 * tokens + 0.5:.4f}" in text
+
+    assert call("ladder", "status", "--out", out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds_left"] == 0 and {r["state"] for r in found["runs"]} == {"done"}
+    assert call("ladder", "status", "--out", out) == 0
+    text = capsys.readouterr().out
+    assert all(r["run"][:8] in text for r in found["runs"]) and "0:00 left" in text
+
+
+def test_watching_ends_when_the_last_run_does(study, file, fast, tmp_path, capsys):
+    out = tmp_path / "out"
+    started = time.monotonic()
+    working = threading.Thread(target=call, args=("ladder", "run", file, "--out", out, "--workers", "1", "--json"))
+    working.start()
+    while not (out / "study.yaml").exists():
+        time.sleep(0.01)
+    assert call("ladder", "status", "--out", out, "--watch", "--json") == 0
+    working.join()
+    assert time.monotonic() - started < 60
+    seen = json.JSONDecoder()
+    text = capsys.readouterr().out
+    found = [seen.raw_decode(text[at:])[0] for at in range(len(text)) if text.startswith('{\n "schema"', at)]
+    assert {r["state"] for r in found[-1]["runs"]} == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["ladder", "run"], "Give one ladder file"),
+        (["ladder", "plan", "absent.yaml"], "No configuration file"),
+        (["ladder", "go", "FILE"], "invalid choice"),
+        (["ladder", "run", "FILE", "armz=[qies]"], "Did you mean 'arms'"),
+        (["ladder", "run", "FILE", "--workers", "0"], "--workers must be at least 1"),
+        (["ladder", "run", "FILE", "--jobs", "0", "--submit", "local"], "--jobs must be at least 1"),
+        (["ladder", "run", "FILE", "--track", "tensorbord"], "Did you mean 'tensorboard'"),
+        (["ladder", "run", "FILE", "--sbatch", "partition=gpu"], "--sbatch belongs to --submit slurm"),
+        (["ladder", "run", "FILE", "--submit", "local", "--sbatch", "partition=gpu"], "leave it out"),
+        (["ladder", "run", "FILE", "--submit", "slurm", "--sbatch", "gpu"], "KEY=VALUE"),
+        (["ladder", "run", "FILE", "--submit", "slurm"], "slurm took no job"),
+        (["ladder", "status"], "Give --out DIR"),
+        (["ladder", "status", "--out", "absent"], "Give --out DIR"),
+    ],
+)
+def test_bad_input_is_one_line_and_two(argv, words, file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")  # no Slurm
+    assert call(*[file if a == "FILE" else a for a in argv]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and words in err
+
+
+def test_a_missing_package_is_named_with_what_brings_it(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = importlib.util.find_spec
+    hidden = {"trackio", "submitit"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name in hidden else found(name, *a))
+    for words in (["--track", "trackio"], ["--submit", "local"]):
+        assert call("ladder", "run", file, *words) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "pip install 'qies[" in err
+        assert not (tmp_path / "results").exists()
+
+
+def finish(folder, configs, seconds=120):
+    """Wait until every run is over."""
+    deadline = time.monotonic() + seconds
+    while not all(ladder.finished(ladder.run_folder(folder, c)) for c in configs):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_jobs_and_a_controller_share_a_ladder(study, shard_folder, tmp_path):
+    pytest.importorskip("submitit")
+    configs, root, how = study.runs(), tmp_path / "runs", {"threads": 1, "gpus": 0, "retries": 2, "workers": 1}
+    ids = ladder.submit(
+        configs, root, shard_folder, tmp_path / "jobs", cluster="local", jobs=1, minutes=5,
+        command=(*quick(tmp_path), "job"), **how,
+    )  # fmt: skip
+    while not list(root.glob("*/starts")):
+        time.sleep(0.05)
+    ladder.execute(configs, root, shard_folder, command=(*quick(tmp_path), "here"), **how)
+    finish(root, configs)
+    assert len(ids) == 1
+    starts = [(ladder.run_folder(root, c) / "starts").read_text().split() for c in configs]
+    assert sorted(map(len, starts)) == [1] * 4 and {s[0] for s in starts} == {"job", "here"}
+    assert [[a.outcome for a in attempts(ladder.run_folder(root, c))] for c in configs] == [["done"]] * 4
+
+
+def test_a_job_that_is_queued_again_carries_nothing_over(study, tmp_path):
+    pytest.importorskip("submitit")
+    from qies.ladder.jobs import Controller
+
+    job = Controller(tuple(study.runs()), tmp_path, tmp_path, {"workers": 1})
+    assert job.checkpoint().function == job
+
+
+def test_failed_runs_are_given_new_attempts_once_by_who_submits(study, tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    reset, started = [], []
+    monkeypatch.setattr("qies.ladder.lease.reset", lambda folder, *_: reset.append(folder.name))
+    monkeypatch.setattr("submitit.AutoExecutor.submit", lambda self, job: started.append(job) or job)
+    monkeypatch.setattr("qies.ladder.jobs.Controller.job_id", "7", raising=False)
+    ids = ladder.submit(
+        study.runs(), tmp_path, tmp_path, tmp_path / "jobs", cluster="local", jobs=2, minutes=5, retry_failed=True,
+        workers=1, threads=1, gpus=0, retries=2,
+    )  # fmt: skip
+    assert ids == ["7", "7"] and sorted(reset) == sorted(content_hash(c) for c in study.runs())
+    assert [job.how.get("retry_failed", False) for job in started] == [False, False]
+
+
+@pytest.mark.slow
+def test_a_submitted_ladder_trains(file, tmp_path, capsys):
+    pytest.importorskip("submitit")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "qies", "ladder", "run", str(file), "--out", str(out), "--submit", "local"]
+    done = subprocess.run([*command, "--track", "tensorboard", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["jobs"]) == 1
+    assert call("ladder", "status", "--out", out, "--watch") == 0
+    records = [runs.read(p.parent) for p in out.glob("runs/*/run.json")]
+    assert [r["status"] for r in records] == ["done"] * 4
+    assert all(list((out / "runs" / r["config_hash"] / "tensorboard").glob("events*")) for r in records)

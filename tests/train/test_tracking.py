@@ -1,0 +1,150 @@
+"""TensorBoard and trackio hold what metrics.jsonl holds, each step once, through kills and resumes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qies import runs
+from qies.errors import UserError
+from qies.train.tracking import RESULTS, SERIES, parse, tracking
+
+ROWS = [
+    {"step": 0, "tokens": 128, "lr_factor": 0.5, "loss": 6.0, "grad_norm": 1.0, "seconds": 0.1},
+    {"step": 1, "tokens": 256, "lr_factor": 1.0, "loss": None, "grad_norm": None, "skipped": "loss", "seconds": 0.2},
+    {"step": 2, "tokens": 384, "lr_factor": 1.0, "loss": 5.0, "grad_norm": 2.0, "seconds": 0.3},
+    {"step": 3, "tokens": 512, "lr_factor": 0.0, "loss": 4.0, "grad_norm": 3.0, "seconds": 0.4},
+]  # fmt: skip
+METRICS = {"val_loss": 4.5, "val_bpb": 2.0, "train_loss": 5.0}
+RECORD = {"schema": 1, "status": "running", "arm": "qies", "size": "50k", "seed": 0, "config_hash": "0123456789abcdef",
+          "config": {"seed": 0}, "steps": 4, "metrics": {}}  # fmt: skip
+
+
+def of_tensorboard(folder):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {name: [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars(name)]
+            for name in events.Tags()["scalars"]}  # fmt: skip
+
+
+def of_trackio(folder):
+    """Read in a fresh process: the store's path is fixed when trackio is imported."""
+    code = (
+        "import json; from trackio.sqlite_storage import SQLiteStorage as S\n"
+        "[run] = S.get_run_records('qies'); print(json.dumps(S.get_logs('qies', run['name']), default=str))"
+    )
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for row in json.loads(text):
+        for name in (*SERIES, *RESULTS):
+            if name in row:
+                found.setdefault(name, []).append((row["step"], row[name]))
+    return found
+
+
+def expected(rows, metrics):
+    found = {name: [(r["step"], r[name]) for r in rows if r[name] is not None] for name in SERIES}
+    return found | {name: [(len(rows), value)] for name, value in metrics.items()}
+
+
+READERS = {"tensorboard": of_tensorboard, "trackio": of_trackio}
+
+
+def attempt(name, folder, first, last, ends=False):
+    """A process that takes steps from `first` to `last`, as the loop does, and ends the run or is killed."""
+    code = f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_tracking import METRICS, RECORD, ROWS
+from qies import runs
+from qies.train.tracking import parse, tracking
+folder = Path({str(folder)!r})
+runs.truncate_steps(folder, {first}) if {first} else None
+with tracking(parse({name!r}), folder) as see:
+    for row in ROWS[{first}:{last}]:
+        runs.append(folder, row)
+        see(row)
+    if not {ends}: os._exit(9)
+    runs.write(folder, RECORD | {{"status": "done", "metrics": METRICS}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == (0 if ends else 9), done.stderr
+    assert done.stdout == ""  # which is for results
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_step_is_there_once_after_a_kill(name, tmp_path, monkeypatch):
+    pytest.importorskip(name)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    runs.write(tmp_path, RECORD)
+    attempt(name, tmp_path, 0, 3)
+    attempt(name, tmp_path, 2, 4, ends=True)  # goes back to a checkpoint at step 2
+    assert READERS[name](tmp_path) == expected(ROWS, METRICS)
+
+
+def test_a_run_whose_end_alone_was_missing_is_whole(tmp_path):
+    pytest.importorskip("tensorboard")
+    runs.write(tmp_path, RECORD)
+    for row in ROWS:
+        runs.append(tmp_path, row)
+    with tracking(("tensorboard",), tmp_path):
+        runs.write(tmp_path, RECORD | {"status": "done", "metrics": METRICS})
+    assert of_tensorboard(tmp_path) == expected(ROWS, METRICS)
+
+
+def test_a_reader_that_is_open_forgets_what_is_written_again(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs.write(tmp_path, RECORD)
+    reader = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    for first, last in ((0, 3), (1, 4)):
+        if first:
+            runs.truncate_steps(tmp_path, first)
+        with tracking(("tensorboard",), tmp_path) as see:
+            for row in ROWS[first:last]:
+                runs.append(tmp_path, row)
+                see(row)
+        reader.Reload()
+        assert [e.step for e in reader.Scalars("tokens")] == list(range(last))
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    runs.write(tmp_path, RECORD | {"status": "done", "metrics": METRICS})
+    with tracking(("tensorboard",), tmp_path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+def test_a_run_tracked_from_its_middle_has_the_steps_before(name, tmp_path, monkeypatch):
+    pytest.importorskip(name)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    runs.write(tmp_path, RECORD)
+    for row in ROWS[:2]:
+        runs.append(tmp_path, row)
+    attempt(name, tmp_path, 2, 4, ends=True)
+    assert READERS[name](tmp_path) == expected(ROWS, METRICS)
+
+
+def test_without_trackers_nothing_is_written(tmp_path):
+    runs.write(tmp_path, RECORD)
+    with tracking((), tmp_path) as see:
+        see(ROWS[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_what_cannot_be_written_is_one_line(monkeypatch):
+    assert parse("") == ()
+    with pytest.raises(UserError, match="Did you mean 'trackio'"):
+        parse("tensorboard,track-io")
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "somebody/somewhere")
+    with pytest.raises(UserError, match="local store only; unset TRACKIO_SPACE_ID"):
+        parse("trackio")
