@@ -165,11 +165,9 @@ def build_shards(
         cfg = replace(cfg, vocab_size=bpe.vocabulary(given[0]))
     if (done := _existing(cfg, build, stream, out)) is not None and not (out / _MARKER).exists():
         return done
-    if not (out / PROGRESS).exists():
-        tell(Step("reading text"))
-        _require_room(cfg, build, stream, out)
-        if not given:
-            stream.sources  # noqa: B018 (reads what can be read: a bad corpus leaves no folder behind)
+    start = None
+    if not (out / PROGRESS).exists():  # before the folder is made: a bad corpus leaves nothing behind
+        start = _start(cfg, build, stream, given, out, tell)
     with exclusive(out, _MARKER):
         if (done := _existing(cfg, build, stream, out)) is not None:  # built by another process meanwhile
             _clear(out, {shard.file for split in SPLITS for shard in done.split(split).shards} | {TOKENIZER})
@@ -188,7 +186,8 @@ def build_shards(
         else:
             _clear(out, set())
             state = State()
-            threshold = _first(cfg, stream, given, out, tell)
+            learnt, end, threshold = start or _start(cfg, build, stream, given, out, tell)
+            _save_tokenizer(learnt, out, end)
         tokenizer = bpe.read_tokenizer(out / TOKENIZER)
         size = bpe.vocabulary(tokenizer)
         plan = Plan(
@@ -203,9 +202,14 @@ def build_shards(
     return manifest
 
 
-def _first(cfg: DataConfig, stream: Stream, given: tuple[Tokenizer, str] | None, out: Path, tell: Progress) -> int:
-    """What comes before the first shard: the tokenizer, saved, and the threshold of the hash below which documents are
-    held out. It is the fraction asked for, but at least the lowest of the sample, so that a short text has one."""
+def _start(
+    cfg: DataConfig, build: Build, stream: Stream, given: tuple[Tokenizer, str] | None, out: Path, tell: Progress
+) -> tuple[Tokenizer, str, int]:
+    """What comes before the first shard: the tokenizer, the token that begins a document, and the threshold of the hash
+    below which documents are held out. It is the fraction asked for, but at least the lowest of the documents sampled,
+    so that a short text has one."""
+    tell(Step("reading text"))
+    _require_room(cfg, build, stream, out)
     threshold = round(cfg.val_fraction * 2**64)
     sample = list(stream.sample(_SURVEY if given else bpe.SAMPLE * cfg.vocab_size))
     if not stream.distinct:
@@ -213,11 +217,9 @@ def _first(cfg: DataConfig, stream: Stream, given: tuple[Tokenizer, str] | None,
         threshold = max(threshold, min(hashes, default=0) + 1)
         sample = [document for document in sample if hash_of(document.text, cfg.seed) >= threshold]
     if given:
-        _save_tokenizer(given[0], out, given[1])
-    else:
-        tell(Step("training tokenizer"))
-        _save_tokenizer(bpe.train_tokenizer([document.text for document in sample], cfg.vocab_size), out)
-    return threshold
+        return *given, threshold
+    tell(Step("training tokenizer"))
+    return bpe.train_tokenizer([document.text for document in sample], cfg.vocab_size), bpe.END, threshold
 
 
 def _manifest(
