@@ -30,26 +30,13 @@ from qies.data.contamination import Count, Pack
 from qies.data.corpora import Document
 from qies.data.files import replacing
 from qies.data.manifest import SPLITS, Counts, Run, Shard
+from qies.data.progress import Progress, Step
 from qies.data.streams import Stream
 from qies.errors import Stopped, UserError
 
 PROGRESS = "progress.json"
 SEEN = "seen.bin"  # digests of the documents taken, 8 bytes each: what came before is dropped
 BATCH_CHARACTERS = 1_000_000
-
-
-@dataclass(frozen=True)
-class Step:
-    """How far a build is: `done` of `total` (0: unknown), and the documents and tokens written in all."""
-
-    what: str
-    done: int = 0
-    total: int = 0
-    documents: int = 0
-    tokens: int = 0
-
-
-Progress = Callable[[Step], None]
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,16 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qies.data.manifest import Overlap
+from qies.data.progress import Progress, Step
 from qies.errors import UserError
+
+if TYPE_CHECKING:
+    from qies.data.shards import Shards
 
 N = 13
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
@@ -118,6 +122,20 @@ class Count:
                 )
             )
         return tuple(rows)
+
+
+def shards_overlap(shards: Shards, folder: Path, progress: Progress) -> tuple[Overlap, ...]:
+    """The overlap of the training documents of a built corpus, decoded from its shards, with the pack in `folder`."""
+    pack, count = Pack(folder), Count()
+    tokens, tokenizer = shards.tokens("train"), shards.tokenizer()
+    parts = zip(tokens.parts, tokens.starts.tolist(), strict=False)
+    starts = np.concatenate([np.flatnonzero(part == tokenizer.eos_token_id) + first for part, first in parts])
+    for number, (start, stop) in enumerate(zip(starts.tolist(), [*starts[1:].tolist(), len(tokens)], strict=True), 1):
+        text = tokenizer.decode(tokens[start + 1 : stop].tolist(), clean_up_tokenization_spaces=False)
+        count.see(pack, pack.hits(text))
+        if number % 100 == 0 or number == len(starts):
+            progress(Step("comparing", stop, len(tokens), number, stop))
+    return count.result(pack)
 
 
 _NONE = np.zeros(0, dtype=np.uint64)

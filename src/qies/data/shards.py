@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from qies.config import DataConfig, differences, to_dict
 from qies.data import tokenizer as bpe
-from qies.data.build import PROGRESS, SEEN, Plan, Progress, State, Step, Writer, hash_of, load_state
+from qies.data.build import PROGRESS, SEEN, Plan, State, Writer, hash_of, load_state
 from qies.data.contamination import Pack
 from qies.data.files import exclusive, replacing, sync
 from qies.data.manifest import (
@@ -39,6 +39,7 @@ from qies.data.manifest import (
     dumps,
     read_manifest,
 )
+from qies.data.progress import Progress, Step
 from qies.data.streams import Stream, open_stream
 from qies.errors import UserError
 
