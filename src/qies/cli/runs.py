@@ -321,8 +321,8 @@ def _print_manifest(manifest: Any, folder: Path) -> None:
 def _print_overlap(rows: Sequence[Any]) -> None:
     for row in rows:
         print(
-            f"  {row.task}: {row.overlapping_items:,} of {row.items:,} items ({row.short_items:,} too short to tell) share "
-            f"{row.overlapping_ngrams:,} of {row.ngrams:,} 13-grams with {row.documents:,} training documents"
+            f"  {row.task}: {row.overlapping_items:,} of {row.items:,} items ({row.short_items:,} too short to tell) "
+            f"share {row.overlapping_ngrams:,} of {row.ngrams:,} 13-grams with {row.documents:,} training documents"
         )
 
 

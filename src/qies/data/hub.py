@@ -109,9 +109,25 @@ class HubStream:
         revision = {} if self.local else {"revision": self._about[0]}
         with self._reading():
             data = datasets.load_dataset(self.path, self.config or None, streaming=True, **revision)
+            if list(data) == ["train"] and (files := self._beside()):
+                data = datasets.load_dataset(self.path, data_files=files, streaming=True, **revision)
         if "train" not in data:
             raise UserError(f"'{self.name}' has no split 'train' but {', '.join(data)}; take another data set")
         return data
+
+    def _beside(self) -> dict[str, Any]:
+        """The files of both splits where training's are in a folder and validation's beside it, as the Pile's are: of
+        these `datasets` sees the folder only. Empty for any other data set."""
+        if self.local:
+            root = Path(self.path).expanduser()
+            files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        else:
+            from huggingface_hub import HfApi
+
+            files = HfApi().list_repo_files(self.path, repo_type="dataset", revision=self._about[0])
+        val = [file for file in files if file.partition(".")[0] in VALIDATION]
+        train = [file for file in files if file.startswith("train/")]
+        return {"train": train, "validation": val} if val and train and not self.config else {}
 
     @cached_property
     def _val(self) -> str:

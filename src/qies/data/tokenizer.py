@@ -103,17 +103,10 @@ def open_tokenizer(name: str) -> tuple[Tokenizer, str]:
     No code of a tokenizer is run. Raises UserError: none found (or no network), none that ends a text, or one that
     loses text (lower-cases it, has no token for a character), as then losses say nothing of bytes.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     path = Path(name).expanduser()
     try:
-        if path.is_file():
-            tokenizer, end = Tokenizer.from_file(str(path)), None
-        else:
-            found = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
-            if not isinstance(found, PreTrainedTokenizerFast):
-                raise ValueError("it has no fast version")
-            tokenizer, end = found.backend_tokenizer, found.eos_token or found.bos_token
+        path = path if path.exists() else _fetch(name)
+        tokenizer, end = _read_any(path)
     except Exception as error:  # the libraries raise all kinds, plain Exception among them
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
@@ -134,6 +127,32 @@ def open_tokenizer(name: str) -> tuple[Tokenizer, str]:
     if lengths[ids].sum() + begin != len(_PROBE.encode()) or tokenizer.decode(ids.tolist()) != _PROBE:
         raise UserError(f"tokenizer '{name}' does not give back every text as it was; give one that loses nothing")
     return tokenizer, end
+
+
+def _fetch(name: str) -> Path:
+    """The folder with the files of a tokenizer of the hub."""
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, FILES[0])
+    if isinstance(cached, str):
+        return Path(cached).parent
+    revision = HfApi().model_info(name).sha  # fails at once where a download would be tried again for a minute
+    return Path(
+        snapshot_download(name, revision=revision, allow_patterns=["*token*", "*.model", "vocab*", "merges.txt"])
+    )
+
+
+def _read_any(path: Path) -> tuple[Tokenizer, str | None]:
+    """The tokenizer in a folder or a file, and the token that its configuration says ends a text."""
+    file = path / FILES[0] if path.is_dir() else path
+    if not file.is_file():  # files of an older kind, which transformers converts
+        from transformers import AutoTokenizer
+
+        found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        return found.backend_tokenizer, found.eos_token or found.bos_token
+    config = json.loads((path / FILES[1]).read_text(encoding="utf-8")) if (path / FILES[1]).is_file() else {}
+    end = config.get("eos_token") or config.get("bos_token")
+    return Tokenizer.from_file(str(file)), end["content"] if isinstance(end, dict) else end
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, end: str = END) -> None:
