@@ -102,6 +102,18 @@ class Shards:
         """The tokenizer the shards were made with."""
         return bpe.load_tokenizer(self.folder / TOKENIZER)
 
+    def val_sources(self, tokens: int) -> tuple[np.ndarray, list[str]]:
+        """Of the first `tokens` tokens of val: where the source changes, and the source from there on.
+
+        Both are empty for shards built before manifests had `val_order`.
+        """
+        ids = self.tokens("val")[:tokens]
+        documents = np.flatnonzero(ids == self.tokenizer().eos_token_id)
+        runs = self.manifest.val_order
+        first = np.cumsum([0, *(run.documents for run in runs)])[:-1]  # the document a run begins with
+        begun = int((first < len(documents)).sum())
+        return documents[first[:begun]], [run.source for run in runs[:begun]]
+
     def identity(self) -> dict[str, Any]:
         """What a run record says of its data."""
         m = self.manifest
