@@ -53,6 +53,8 @@ class Plan:
     limit_tokens: int
     workers: int
     pack: Path | None
+    table: Pack | None
+    """Of `pack`, for the main process."""
     identity: dict[str, Any]
 
 
@@ -143,7 +145,6 @@ class Writer:
     def __init__(self, stream: Stream, plan: Plan, state: State, progress: Progress) -> None:
         self.stream, self.plan, self.state, self.progress = stream, plan, state, progress
         self.end = bpe.read_tokenizer(plan.tokenizer).token_to_id(bpe.end_token(plan.tokenizer))
-        self.pack = Pack(plan.pack) if plan.pack else None
         self.pending: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         self.room = dict.fromkeys(SPLITS, plan.shard_tokens)
         self.digests: list[bytes] = []  # of the documents taken since the last commit
@@ -218,8 +219,8 @@ class Writer:
                     state.val_order[-1] = Run(document.source, last[0].documents + 1)
                 else:
                     state.val_order.append(Run(document.source, 1))
-            elif self.pack:
-                state.overlap.see(self.pack, hits)
+            elif self.plan.table:
+                state.overlap.see(self.plan.table, hits)
             if self._full():
                 break
 
@@ -263,12 +264,12 @@ def _chain(before: str, document: Document) -> str:
 class _Encoder:
     """Encodes the texts of a batch; each process has its own."""
 
-    def __init__(self, folder: Path, pack: Path | None) -> None:
+    def __init__(self, folder: Path, pack: Pack | None) -> None:
         self.tokenizer = bpe.read_tokenizer(folder)
         self.lengths = bpe.token_byte_lengths(self.tokenizer)
         self.begin = int(self.lengths[self.tokenizer.token_to_id(bpe.end_token(folder))])
         self.exact = self.tokenizer.normalizer is None  # else a text's length is that of its normal form
-        self.pack = Pack(pack) if pack else None
+        self.pack = pack
 
     def __call__(self, texts: list[str], training: list[bool]) -> _Encoded:
         ids = list(bpe.encode_texts(self.tokenizer, texts))
@@ -285,7 +286,7 @@ _worker: _Encoder | None = None
 
 def _start_worker(folder: Path, pack: Path | None) -> None:
     global _worker
-    _worker = _Encoder(folder, pack)
+    _worker = _Encoder(folder, Pack(pack) if pack else None)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -311,7 +312,7 @@ def _encoder(plan: Plan) -> Iterator[Callable[[_Prepared], Callable[[], _Encoded
         return [d.text for d in prepared.documents], [split == "train" for split in prepared.splits]
 
     if plan.workers == 1:  # in this process, with the threads of the tokenizer
-        own = _Encoder(plan.tokenizer, plan.pack)
+        own = _Encoder(plan.tokenizer, plan.table)
         yield lambda prepared: lambda: own(*arguments(prepared))
         return
     before = os.environ.get("TOKENIZERS_PARALLELISM")

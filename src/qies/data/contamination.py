@@ -62,13 +62,13 @@ class Pack:
             raise UserError(f"'{folder}' is no evaluation pack; give a folder of .jsonl or .txt files")
         self.numbers: dict[str, int] = {}
         digest = hashlib.sha256()
-        tasks = []
+        tasks, hashes = [], [_NONE]
         for path in paths:
             content = path.read_bytes()
             digest.update(path.name.encode() + b"\0" + hashlib.sha256(content).digest())
-            tasks.append(Task(path.stem, tuple(self._item(strings) for strings in _items(path, content))))
+            tasks.append(Task(path.stem, tuple(self._item(item, hashes) for item in _items(path, content))))
         self.tasks, self.fingerprint = tuple(tasks), digest.hexdigest()
-        self._hashes = np.unique(np.concatenate([_rolling(gram.split(" ")) for gram in self.numbers] or [_NONE]))
+        self._hashes = np.unique(np.concatenate(hashes))
         self.tasks_of: dict[int, set[int]] = {}
         for index, task in enumerate(self.tasks):
             for number in frozenset().union(*task.items):
@@ -85,7 +85,8 @@ class Pack:
         grams = (" ".join(found[i : i + N]) for i in candidates)
         return sorted({self.numbers[gram] for gram in grams if gram in self.numbers})
 
-    def _item(self, strings: Iterable[str]) -> frozenset[int]:
+    def _item(self, strings: list[str], hashes: list[np.ndarray]) -> frozenset[int]:
+        hashes += [_rolling(words(text)) for text in strings]
         grams = (gram for text in strings for gram in ngrams(text))
         return frozenset(self.numbers.setdefault(gram, len(self.numbers)) for gram in grams)
 

@@ -171,7 +171,8 @@ def build_shards(
         raise UserError(
             f"{workers} workers, a limit of {build.limit_tokens} tokens: give at least 1, and 0 for no limit"
         )
-    build = replace(build, pack=Pack(pack).fingerprint if pack else "")
+    table = Pack(pack) if pack else None
+    build = replace(build, pack=table.fingerprint if table else "")
     stream = open_stream(cfg, build.text_field, build.limit_tokens)
     given = bpe.open_tokenizer(build.tokenizer) if build.tokenizer else None
     if given:
@@ -205,10 +206,10 @@ def build_shards(
         size = bpe.vocabulary(tokenizer)
         plan = Plan(
             out, out / TOKENIZER, _little_endian(dtype_for(size)), shard_tokens, threshold, cfg.seed,
-            build.limit_tokens, workers, pack, identity,
+            build.limit_tokens, workers, pack, table, identity,
         )  # fmt: skip
         state = Writer(stream, plan, state, tell).write()
-        manifest = _manifest(cfg, build, stream, state, size, bpe.tokenizer_sha256(out / TOKENIZER), pack)
+        manifest = _manifest(cfg, build, stream, state, size, bpe.tokenizer_sha256(out / TOKENIZER), table)
         with replacing(out / MANIFEST) as file:
             file.write(dumps(manifest).encode())
         _clear(out, {shard.file for split in SPLITS for shard in state.shards[split]} | {TOKENIZER})
@@ -236,7 +237,7 @@ def _start(
 
 
 def _manifest(
-    cfg: DataConfig, build: Build, stream: Stream, state: State, vocab_size: int, tokenizer: str, pack: Path | None
+    cfg: DataConfig, build: Build, stream: Stream, state: State, vocab_size: int, tokenizer: str, pack: Pack | None
 ) -> Manifest:
     splits = {}
     for name in SPLITS:
@@ -273,7 +274,7 @@ def _manifest(
         ),
         build=build,
         val_order=tuple(state.val_order),
-        contamination=state.overlap.result(Pack(pack)) if pack else (),
+        contamination=state.overlap.result(pack) if pack else (),
     ).sealed()
 
 
