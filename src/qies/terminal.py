@@ -134,7 +134,8 @@ def training_bar(steps: int, quiet: bool) -> Iterator[Callable[[dict[str, Any]],
 def building_bar(quiet: bool) -> Iterator[Callable[[Any], None]]:
     """A progress bar on stderr for a build of shards; yields what takes each `qies.data.build.Step`."""
     columns = SpinnerColumn(), *Progress.get_default_columns()[:-1], TextColumn("left"), TimeRemainingColumn()
-    with Progress(*columns, transient=True, disable=quiet, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, transient=True, disable=quiet or not console.is_terminal, console=console) as bar:
         task = bar.add_task("starting", total=None)
         first: list[tuple[float, int]] = []  # when the first tokens of this call were there, and how many
 
