@@ -9,13 +9,14 @@ import io
 import json
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from qies.errors import Stopped, UserError, nearest
 
@@ -125,5 +126,26 @@ def training_bar(steps: int, quiet: bool) -> Iterator[Callable[[dict[str, Any]],
             loss = row["skipped"] if row["loss"] is None else f"loss {row['loss']:.3f}"
             rate = row["tokens"] / row["seconds"]
             bar.update(task, completed=row["step"] + 1, description=f"{loss}, {rate:,.0f} tok/s")
+
+        yield update
+
+
+@contextlib.contextmanager
+def building_bar(quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """A progress bar on stderr for a build of shards; yields what takes each `qies.data.build.Step`."""
+    columns = SpinnerColumn(), *Progress.get_default_columns()[:-1], TextColumn("left"), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, transient=True, disable=quiet or not console.is_terminal, console=console) as bar:
+        task = bar.add_task("starting", total=None)
+        first: list[tuple[float, int]] = []  # when the first tokens of this call were there, and how many
+
+        def update(step: Any) -> None:
+            text = step.what
+            if step.tokens:
+                first[:] = first or [(time.monotonic(), step.tokens)]
+                seconds = time.monotonic() - first[0][0]
+                rate = f", {(step.tokens - first[0][1]) / seconds:,.0f} tok/s" if seconds else ""
+                text += f": {step.documents:,} documents, {step.tokens:,} tokens{rate}"
+            bar.update(task, completed=step.done, total=step.total or None, description=text)
 
         yield update

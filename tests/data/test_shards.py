@@ -16,6 +16,7 @@ from qies.config import DataConfig, from_dict, to_dict
 from qies.data import shards as shards_module
 from qies.data.corpora import load_corpus, split_documents
 from qies.data.manifest import Manifest, dtype_for, read_manifest
+from qies.data.progress import Step
 from qies.data.shards import Shards, Tokens, build_shards, open_shards
 from qies.data.tokenizer import END_ID, token_byte_lengths
 from qies.errors import UserError
@@ -130,21 +131,19 @@ def test_tokens_of_nothing() -> None:
 def test_same_data_is_left_as_it_is(config: DataConfig, copy: Path, shards: Shards) -> None:
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
     told: list[str] = []
-    assert build_shards(config, copy, progress=lambda what, done, of: told.append(what)) == shards.manifest
+    assert build_shards(config, copy, progress=lambda step: told.append(step.what)) == shards.manifest
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
     assert told == []
 
 
 def test_progress_reaches_its_end(config: DataConfig, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    build_shards(config, tmp_path, progress=lambda *args: told.append(args))
-    assert [*dict.fromkeys(what for what, _, _ in told)] == [
-        "reading text",
-        "training tokenizer",
-        "encoding train",
-        "encoding val",
-    ]
-    assert told[-1][1] == told[-1][2] > 0
+    told: list[Step] = []
+    manifest = build_shards(config, tmp_path, progress=told.append)
+    assert [*dict.fromkeys(step.what for step in told)] == ["reading text", "training tokenizer", "encoding"]
+    last = told[-1]
+    assert last.documents == manifest.train.documents + manifest.val.documents
+    assert last.tokens == manifest.train.tokens + manifest.val.tokens
+    assert 0.8 * last.total < last.done <= last.total  # characters of bytes
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"vocab_size": 500}, {"source": "builtin"}])
@@ -181,11 +180,11 @@ def test_corpus_without_enough_text_leaves_nothing_behind(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("after", range(5))
 def test_interrupted_build_is_no_data_set_and_can_be_done_again(
     monkeypatch: pytest.MonkeyPatch, config: DataConfig, tmp_path: Path, after: int
 ) -> None:
-    """Cut off before each of the four renames: tokenizer, train, val, manifest."""
+    """Cut off before each of the renames: tokenizer, train, val, progress, manifest."""
     real, count = os.replace, 0
 
     def replace_until(source: Path, target: Path) -> None:
@@ -207,12 +206,12 @@ def test_interrupted_build_is_no_data_set_and_can_be_done_again(
 def test_killed_build_can_be_done_again_with_other_settings(config: DataConfig, tmp_path: Path) -> None:
     code = (
         "import sys, json, os, signal; from qies.config import DataConfig; from qies.data.shards import build_shards;"
-        "kill = lambda what, done, of: what == 'encoding val' and os.kill(os.getpid(), signal.SIGKILL);"
+        "kill = lambda step: step.what == 'encoding' and os.kill(os.getpid(), signal.SIGKILL);"
         "build_shards(DataConfig(**json.loads(sys.argv[1])), sys.argv[2], progress=kill)"
     )
     command = [sys.executable, "-c", code, json.dumps(to_dict(config)), str(tmp_path / "out")]
     assert subprocess.run(command, timeout=60).returncode == -9
-    assert (tmp_path / "out" / "train-00000.bin").exists()
+    assert (tmp_path / "out" / "tokenizer").exists()
     other = replace(config, seed=9)
     assert _files(_build(other, tmp_path / "out")) == _files(_build(other, tmp_path / "straight"))
 

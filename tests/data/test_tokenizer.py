@@ -1,22 +1,29 @@
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from qies.data.tokenizer import (
     END,
     END_ID,
     encode_texts,
+    end_token,
     load_tokenizer,
+    open_tokenizer,
     read_tokenizer,
     save_tokenizer,
     token_byte_lengths,
     tokenizer_sha256,
     train_tokenizer,
+    vocabulary,
 )
 from qies.errors import UserError
 
@@ -86,3 +93,93 @@ def test_bad_tokenizers_are_named(tmp_path: Path) -> None:
         read_tokenizer(tmp_path)
     with pytest.raises(UserError, match="not byte-level"):
         token_byte_lengths(Tokenizer(models.WordLevel({"日本": 0}, unk_token="日本")))
+
+
+# --- tokenizers of others
+
+
+def _gpt2_like(folder: Path, end: object = "<|end|>") -> Path:
+    """Byte-level, its special tokens last, as GPT-2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    tokenizer.add_special_tokens(["<|end|>", "<|other|>"])
+    tokenizer.enable_truncation(4)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    return folder
+
+
+def _llama_like(path: Path) -> Path:
+    """SentencePiece's way: U+2581 for a space, one in front of the text, bytes for what has no token."""
+    letters = [chr(c) for c in range(33, 127)] + ["\u2581", "\u2581t", "th", "\u00e9"]
+    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab, [("\u2581", "t"), ("t", "h")], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("end", ["<|end|>", {"content": "<|end|>", "special": True}])
+def test_a_folder_of_others_is_taken_with_its_end(tmp_path: Path, end: object) -> None:
+    tokenizer, token = open_tokenizer(str(_gpt2_like(tmp_path / "gpt2", end)))
+    assert token == "<|end|>" and vocabulary(tokenizer) == tokenizer.get_vocab_size()
+    assert len(next(encode_texts(tokenizer, [TEXTS[0]]))) > 100  # not truncated
+    save_tokenizer(tokenizer, tmp_path / "saved", token)
+    loaded = load_tokenizer(tmp_path / "saved")
+    assert loaded.eos_token == loaded.bos_token == loaded.pad_token == end_token(tmp_path / "saved") == "<|end|>"
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token_id == tokenizer.token_to_id("<|end|>") > 0
+
+
+def test_bytes_add_up_with_a_space_in_front_and_byte_fallback(tmp_path: Path) -> None:
+    tokenizer, end = open_tokenizer(str(_llama_like(tmp_path / "tokenizer.json")))
+    lengths = token_byte_lengths(tokenizer)
+    begin = tokenizer.token_to_id(end)
+    assert end == "</s>" and lengths[begin] == -1
+    for text in ("the cat", " the  cat", "caf\u00e9 \u65e5\u672c\n\t\U0001f600", "\u00a0"):
+        (ids,) = encode_texts(tokenizer, [text])
+        assert lengths[[begin, *ids]].sum() == len(text.encode())
+        assert tokenizer.decode(ids.tolist()) == text
+
+
+def test_tokenizers_that_cannot_serve_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _gpt2_like(tmp_path / "a", "<|absent|>")
+    with pytest.raises(UserError, match="names no token that ends a text"):
+        open_tokenizer(str(folder))
+    with pytest.raises(UserError, match="names no token that ends a text"):
+        open_tokenizer(str(folder / "tokenizer.json"))
+    lower = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    lower.normalizer = normalizers.Lowercase()
+    save_tokenizer(lower, tmp_path / "lower", "<|end|>")
+    with pytest.raises(UserError, match="does not give back every text"):
+        open_tokenizer(str(tmp_path / "lower"))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no tokenizer '.*' can be read \("):
+        open_tokenizer(str(folder))
+
+
+def test_a_name_without_the_hub_is_one_line(tmp_path: Path) -> None:
+    code = "import sys; from qies.cli import main; main(sys.argv[1:])"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "data",
+        "build",
+        "builtin",
+        "--out",
+        str(tmp_path / "x"),
+        "--tokenizer",
+        "gpt2",
+    ]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=offline, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("qies: no tokenizer 'gpt2' can be read (")

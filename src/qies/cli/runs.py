@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from qies.errors import UserError
-from qies.terminal import show, training_bar
+from qies.terminal import building_bar, show, training_bar
 
 Overrides = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
 
@@ -139,40 +140,73 @@ def plan(
 
 
 def data(
-    action: Positional[Literal["build"]],
+    action: Positional[Literal["build", "contamination"]],
     source: Positional[str],
     /,
-    out: Path,
+    out: Path | None = None,
     vocab_size: int = 4096,
+    tokenizer: str = "",
+    text_field: str = "text",
     val_fraction: float = 0.03,
+    limit_tokens: int = 0,
     seed: int = 0,
+    workers: int = 1,
+    pack: Path | None = None,
     cache: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Corpus to token shards: documents split by document, de-duplicated, tokenised, hashed.
+    """Corpus to token shards: documents split by document, de-duplicated, tokenised, hashed. A killed build goes on.
 
     For example:
 
         qies data build builtin --out data/builtin
         qies data build my_texts/ --out data/mine --vocab-size 8192
         qies data build registry:pip --out data/registry
+        qies data build 'crawl/*.jsonl.gz' --out data/crawl --text-field body --tokenizer gpt2 --workers 8
+        qies data build hub:allenai/c4:en --out data/c4 --tokenizer gpt2 --limit-tokens 2000000000 --workers 8
+        qies data contamination data/c4 --pack eval_pack/
 
     Args:
-        action: build.
-        source: "builtin", "registry" (or "registry:pip"), or a text file, a folder or a glob.
+        action: build, or contamination: what the training text of a folder of shards has in common with a pack.
+        source: "builtin", "registry" (or "registry:pip"), "hub:OWNER/NAME" or "hub:OWNER/NAME:CONFIG", or a file, a
+            folder or a glob of text, jsonl (.gz, .zst) or parquet; for contamination the folder of shards.
         out: The folder of shards to write.
         vocab_size: Size of the byte-level BPE vocabulary to train.
-        val_fraction: Share of the documents held out.
+        tokenizer: Take this one instead of training one: a folder, a tokenizer.json, or a name on the hub.
+        text_field: Where the text is in a record of jsonl, parquet or the hub.
+        val_fraction: Share of the documents held out, unless the data set holds some out itself.
+        limit_tokens: End with the document that reaches so many training tokens; 0: no limit.
         seed: Which documents are held out.
+        workers: Processes that tokenise. Their number does not change the result.
+        pack: An evaluation pack (a folder of .jsonl and .txt files), whose 13-grams are looked for in the text.
         cache: Where "registry" keeps the archives it fetches; by default below the user's cache folder.
-        json: Print the manifest.
+        json: Print the manifest, or the overlap.
     """
+    from qies.config import DataConfig, to_dict
+    from qies.data.contamination import shards_overlap
+    from qies.data.manifest import Build
+    from qies.data.shards import build_shards, open_shards
+
     if cache is not None:
         os.environ["QIES_CACHE"] = str(cache)
-    from qies.config import DataConfig, to_dict
-    from qies.data.shards import build_shards
-
-    manifest = build_shards(DataConfig(source, vocab_size, val_fraction, seed), out)
+    if action == "contamination":
+        if pack is None:
+            raise UserError("Give --pack DIR, the evaluation pack to look for.")
+        with building_bar(quiet=json) as progress:
+            rows = shards_overlap(open_shards(Path(source)), pack, progress)
+        show(json, [to_dict(row) for row in rows], lambda: _print_overlap(rows))
+        return
+    if out is None:
+        raise UserError("Give --out DIR, the folder of shards to write.")
+    with building_bar(quiet=json) as progress:
+        manifest = build_shards(
+            DataConfig(source, vocab_size, val_fraction, seed),
+            out,
+            build=Build(text_field, tokenizer, limit_tokens),
+            workers=workers,
+            pack=pack,
+            progress=progress,
+        )
     show(json, to_dict(manifest), lambda: _print_manifest(manifest, out))
 
 
@@ -208,7 +242,7 @@ def train(
         config: A YAML file of a run; the other options replace its values.
         arm: qies, transformer, gpt2, no_phase, fixed_phase or complex.
         size: Non-embedding parameters, such as 100k.
-        data: "builtin", a text file, folder or glob, or a folder that `qies data build` wrote.
+        data: "builtin", a file, folder or glob, hub:OWNER/NAME, or a folder that `qies data build` wrote.
         tokens: Training tokens.
         seed: Of the initial weights and the data order.
         threads: Processor threads; by default one.
@@ -281,6 +315,15 @@ def _print_manifest(manifest: Any, folder: Path) -> None:
     for source in manifest.sources:
         total = source.train + source.val
         print(f"  {source.name} ({source.version}): {total.documents:,} documents, {total.bytes:,} B; {source.licence}")
+    _print_overlap(manifest.contamination)
+
+
+def _print_overlap(rows: Sequence[Any]) -> None:
+    for row in rows:
+        print(
+            f"  {row.task}: {row.overlapping_items:,} of {row.items:,} items ({row.short_items:,} too short to tell) "
+            f"share {row.overlapping_ngrams:,} of {row.ngrams:,} 13-grams with {row.documents:,} training documents"
+        )
 
 
 def _print_record(record: dict[str, Any], folder: Path) -> None:

@@ -6,10 +6,7 @@ the same text can prove it. Nothing here imports or runs the packages whose text
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,10 +14,10 @@ from pathlib import Path
 
 from qies.data import registry
 from qies.data.builtin import GENRES
-from qies.errors import UserError, nearest
+from qies.data.readers import LONGEST, Files, find_files
+from qies.errors import UserError
 
-SUFFIXES = (".txt", ".md")
-LONGEST = 1_000_000  # characters above which a file is cut into documents; less in a corpus of few files,
+# A text file of more than LONGEST characters is cut into documents; in a corpus of few files a shorter one too,
 _PIECES = 64  # so that there are about so many documents to choose from,
 _SHORTEST = 2_000  # but not below so many characters
 _SHARED_PARAGRAPH = 100  # characters from which a paragraph met before is dropped; shorter ones are formulas of speech
@@ -62,10 +59,10 @@ def load_corpus(source: str) -> Corpus:
 
     "builtin" is English prose of three genres carried by dependencies of this package (see `qies.data.builtin`).
     "registry" is text of pinned packages, fetched where they are not in the cache (see `qies.data.registry`).
-    Anything else is a path to a UTF-8 text file, a folder (searched through; `.txt` and `.md`, hidden names left out)
-    or a glob. A file is one document, but one of more than 1 MB, or of more than 1/64 of the corpus, is cut at blank
-    lines (at line ends or spaces where there are none) into documents of about that length, at least 2,000 characters,
-    so that some can be held out. Empty files are left out.
+    Anything else is a path to a UTF-8 text file, a folder (searched through; hidden names left out) or a glob; all of
+    its files are `.txt` or `.md` (`qies.data.streams` reads others). A file is one document, but one of more than 1 MB,
+    or of more than 1/64 of the corpus, is cut at blank lines (at line ends or spaces where there are none) into
+    documents of about that length, at least 2,000 characters, so that some can be held out. Empty files are left out.
 
     Texts and paragraphs of 100 characters or more that came before in the corpus (equal but for case and white space)
     are dropped, so that a held-out document does not repeat one trained on.
@@ -80,8 +77,8 @@ def load_corpus(source: str) -> Corpus:
         licences = {genre.name: (genre.licence, genre.version()) for genre in GENRES}
         raw = (Document(text, genre.name, id) for genre in GENRES for id, text in genre.documents())
         return _corpus(source, raw, licences)
-    name = Path(source).name or Path(source).resolve().name
-    corpus = _corpus(name, _read(source, name), {name: ("unknown (files given by the user)", "")})
+    files = find_files(source)
+    corpus = _corpus(files.name, _read(files), {files.name: (files.licence, "")})
     if not corpus.documents:
         raise UserError(f"'{source}' holds no text; give a file, folder or pattern with text in it")
     return corpus
@@ -93,7 +90,7 @@ def fingerprint(source: str) -> str:
         return registry.registry_fingerprint(source)
     if source == "builtin":
         return "; ".join(genre.version() for genre in GENRES)
-    return _sha256(part for path, id in _files(source) for part in (id.encode(), _bytes(path)))
+    return _sha256(part for path, id in find_files(source).files for part in (id.encode(), _bytes(path)))
 
 
 def _is_registry(source: str) -> bool:
@@ -157,7 +154,7 @@ def _distinct(raw: Iterable[Document]) -> Iterator[Document]:
     texts: set[bytes] = set()
     paragraphs: set[bytes] = set()
     for document in raw:
-        text = _tidy(document.text)
+        text = tidy(document.text)
         if _first_time(text, texts):
             parts = text.split("\n\n")
             kept = [part for part in parts if len(part) < _SHARED_PARAGRAPH or _first_time(part, paragraphs)]
@@ -172,7 +169,7 @@ def _first_time(text: str, seen: set[bytes]) -> bool:
     return new
 
 
-def _tidy(text: str) -> str:
+def tidy(text: str) -> str:
     """Line ends as newlines, no trailing spaces, at most one blank line in a row, none at the ends."""
     text = "\n".join(map(str.rstrip, text.replace("\r\n", "\n").replace("\r", "\n").split("\n")))
     return re.sub(r"\n{3,}", "\n\n", text).strip()
@@ -194,14 +191,14 @@ def _sha256(parts: Iterable[bytes]) -> str:
 # --- files of the user's
 
 
-def _read(source: str, name: str) -> Iterator[Document]:
-    texts = {id: _tidy(_decode(path)) for path, id in _files(source)}
+def _read(files: Files) -> Iterator[Document]:
+    texts = {id: tidy(_decode(path)) for path, id in files.files}
     length = min(max(sum(map(len, texts.values())) // _PIECES, _SHORTEST), LONGEST)
     for id, text in texts.items():
         pieces = list(_cut(text, length))
         for number, piece in enumerate(pieces):
             if piece:
-                yield Document(piece, name, f"{id}#{number:05d}" if len(pieces) > 1 else id)
+                yield Document(piece, files.name, f"{id}#{number:05d}" if len(pieces) > 1 else id)
 
 
 def _decode(path: Path) -> str:
@@ -225,45 +222,8 @@ def _cut(text: str, length: int) -> Iterator[str]:
     yield text[start:].strip()
 
 
-def _files(source: str) -> list[tuple[Path, str]]:
-    """Pairs (path, id) in the order of the ids, which are paths below the folder or the pattern's fixed part."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [(path, path.name)]
-    if path.is_dir():
-        root, found = path, _walk(path)
-    elif glob.has_magic(source):
-        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        found = (Path(match) for match in glob.iglob(str(path), recursive=True))
-    else:
-        raise _unknown(source, path)
-    texts = {p.relative_to(root).as_posix(): p for p in found if p.suffix.lower() in SUFFIXES and p.is_file()}
-    if not texts:
-        raise UserError(
-            f"'{source}' holds no {' or '.join(SUFFIXES)} file; name a file, or a folder or pattern with some"
-        )
-    return [(texts[id], id) for id in sorted(texts)]
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
-
-
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}); check its permissions") from None
-
-
-def _unknown(source: str, path: Path) -> UserError:
-    try:
-        beside = [str(other) for other in path.parent.iterdir()]
-    except OSError:
-        beside = []
-    return UserError(
-        f"no corpus '{source}': it is neither 'builtin', 'registry' nor an existing file, folder or pattern."
-        + nearest(source, ["builtin", "registry", *beside])
-    )

@@ -19,7 +19,7 @@ DTYPES = ("uint16", "uint32")  # by the size of the vocabulary
 LIMIT = 16_000_000  # bytes above which a manifest is not read
 SHARD_NAME = re.compile(r"(train|val)-\d{5}\.bin")
 
-_PROVENANCE = ("hash", "config", "fingerprint", "corpus", "sources")
+_PROVENANCE = ("hash", "config", "fingerprint", "corpus", "sources", "build", "val_order", "contamination")
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,47 @@ class SourceRow:
 
 
 @dataclass(frozen=True)
+class Build:
+    """What `qies data build` was told beside the text's `config`.
+
+    `tokenizer` is the name given, "" for one trained on the text; `limit_tokens` 0 means no limit; `pack` is the
+    fingerprint of the evaluation pack, "" without one.
+    """
+
+    text_field: str = "text"
+    tokenizer: str = ""
+    limit_tokens: int = 0
+    pack: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """So many documents of one source, one behind the other."""
+
+    source: str
+    documents: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What the training text and one task of an evaluation pack have in common (see `qies.data.contamination`)."""
+
+    task: str
+    items: int
+    short_items: int
+    ngrams: int
+    overlapping_items: int
+    overlapping_ngrams: int
+    documents: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a folder of shards holds.
 
     `hash` identifies text, split, tokenizer and tokens: two folders with the same one hold the same data. `config`,
-    `fingerprint` (see `corpora.fingerprint`), `corpus` (its name) and `sources` say where it came from.
+    `fingerprint` (see `corpora.fingerprint`), `corpus` (its name) and `sources` say where it came from, `val_order` to
+    which source the documents of val belong, in their order (empty in manifests of before there was the field).
     """
 
     schema: int
@@ -85,6 +121,9 @@ class Manifest:
     train: Split
     val: Split
     sources: tuple[SourceRow, ...]
+    build: Build = Build()
+    val_order: tuple[Run, ...] = ()
+    contamination: tuple[Overlap, ...] = ()
 
     def split(self, name: str) -> Split:
         """The split "train" or "val". Raises UserError for another name."""
@@ -149,5 +188,10 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{name} has no shard, or an empty one")
         if sum(shard.tokens for shard in split.shards) != split.tokens:
             raise ValueError(f"the shards of {name} do not add up to {split.tokens} tokens")
+    if manifest.val_order:
+        if sum(run.documents for run in manifest.val_order) != manifest.val.documents:
+            raise ValueError(f"val_order does not add up to {manifest.val.documents} documents")
+        if unknown := {run.source for run in manifest.val_order} - {source.name for source in manifest.sources}:
+            raise ValueError(f"val_order names {min(unknown)!r}, which is not among its sources")
     if manifest.sealed().hash != manifest.hash:
         raise ValueError("its hash is not that of its content")

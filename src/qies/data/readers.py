@@ -12,23 +12,26 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from qies.data.corpora import LONGEST, SUFFIXES, _unknown, _walk
-from qies.errors import UserError
+from qies.errors import UserError, nearest
 
+LONGEST = 1_000_000  # characters above which a text file is cut
+SUFFIXES = (".txt", ".md")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 COMPRESSED = (".gz", ".zst")
 LONGEST_LINE = 256_000_000  # bytes above which a line is taken for damage, or for a bomb
 
-_BATCH = 512, 1_000_000  # records, characters after which a batch ends: some tenths of a second of tokenising
+BATCH = 512, 1_000_000  # records, characters after which a batch ends: some tenths of a second of tokenising
 _EDGE = 1 << 20  # bytes at either end of a file that its fingerprint covers
 
+R = TypeVar("R")
 Record = tuple[str, str]
 """(id, text); ids name no machine."""
 
@@ -68,14 +71,26 @@ class Files:
                 digest.update(json.dumps([id, size, hashlib.sha256(edges + file.read(_EDGE)).hexdigest()]).encode())
         return digest.hexdigest()
 
-    def batches(self, position: Any = None) -> Iterator[Batch]:
-        """The stream from `position` (of an earlier batch; None: the beginning). Raises UserError for a bad file."""
+    @property
+    def bytes(self) -> int:
+        """Of the files as they are, compressed or not."""
+        return sum(path.stat().st_size for path, _ in self.files)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether all of them are plain text, not compressed."""
+        return all(path.suffix.lower() in SUFFIXES for path, _ in self.files)
+
+    def batches(self, position: Any = None, characters: int = BATCH[1]) -> Iterator[Batch]:
+        """The stream from `position` (of an earlier batch; None: the beginning). Raises UserError for a bad file.
+
+        A batch ends with the record that makes it at least `characters` long."""
         first, skip = position or (0, 0)
         for number, (path, id) in enumerate(self.files[first:], first):
             texts = _reader(path)(path, self.text_field, skip)
             records = ((f"{id}#{n}", text) for n, text in enumerate(texts, skip))
             done = skip
-            for batch in grouped(records):
+            for batch in grouped(records, lambda record: len(record[1]), characters):
                 done += len(batch)
                 yield Batch(batch, [number, done])
             if not done:
@@ -96,11 +111,29 @@ def find_files(source: str, text_field: str = "text") -> Files:
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = (Path(match) for match in glob.iglob(str(path), recursive=True))
     else:
-        raise _unknown(source, path)
+        raise unknown(source)
     files = {p.relative_to(root).as_posix(): p for p in found if kind(p) and p.is_file()}
     if not files:
         raise UserError(f"'{source}' holds no file of a known kind; give some of {', '.join(_known())}")
     return Files(path.name or path.resolve().name, tuple((files[id], id) for id in sorted(files)), text_field)
+
+
+def unknown(source: str) -> UserError:
+    """The error for a name that stands for no corpus, with what is most like it."""
+    try:
+        beside = [str(other) for other in Path(source).expanduser().parent.iterdir()]
+    except OSError:
+        beside = []
+    return UserError(
+        f"no corpus '{source}': it is neither 'builtin', 'registry', 'hub:OWNER/NAME' nor an existing file, folder or "
+        "pattern." + nearest(source, ["builtin", "registry", *beside])
+    )
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 def kind(path: Path) -> str | None:
@@ -113,14 +146,14 @@ def kind(path: Path) -> str | None:
     return "json" if suffix in JSON_SUFFIXES else "text" if suffix in SUFFIXES else None
 
 
-def grouped(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """The records in groups of at most 512, or fewer of them if they reach a million characters."""
-    group: list[Record] = []
+def grouped(records: Iterable[R], length: Callable[[R], int], characters: int = BATCH[1]) -> Iterator[list[R]]:
+    """The records in groups of at most 512, or fewer of them if they reach so many characters."""
+    group: list[R] = []
     size = 0
     for record in records:
         group.append(record)
-        size += len(record[1])
-        if len(group) == _BATCH[0] or size >= _BATCH[1]:
+        size += length(record)
+        if len(group) == BATCH[0] or size >= characters:
             yield group
             group, size = [], 0
     if group:
@@ -227,7 +260,7 @@ def _parquet(path: Path, text_field: str, skip: int) -> Iterator[str]:
             rows = file.metadata.row_group(group).num_rows
             if start + rows > skip:
                 row = start
-                for batch in file.iter_batches(_BATCH[0], row_groups=[group], columns=[text_field]):
+                for batch in file.iter_batches(BATCH[0], row_groups=[group], columns=[text_field]):
                     for text in batch.column(0).to_pylist():
                         if row >= skip:
                             yield text_of({text_field: text}, text_field, f"'{path}' row {row + 1}")

@@ -3,7 +3,7 @@
 A folder holds `train-00000.bin` ..., `val-00000.bin` ... (little-endian uint16, or uint32 for a vocabulary above
 65,536; `<|endoftext|>` begins each document), `tokenizer/` and `manifest.json`. Files are written under temporary
 names, flushed to disk and renamed, the manifest last: a folder without one is no data set, and a build that was cut
-off is done anew by calling it again.
+off goes on by calling it again (`build`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,14 @@ from tokenizers import Tokenizer
 
 from qies.config import DataConfig, differences, to_dict
 from qies.data import tokenizer as bpe
-from qies.data.corpora import Document, fingerprint, load_corpus, split_documents
+from qies.data.build import PROGRESS, SEEN, Plan, State, Writer, hash_of, load_state
+from qies.data.contamination import Pack
 from qies.data.files import exclusive, replacing, sync
 from qies.data.manifest import (
     MANIFEST,
     SCHEMA,
     SPLITS,
+    Build,
     Counts,
     Manifest,
     Shard,
@@ -37,6 +39,8 @@ from qies.data.manifest import (
     dumps,
     read_manifest,
 )
+from qies.data.progress import Progress, Step
+from qies.data.streams import Stream, open_stream
 from qies.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,11 +49,11 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer"
 SHARD_TOKENS = 1 << 27  # tokens in a full shard: 256 MB in uint16
 
+_SURVEY = 10_000_000  # characters looked at where no tokenizer is trained
 _MARKER = ".building"  # there while a build is on or was cut off; its lock makes a second build wait
-_OWN = re.compile(r"(train|val)-\d{5}\.bin(\.tmp)?|tokenizer(\.tmp)?|manifest\.json\.tmp")
-
-Progress = Callable[[str, int, int], None]
-"""Told (what is being done, how much of it is done, of how much)."""
+_OWN = re.compile(
+    r"(train|val)-\d{5}\.bin(\.tmp)?|tokenizer(\.tmp)?|manifest\.json\.tmp|progress\.json(\.tmp)?|seen\.bin"
+)
 
 
 class Tokens:
@@ -98,6 +102,18 @@ class Shards:
         """The tokenizer the shards were made with."""
         return bpe.load_tokenizer(self.folder / TOKENIZER)
 
+    def val_sources(self, tokens: int) -> tuple[np.ndarray, list[str]]:
+        """Of the first `tokens` tokens of val: where the source changes, and the source from there on.
+
+        Both are empty for shards built before manifests had `val_order`.
+        """
+        ids = self.tokens("val")[:tokens]
+        documents = np.flatnonzero(ids == self.tokenizer().eos_token_id)
+        runs = self.manifest.val_order
+        first = np.cumsum([0, *(run.documents for run in runs)])[:-1]  # the document a run begins with
+        begun = int((first < len(documents)).sum())
+        return documents[first[:begun]], [run.source for run in runs[:begun]]
+
     def identity(self) -> dict[str, Any]:
         """What a run record says of its data."""
         m = self.manifest
@@ -130,125 +146,158 @@ def open_shards(folder: Path | str) -> Shards:
 
 
 def build_shards(
-    cfg: DataConfig, out: Path | str, *, progress: Progress | None = None, shard_tokens: int = SHARD_TOKENS
+    cfg: DataConfig,
+    out: Path | str,
+    *,
+    build: Build = Build(),  # noqa: B008 (it is frozen)
+    workers: int = 1,
+    pack: Path | None = None,
+    progress: Progress | None = None,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> Manifest:
-    """Read the corpus that `cfg` names, split it by document, train the tokenizer on the train split, write shards.
+    """Read what `cfg` names, split it by document, encode it with a given tokenizer or one trained on it, write shards.
 
-    A folder that holds this data set already is checked and left as it is. The same text and `cfg` give the same files,
-    bit for bit. A second build of the same folder waits for the first.
+    A folder that holds this data set already is checked and left as it is; a build that was cut off goes on behind its
+    last full shard. The same text and settings give the same files, bit for bit, whatever the number of `workers`
+    (processes that encode). A second build of the same folder waits for the first. With an evaluation `pack` the
+    manifest says what it has in common with the training text.
 
-    Raises UserError: whatever `load_corpus`, `split_documents` and `train_tokenizer` object to, a folder that holds
-    other data or other files, one that cannot be written.
+    Raises UserError: whatever the source, `split_documents`, the tokenizer or the pack object to, too little space, a
+    folder that holds other data or other files, one that cannot be written. Raises Stopped if a worker is killed.
     """
     out = Path(out)
-    tell = progress or (lambda what, done, of: None)
-    if (done := _existing(cfg, out)) is not None:
+    tell = progress or (lambda step: None)
+    if workers < 1 or build.limit_tokens < 0:
+        raise UserError(
+            f"{workers} workers, a limit of {build.limit_tokens} tokens: give at least 1, and 0 for no limit"
+        )
+    table = Pack(pack) if pack else None
+    build = replace(build, pack=table.fingerprint if table else "")
+    stream = open_stream(cfg, build.text_field, build.limit_tokens)
+    given = bpe.open_tokenizer(build.tokenizer) if build.tokenizer else None
+    if given:
+        cfg = replace(cfg, vocab_size=bpe.vocabulary(given[0]))
+    if (done := _existing(cfg, build, stream, out)) is not None and not (out / _MARKER).exists():
         return done
-    tell("reading text", 0, 1)
-    identity = fingerprint(cfg.source)
-    corpus = load_corpus(cfg.source)
-    documents = dict(zip(SPLITS, split_documents(corpus, cfg.val_fraction, cfg.seed), strict=True))
-    tell("training tokenizer", 0, 1)
-    tokenizer = bpe.train_tokenizer([document.text for document in documents["train"]], cfg.vocab_size)
+    start = None
+    if not (out / PROGRESS).exists():  # before the folder is made: a bad corpus leaves nothing behind
+        start = _start(cfg, build, stream, given, out, tell)
     with exclusive(out, _MARKER):
-        if (done := _existing(cfg, out)) is not None:  # built by another process meanwhile
+        if (done := _existing(cfg, build, stream, out)) is not None:  # built by another process meanwhile
+            _clear(out, {shard.file for split in SPLITS for shard in done.split(split).shards} | {TOKENIZER})
             return done
-        _clear(out)
-        _save_tokenizer(tokenizer, out)
-        dtype = dtype_for(tokenizer.get_vocab_size())
-        splits, counts = {}, {}
-        for name in SPLITS:
-            writer = _Writer(out, name, dtype, shard_tokens)
-            counts[name] = _write_documents(writer, documents[name], tokenizer, tell)
-            total = sum(counts[name].values(), Counts())
-            splits[name] = Split(total.documents, total.bytes, total.tokens, tuple(writer.close()))
-        manifest = Manifest(
-            schema=SCHEMA,
-            hash="",
-            config=cfg,
-            fingerprint=identity,
-            corpus=corpus.name,
-            corpus_sha256=corpus.sha256,
-            tokenizer_sha256=bpe.tokenizer_sha256(out / TOKENIZER),
-            vocab_size=tokenizer.get_vocab_size(),
-            dtype=dtype,
-            train=splits["train"],
-            val=splits["val"],
-            sources=tuple(
-                SourceRow(
-                    s.name,
-                    s.licence,
-                    s.version,
-                    s.sha256,
-                    train=counts["train"].get(s.name, Counts()),
-                    val=counts["val"].get(s.name, Counts()),
-                )
-                for s in corpus.sources
-            ),
-        ).sealed()
+        identity = {
+            "config": to_dict(cfg),
+            "build": to_dict(build),
+            "text": stream.fingerprint(),
+            "tokenizer": hashlib.sha256(given[0].to_str().encode()).hexdigest() if given else "trained",
+            "shard_tokens": shard_tokens,
+        }
+        if (found := load_state(out, identity)) is not None:
+            state, threshold = found
+            kept = {shard.file for split in SPLITS for shard in state.shards[split]}
+            _clear(out, kept | {TOKENIZER, PROGRESS, SEEN})
+        else:
+            _clear(out, set())
+            state = State()
+            learnt, end, threshold = start or _start(cfg, build, stream, given, out, tell)
+            _save_tokenizer(learnt, out, end)
+        tokenizer = bpe.read_tokenizer(out / TOKENIZER)
+        size = bpe.vocabulary(tokenizer)
+        plan = Plan(
+            out, out / TOKENIZER, _little_endian(dtype_for(size)), shard_tokens, threshold, cfg.seed,
+            build.limit_tokens, workers, pack, table, identity,
+        )  # fmt: skip
+        state = Writer(stream, plan, state, tell).write()
+        manifest = _manifest(cfg, build, stream, state, size, bpe.tokenizer_sha256(out / TOKENIZER), table)
         with replacing(out / MANIFEST) as file:
             file.write(dumps(manifest).encode())
+        _clear(out, {shard.file for split in SPLITS for shard in state.shards[split]} | {TOKENIZER})
     return manifest
 
 
-def _write_documents(
-    writer: _Writer, documents: Sequence[Document], tokenizer: Tokenizer, tell: Progress
-) -> dict[str, Counts]:
-    """Encode and write `documents`; what each source among them came to."""
-    lengths = bpe.token_byte_lengths(tokenizer)
-    counts: dict[str, Counts] = {}
-    done, total = 0, sum(len(document.text) for document in documents)
-    tell(f"encoding {writer.split}", done, total)
-    encoded = bpe.encode_texts(tokenizer, [document.text for document in documents])
-    for document, ids in zip(documents, encoded, strict=True):
-        size = len(document.text.encode())
-        if lengths[ids].sum() != size:
-            raise RuntimeError(f"the tokens of document {document.id!r} do not add up to its bytes")
-        counts[document.source] = counts.get(document.source, Counts()) + Counts(1, size, len(ids) + 1)
-        writer.append(np.concatenate([[bpe.END_ID], ids]))
-        done += len(document.text)
-        tell(f"encoding {writer.split}", done, total)
-    return counts
+def _start(
+    cfg: DataConfig, build: Build, stream: Stream, given: tuple[Tokenizer, str] | None, out: Path, tell: Progress
+) -> tuple[Tokenizer, str, int]:
+    """What comes before the first shard: the tokenizer, the token that begins a document, and the threshold of the hash
+    below which documents are held out. It is the fraction asked for, but at least the lowest of the documents sampled,
+    so that a short text has one."""
+    tell(Step("reading text"))
+    _require_room(cfg, build, stream, out)
+    threshold = round(cfg.val_fraction * 2**64)
+    sample = list(stream.sample(_SURVEY if given else bpe.SAMPLE * cfg.vocab_size))
+    if not stream.distinct:
+        hashes = [hash_of(document.text, cfg.seed) for document in sample if document.text.strip()]
+        threshold = max(threshold, min(hashes, default=0) + 1)
+        sample = [document for document in sample if hash_of(document.text, cfg.seed) >= threshold]
+    if given:
+        return *given, threshold
+    tell(Step("training tokenizer"))
+    return bpe.train_tokenizer([document.text for document in sample], cfg.vocab_size), bpe.END, threshold
 
 
-class _Writer:
-    """Cuts a stream of tokens into shards of `capacity` tokens, the last one shorter."""
+def _manifest(
+    cfg: DataConfig, build: Build, stream: Stream, state: State, vocab_size: int, tokenizer: str, pack: Pack | None
+) -> Manifest:
+    splits = {}
+    for name in SPLITS:
+        total = state.total(name)
+        splits[name] = Split(total.documents, total.bytes, total.tokens, tuple(state.shards[name]))
+        if not total.documents:
+            raise UserError(
+                f"nothing of '{stream.name}' is left for {name}; give more text, or another --val-fraction or --seed"
+            )
+    digests = stream.digests() or state.digests
+    whole = digests.get("") or hashlib.sha256("".join(digests.values()).encode()).hexdigest()
+    return Manifest(
+        schema=SCHEMA,
+        hash="",
+        config=cfg,
+        fingerprint=stream.fingerprint(),
+        corpus=stream.name,
+        corpus_sha256=whole,
+        tokenizer_sha256=tokenizer,
+        vocab_size=vocab_size,
+        dtype=dtype_for(vocab_size),
+        train=splits["train"],
+        val=splits["val"],
+        sources=tuple(
+            SourceRow(
+                name,
+                licence,
+                version,
+                digests.get(name, ""),
+                train=state.counts["train"].get(name, Counts()),
+                val=state.counts["val"].get(name, Counts()),
+            )
+            for name, (licence, version) in stream.sources.items()
+        ),
+        build=build,
+        val_order=tuple(state.val_order),
+        contamination=state.overlap.result(pack) if pack else (),
+    ).sealed()
 
-    def __init__(self, folder: Path, split: str, dtype: str, capacity: int) -> None:
-        self.folder, self.split, self.dtype, self.capacity = folder, split, _little_endian(dtype), capacity
-        self.shards: list[Shard] = []
-        self.pending: list[np.ndarray] = []
-        self.room = capacity
 
-    def append(self, ids: np.ndarray) -> None:
-        ids = ids.astype(self.dtype)
-        while len(ids) >= self.room:
-            self.pending.append(ids[: self.room])
-            ids = ids[self.room :]
-            self._flush()
-        self.pending.append(ids)
-        self.room -= len(ids)
-
-    def close(self) -> list[Shard]:
-        """Every shard written."""
-        if self.room < self.capacity:
-            self._flush()
-        return self.shards
-
-    def _flush(self) -> None:
-        data = np.concatenate(self.pending)
-        name = f"{self.split}-{len(self.shards):05d}.bin"
-        with replacing(self.folder / name) as file:
-            file.write(data.data)
-        self.shards.append(Shard(name, len(data), hashlib.sha256(data.data).hexdigest()))
-        self.pending, self.room = [], self.capacity
+def _require_room(cfg: DataConfig, build: Build, stream: Stream, out: Path) -> None:
+    """Raise UserError where the disk cannot hold the shards: at most one token for four bytes of text is asked for."""
+    tokens = stream.size // 4
+    if build.limit_tokens:
+        tokens = min(tokens, build.limit_tokens) if tokens else build.limit_tokens
+    need = tokens * _little_endian(dtype_for(cfg.vocab_size)).itemsize
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if need > free:
+        raise UserError(
+            f"'{out}' has {free / 1e9:.2f} GB of free space, and the shards will take about {need / 1e9:.2f} GB; "
+            "free some, give another folder, or --limit-tokens"
+        )
 
 
 # --- checking
 
 
-def _existing(cfg: DataConfig, out: Path) -> Manifest | None:
-    """The manifest of the data set of `cfg` in `out`; None if nothing is in the way of making it there."""
+def _existing(cfg: DataConfig, build: Build, stream: Stream, out: Path) -> Manifest | None:
+    """The manifest of this data set in `out`; None if nothing is in the way of making it there."""
     if not out.exists():
         return None
     if not out.is_dir():
@@ -256,8 +305,8 @@ def _existing(cfg: DataConfig, out: Path) -> Manifest | None:
     names = sorted(path.name for path in out.iterdir())
     if MANIFEST in names:
         manifest = open_shards(out).manifest
-        other = differences(to_dict(manifest.config), to_dict(cfg))
-        if not other and fingerprint(cfg.source) != manifest.fingerprint:
+        other = differences(to_dict(manifest.config) | to_dict(manifest.build), to_dict(cfg) | to_dict(build))
+        if not other and stream.fingerprint() != manifest.fingerprint:
             other = ["its text, or the packages it is read from, have changed"]
         if other:
             raise UserError(f"'{out}' holds other data ({'; '.join(other)}); give another folder")
@@ -274,7 +323,7 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
         good = not linked and bpe.tokenizer_sha256(folder) == manifest.tokenizer_sha256
     except OSError:
         good = False
-    if not good or bpe.read_tokenizer(folder).get_vocab_size() != manifest.vocab_size:
+    if not good or bpe.vocabulary(bpe.read_tokenizer(folder)) != manifest.vocab_size:
         raise UserError(f"'{folder}' is not the tokenizer of its shards; build the data again in another folder")
 
 
@@ -305,16 +354,16 @@ def _map(path: Path, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype=_little_endian(dtype), mode="r")
 
 
-def _clear(out: Path) -> None:
-    """Remove what a build that was cut off left behind."""
+def _clear(out: Path, kept: set[str]) -> None:
+    """Remove what a build made and what is not to be kept."""
     for path in out.iterdir():
-        if _OWN.fullmatch(path.name):
+        if _OWN.fullmatch(path.name) and path.name not in kept:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+def _save_tokenizer(tokenizer: Tokenizer, out: Path, end: str = bpe.END) -> None:
     temporary = out / f"{TOKENIZER}.tmp"
-    bpe.save_tokenizer(tokenizer, temporary)
+    bpe.save_tokenizer(tokenizer, temporary, end)
     for path in (*temporary.iterdir(), temporary):
         sync(path)
     os.replace(temporary, out / TOKENIZER)

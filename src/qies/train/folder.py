@@ -64,7 +64,12 @@ def open_run(config: RunConfig, shards: Shards, folder: Path) -> dict[str, Any]:
         record |= {k: planned[k] for k in ("config", "config_hash", "tokens", "steps", "flops")}
         record["config_changes"] = logged
         runs.write(folder, record)
-    if record.setdefault("data", shards.identity())["hash"] != shards.hash:
+    trained_on, given = record.setdefault("data", shards.identity()), shards.identity()
+    if trained_on["tokenizer_sha256"] != given["tokenizer_sha256"]:
+        raise UserError(
+            f"{folder} was trained with another tokenizer than that of {shards.folder}; give another --out."
+        )
+    if trained_on["hash"] != shards.hash:
         raise UserError(f"{folder} was trained on other data (hash {record['data']['hash']}); give another --out.")
     return record
 

@@ -275,8 +275,11 @@ class _Run:
     def _publish(self, state: dict[str, Tensor]) -> None:
         whole = build_model(self.config, self.shards.manifest.vocab_size)
         whole.load_state_dict(state)
+        tokenizer = self.shards.tokenizer()
+        for settings in (whole.config, whole.generation_config):  # the corpus may have brought its own tokenizer
+            settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = tokenizer.eos_token_id
         whole.save_pretrained(self.folder / "model")
-        self.shards.tokenizer().save_pretrained(self.folder / "model")
+        tokenizer.save_pretrained(self.folder / "model")
 
     def _write(self, status: str, **more: Any) -> dict[str, Any]:
         done = self.step * self.train.seq_len * self.train.batch_size

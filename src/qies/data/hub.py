@@ -1,0 +1,182 @@
+"""Data sets of the Hugging Face hub, streamed by the library `datasets` (extra `hub`).
+
+`hub:OWNER/NAME` or `hub:OWNER/NAME:CONFIG`. A folder laid out as such a data set is (files and README.md) is read by
+the same code where its path stands in the place of OWNER/NAME. Code of a data set is never run: since version
+4 `datasets` reads data files only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qies.data import readers
+from qies.data.corpora import Document
+from qies.errors import UserError
+
+if TYPE_CHECKING:
+    from qies.data.streams import Batch
+
+VALIDATION = ("validation", "val", "valid", "dev")  # the names under which a data set holds text out
+
+
+class HubStream:
+    """A data set as a stream: its own validation split first, if it has one, then its training split.
+
+    Of the validation split about `val_characters` are taken (0: all), so that a short build does not read a long one.
+    Raises UserError: no `datasets`, no such data set, no network.
+    """
+
+    distinct = False
+    size = 0
+
+    def __init__(self, spec: str, text_field: str = "text", val_characters: int = 0) -> None:
+        self.path, _, self.config = spec.partition(":")
+        self.local = Path(self.path).expanduser().is_dir()
+        if not self.local and self.path.count("/") != 1:
+            raise UserError(f"'hub:{spec}' names no data set; give hub:OWNER/NAME or hub:OWNER/NAME:CONFIG")
+        self.text_field, self.val_characters = text_field, val_characters
+        self.name = Path(self.path).name if self.local else self.path
+        if self.config:
+            self.name += f":{self.config}"
+
+    @property
+    def sources(self) -> dict[str, tuple[str, str]]:
+        return {self.name: (self._about[1], f"revision {self._about[0]}")}
+
+    def fingerprint(self) -> str:
+        """The commit of the data set; of a folder, names, sizes and edges of its files."""
+        return self._about[0]
+
+    def digests(self) -> None:
+        return None
+
+    def batches(self, position: Any, characters: int) -> Iterator[Batch]:
+        """Positions are [split, state of `datasets`, records read, characters read]."""
+        from qies.data.streams import Batch
+
+        first, state, number, read = position or [self._val or "train", None, 0, 0]
+        for split in [name for name in (self._val, "train") if name]:
+            if split == self._val and first == "train":
+                continue
+            data = self._data[split]
+            if split == first and state is not None:
+                data.load_state_dict(state)
+            else:
+                number, read = 0, 0
+            limit = self.val_characters if split == self._val else 0
+            for documents, state in self._grouped(data, split, number, characters):
+                number += len(documents)
+                read += sum(len(document.text) for document in documents)
+                yield Batch(documents, "val" if split == self._val else self._rest, [split, state, number, read])
+                if limit and read >= limit:
+                    break
+
+    def sample(self, characters: int) -> Iterator[Document]:
+        for documents, _ in self._grouped(self._data["train"], "train", 0, readers.BATCH[1]):
+            yield from documents
+            characters -= sum(len(document.text) for document in documents)
+            if characters <= 0:
+                break
+
+    @property
+    def _rest(self) -> str:
+        return "train" if self._val else ""
+
+    def _grouped(self, data: Any, split: str, number: int, characters: int) -> Iterator[tuple[list[Document], Any]]:
+        """Groups of documents, each with the data set's state behind it."""
+        group: list[Document] = []
+        size = 0
+        with self._reading():
+            for row in data:
+                text = readers.text_of(row, self.text_field, f"'{self.name}' {split} record {number + 1}")
+                group.append(Document(text, self.name, f"{split}#{number}"))
+                number += 1
+                size += len(text)
+                if len(group) == readers.BATCH[0] or size >= characters:
+                    yield group, _plain(data.state_dict())
+                    group, size = [], 0
+            if group:
+                yield group, _plain(data.state_dict())
+
+    @cached_property
+    def _data(self) -> Any:
+        datasets = _datasets()
+        revision = {} if self.local else {"revision": self._about[0]}
+        with self._reading():
+            data = datasets.load_dataset(self.path, self.config or None, streaming=True, **revision)
+            if list(data) == ["train"] and (files := self._beside()):
+                data = datasets.load_dataset(self.path, data_files=files, streaming=True, **revision)
+        if "train" not in data:
+            raise UserError(f"'{self.name}' has no split 'train' but {', '.join(data)}; take another data set")
+        return data
+
+    def _beside(self) -> dict[str, Any]:
+        """The files of both splits where training's are in a folder and validation's beside it, as the Pile's are: of
+        these `datasets` sees the folder only. Empty for any other data set."""
+        if self.local:
+            root = Path(self.path).expanduser()
+            files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        else:
+            from huggingface_hub import HfApi
+
+            files = HfApi().list_repo_files(self.path, repo_type="dataset", revision=self._about[0])
+        val = [file for file in files if file.partition(".")[0] in VALIDATION]
+        train = [file for file in files if file.startswith("train/")]
+        return {"train": train, "validation": val} if val and train and not self.config else {}
+
+    @cached_property
+    def _val(self) -> str:
+        """The name of its validation split, "" without one."""
+        return next((name for name in VALIDATION if name in self._data), "")
+
+    @cached_property
+    def _about(self) -> tuple[str, str]:
+        """(revision, licence), the licence as its card has it."""
+        _datasets()
+        from huggingface_hub import DatasetCard, HfApi
+
+        with self._reading():
+            if self.local:
+                card = Path(self.path, "README.md").expanduser()
+                data = DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
+                revision = f"files {readers.find_files(self.path).fingerprint()}"
+            else:
+                info = HfApi().dataset_info(self.path)
+                data = info.card_data.to_dict() if info.card_data else {}
+                revision = info.sha or ""
+        licence = data.get("license") or "not stated by its card"
+        return revision, licence if isinstance(licence, str) else ", ".join(map(str, licence))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Whatever `datasets` and the network meet, as one line; it raises errors of many libraries."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            cause = error.__cause__ or error
+            reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+            where = (
+                "see that its files are whole" if self.local else "see that the hub is reached and the name is right"
+            )
+            raise UserError(f"'hub:{self.name}' cannot be read ({reason}); {where}, then run it again") from None
+
+
+def _plain(state: Any) -> Any:
+    """The state as JSON has it, so that it is the same before and after a file."""
+    return json.loads(json.dumps(state))
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise UserError("a source hub:... needs the package 'datasets'; pip install 'qies[hub]'") from None
+    datasets.disable_progress_bars()
+    return datasets

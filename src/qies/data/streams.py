@@ -1,0 +1,152 @@
+"""What a build reads: any source as batches of documents, each with the position from which reading can go on.
+
+Text that fits into memory (`builtin`, `registry`, plain text files) is loaded, cleaned and split by `corpora`. Records
+(jsonl, parquet, a data set of the hub) and more plain text than that are read as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from qies.config import DataConfig
+from qies.data import corpora, readers
+from qies.data.corpora import Corpus, Document
+from qies.data.hub import HubStream
+from qies.data.readers import Files, find_files
+
+IN_MEMORY = 1_000_000_000  # bytes of plain text files up to which they are loaded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some documents, all of `split` ("" where their hashes are to decide), and the position (JSON) behind them."""
+
+    documents: list[Document]
+    split: str
+    position: Any
+
+
+class Stream(Protocol):
+    """A source of documents. `sources` has licence and version by name; `size` is about its bytes, 0 if unknown."""
+
+    name: str
+
+    @property
+    def sources(self) -> dict[str, tuple[str, str]]: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def distinct(self) -> bool: ...  # whether repeated documents are dropped already
+    def fingerprint(self) -> str: ...
+    def digests(self) -> dict[str, str] | None: ...  # sha256 of "" (the whole) and of each source, where known ahead
+    def batches(self, position: Any, characters: int) -> Iterator[Batch]: ...
+    def sample(self, characters: int) -> Iterator[Document]: ...  # about so much of training's text
+
+
+def open_stream(cfg: DataConfig, text_field: str = "text", limit_tokens: int = 0) -> Stream:
+    """The stream that `cfg.source` names. Raises UserError if there is none."""
+    kind, _, rest = cfg.source.partition(":")
+    if kind == "hub":
+        return HubStream(rest, text_field, val_characters=round(5 * cfg.val_fraction * limit_tokens))
+    if cfg.source == "builtin" or kind == "registry":
+        return Loaded(cfg)
+    files = find_files(cfg.source, text_field)
+    return Loaded(cfg) if files.is_text and files.bytes <= IN_MEMORY else FileStream(files)
+
+
+class Loaded:
+    """A corpus in memory, with its own split: first validation, then training."""
+
+    distinct = True
+
+    def __init__(self, cfg: DataConfig) -> None:
+        self.cfg, self.name = cfg, cfg.source
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        corpus = corpora.load_corpus(self.cfg.source)
+        self.name = corpus.name
+        return corpus
+
+    @cached_property
+    def split(self) -> dict[str, list[Document]]:
+        train, val = corpora.split_documents(self.corpus, self.cfg.val_fraction, self.cfg.seed)
+        return {"val": val, "train": train}
+
+    @property
+    def sources(self) -> dict[str, tuple[str, str]]:
+        return {source.name: (source.licence, source.version) for source in self.corpus.sources}
+
+    @property
+    def size(self) -> int:
+        return sum(source.bytes for source in self.corpus.sources)
+
+    def fingerprint(self) -> str:
+        return corpora.fingerprint(self.cfg.source)
+
+    def digests(self) -> dict[str, str]:
+        return {"": self.corpus.sha256} | {source.name: source.sha256 for source in self.corpus.sources}
+
+    def batches(self, position: Any, characters: int) -> Iterator[Batch]:
+        first, skip = position or ("val", 0)
+        for split, documents in self.split.items():
+            if split == "val" and first == "train":
+                continue
+            start = skip if split == first else 0
+            for group in readers.grouped(documents[start:], lambda document: len(document.text), characters):
+                start += len(group)
+                yield Batch(group, split, [split, start])
+
+    def sample(self, characters: int) -> Iterator[Document]:
+        yield from self.split["train"]
+
+
+class FileStream:
+    """Files too large for memory, or of records. Those in a folder of the folder named are a source by its name."""
+
+    distinct = False
+
+    def __init__(self, files: Files) -> None:
+        self.files, self.name = files, files.name
+
+    @property
+    def sources(self) -> dict[str, tuple[str, str]]:
+        names = dict.fromkeys(self._source(id) for _, id in self.files.files)
+        return {name: (self.files.licence, self.files.version) for name in names}
+
+    @property
+    def size(self) -> int:
+        return self.files.bytes
+
+    def fingerprint(self) -> str:
+        return self.files.fingerprint()
+
+    def digests(self) -> None:
+        return None
+
+    def batches(self, position: Any, characters: int) -> Iterator[Batch]:
+        for batch in self.files.batches(position, characters):
+            yield Batch(self._documents(batch), "", batch.position)
+
+    def sample(self, characters: int) -> Iterator[Document]:
+        """The beginnings of all files, as much of each."""
+        share = characters // len(self.files.files)
+        for number in range(len(self.files.files)):
+            room = share
+            for batch in self.files.batches([number, 0]):
+                if batch.position[0] != number or room <= 0:
+                    break
+                for document in self._documents(batch):
+                    yield document
+                    room -= len(document.text)
+
+    def _source(self, id: str) -> str:
+        folder, slash, _ = id.partition("/")
+        return folder if slash else self.name
+
+    def _documents(self, batch: readers.Batch) -> list[Document]:
+        plain = readers.kind(self.files.files[batch.position[0]][0]) == "text"
+        return [Document(corpora.tidy(text) if plain else text, self._source(id), id) for id, text in batch.records]

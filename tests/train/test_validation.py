@@ -1,0 +1,125 @@
+"""Held-out loss by source, against one forward pass and sums by hand; and training on a built corpus of records."""
+
+import json
+import math
+import random
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from qies import runs
+from qies.config import DataConfig, RunConfig, TrainConfig, replace_data
+from qies.data.manifest import Build
+from qies.data.shards import Shards, build_shards, open_shards
+from qies.data.tokenizer import END, save_tokenizer, token_byte_lengths, train_tokenizer
+from qies.errors import UserError
+from qies.train.loop import build_model, train
+from qies.train.validation import _nats, held_out_loss
+
+TINY = TrainConfig(seq_len=32, batch_size=4)
+WORDS = {"law": ["court", "judge", "appeal", "law"], "sea": ["ship", "wave", "storm", "keel"], "one": ["alone"]}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """Three sources, documents of 5 to 40 words, and a tokenizer whose end is not token 0."""
+    root, rng = tmp_path_factory.mktemp("sources"), random.Random(0)
+    for name, words in WORDS.items():
+        (root / "text" / name).mkdir(parents=True)
+        lines = (f"{i} " + " ".join(rng.choices(words, k=rng.randint(5, 40))) for i in range(120))
+        (root / "text" / name / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+    tokenizer = train_tokenizer([" ".join(map(" ".join, WORDS.values())) * 30], 290)
+    tokenizer.add_special_tokens(["<|stop|>"])
+    save_tokenizer(tokenizer, root / "tokenizer", "<|stop|>")
+    build_shards(
+        DataConfig(str(root / "text"), val_fraction=0.2), root / "data", build=Build(tokenizer=str(root / "tokenizer"))
+    )
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def config(built: Path) -> RunConfig:
+    return replace_data(RunConfig("transformer", "20k", 32 * 4 * 20, train=TINY), str(built))
+
+
+def _by_hand(model, shards: Shards, seq_len: int, targets: int) -> dict[str, tuple[float, int, int]]:
+    """nats, tokens and bytes of each source, window by window and token by token."""
+    ids = np.asarray(shards.tokens("val")).astype(np.int64)[: targets + 1]
+    end = shards.tokenizer().eos_token_id
+    runs_ = [run.source for run in shards.manifest.val_order for _ in range(run.documents)]
+    lengths = token_byte_lengths(shards.tokenizer())
+    document, sums = 0, {}
+    for start in range(0, targets, seq_len):
+        window = torch.from_numpy(ids[start : start + seq_len + 1])
+        with torch.no_grad():
+            losses = -model(window[None, :-1]).logits.double().log_softmax(-1)[0]
+        for i, goal in enumerate(window[1:].tolist()):
+            document += goal == end
+            nats, tokens, size = sums.get(runs_[document], (0.0, 0, 0))
+            sums[runs_[document]] = nats + losses[i, goal].item(), tokens + 1, size + int(lengths[goal])
+    return sums
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_loss_by_source_is_the_sum_over_its_documents(built: Path, config: RunConfig, part: int) -> None:
+    shards = open_shards(built)
+    targets = (len(shards.tokens("val")) - 1) // part
+    model = build_model(config, shards.manifest.vocab_size).eval()
+    found = held_out_loss(
+        model, shards, seq_len=32, batch_size=3, max_tokens=0 if part == 1 else targets, precision=nullcontext
+    )
+    expected = _by_hand(model, shards, 32, targets)
+    assert found["val_by_source"].keys() == expected.keys() and len(expected) >= 2
+    for name, (nats, tokens, size) in expected.items():
+        own = found["val_by_source"][name]
+        assert (own["val_tokens"], own["val_bytes"]) == (tokens, size)
+        assert own["val_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+        assert own["val_bpb"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    nats, tokens, size = (sum(column) for column in zip(*expected.values(), strict=True))
+    assert (found["val_tokens"], found["val_bytes"]) == (tokens, size)
+    assert found["val_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+
+
+@torch.no_grad()
+def test_processes_share_a_batch_by_source(built: Path, config: RunConfig) -> None:
+    model = build_model(config, open_shards(built).manifest.vocab_size).eval()
+    rng = np.random.default_rng(0)
+    for rows in (5, 1):  # of one row the second process has none
+        batch, source = rng.integers(0, 290, (rows, 17)), rng.integers(0, 3, (rows, 16))
+        one, *two = (
+            _nats(model, batch, source, 3, nullcontext, SimpleNamespace(rank=r, size=n, device=torch.device("cpu")))
+            for r, n in ((0, 1), (0, 2), (1, 2))
+        )
+        assert sum(two) == pytest.approx(one, rel=1e-5)
+
+
+def test_training_on_a_build_keeps_its_tokenizer_and_reports_sources(built: Path, config, tmp_path: Path) -> None:
+    record = train(config, open_shards(built), tmp_path / "run")
+    assert record["status"] == "done"
+    assert record["metrics"]["val_by_source"].keys() == {"law", "one", "sea"}
+    one = record["metrics"]["val_by_source"]["one"]["val_bpb"]
+    assert one < record["metrics"]["val_bpb"]  # the source of one word is the easiest
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    settings = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert saved.eos_token == "<|stop|>" and saved.eos_token_id == settings["eos_token_id"] == 290 != 0
+
+
+def test_another_tokenizer_is_refused_before_training(built: Path, config, tmp_path: Path) -> None:
+    source = open_shards(built).manifest.config.source
+    tokenizer = train_tokenizer(["court judge ship wave"] * 30, 290)
+    tokenizer.add_special_tokens(["<|stop|>"])
+    save_tokenizer(tokenizer, tmp_path / "tokenizer", END)
+    build_shards(
+        DataConfig(source, val_fraction=0.2), tmp_path / "data", build=Build(tokenizer=str(tmp_path / "tokenizer"))
+    )
+    folder = tmp_path / "run"
+    train(config, open_shards(built), folder)
+    record = runs.read(folder)
+    with pytest.raises(UserError, match=r"trained with another tokenizer than that of .*data; give another --out"):
+        train(config, open_shards(tmp_path / "data"), folder)
+    assert runs.read(folder) == record
