@@ -28,7 +28,7 @@ from qies.train.folder import CHECKPOINTS
 SETTINGS = TrainConfig(
     seq_len=32, batch_size=4, eval_tokens=512, save_every=4, warmup=0.1, precision="fp32", muon_precision="fp32"
 )
-STEPS = 60
+STEPS = 40
 PATIENCE = 180.0  # seconds for a run that takes one or two
 
 
@@ -200,7 +200,7 @@ def rows_written(out: Path) -> int:
 
 
 def differs(out: Path, reference: Path, steps: int) -> str:
-    """What of the run in `out` is not that of `reference`: rows but for their times, metrics, weights. "" if nothing."""
+    """What of the run in `out` is not that of `reference` (rows but for their times, metrics, weights), or ""."""
     record, expected = runs.read(out), runs.read(reference)
     if record is None or expected is None or record["status"] != "done":
         return f"its status is {record and record['status']}"
