@@ -41,7 +41,7 @@ def spoiled(what: str, steps: set[int], rank: int | None = None) -> Iterator[dic
         moved[run.step] = sum(not torch.equal(before[k], after[k]) for k in before) + len(after.keys() - before.keys())
         return row
 
-    loop._Run._one_step = one_step  # type: ignore[method-assign]
+    loop._Run._one_step = one_step  # type: ignore[method-assign, assignment]
     try:
         yield moved
     finally:

@@ -155,12 +155,21 @@ def traps(out: Path, outside: Path) -> dict[str, tuple[Callable[[], object], boo
         files = json.loads(seal.read_text())["files"] | {name: checkpoint._digest(outside / "kept")}
         seal.write_text(json.dumps({"files": files, "sha256": checkpoint._of_files(files)}))
 
-    def link(path: Path, target: Path) -> None:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        path.symlink_to(target)
+    def pipe() -> None:
+        seal.unlink()
+        os.mkfifo(seal)
+
+    def link_tensors() -> None:
+        tensors.rename(outside / "t")
+        tensors.symlink_to(outside / "t")
+
+    def link(name: str, target: Path) -> Callable[[], None]:
+        def make() -> None:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            path.symlink_to(target)
+
+        return make
 
     return {
         "pickles beside the tensors": (
@@ -172,17 +181,17 @@ def traps(out: Path, outside: Path) -> dict[str, tuple[Callable[[], object], boo
         "JSON bomb in run.json": (lambda: record.write_text(BOMB), False),
         "JSON bomb in metrics.jsonl": (lambda: rows.write_text(BOMB + "\n" + rows.read_text()), True),
         "huge seal.json": (lambda: seal.write_text("[" + "0," * (1 << 20) + "0]"), True),
-        "named pipe as seal.json": (lambda: (seal.unlink(), os.mkfifo(seal)), True),
+        "named pipe as seal.json": (pipe, True),
         "path traversal in a seal": (lambda: reseal("../../../outside/kept"), True),
         "absolute path in a seal": (lambda: reseal(str(outside / "kept")), True),
-        "tensors are a symlink": (lambda: (tensors.rename(outside / "t"), tensors.symlink_to(outside / "t")), True),
+        "tensors are a symlink": (link_tensors, True),
         "a checkpoint is a symlink": (
             lambda: (out / CHECKPOINTS / "step-000000999").symlink_to(newest), True),
         "a partial checkpoint is a symlink": (
             lambda: (out / CHECKPOINTS / "step-000000999.partial").symlink_to(outside), True),
-        **{f"{name} is a symlink": (lambda name=name: link(out / name, outside / "kept"), False)
+        **{f"{name} is a symlink": (link(name, outside / "kept"), False)
            for name in ("metrics.jsonl", ".metrics.jsonl", "run.json", ".lock", "error.log")},
-        **{f"{name} is a symlink to a folder": (lambda name=name: link(out / name, outside), False)
+        **{f"{name} is a symlink to a folder": (link(name, outside), False)
            for name in (CHECKPOINTS, "model", ".ranks", "data")},
         "run folder writable by anyone": (lambda: out.chmod(0o777), False),
         "checkpoints writable by anyone": (lambda: (out / CHECKPOINTS).chmod(0o777), False),
