@@ -24,7 +24,7 @@ class Spikes:
         self.count = 0
 
     def see(self, loss: float | None) -> dict[str, Any]:
-        """Take the next step's loss (None: skipped); `{"spike": sigmas above the median}` if it is one, else {}."""
+        """Take the next step's loss (None: not finite); `{"spike": sigmas above the median}` if it is one, else {}."""
         if loss is None:
             return {}
         found = {}
