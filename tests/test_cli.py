@@ -163,11 +163,12 @@ def test_python_m_qies_is_the_same_program():
     assert run.returncode == 2 and run.stderr.startswith("qies: Unknown verb")
 
 
-def test_a_reader_that_leaves_ends_the_verb_in_silence():
+@pytest.mark.parametrize("words", [["plan"], ["plan", "--json"]])
+def test_a_reader_that_leaves_ends_the_verb_in_silence(words):
     """As below `head`: nobody reads the pipe by the time that the verb prints."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "qies", "plan"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "qies", *words], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.returncode == 141 and done.stderr == ""
 

@@ -45,7 +45,8 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
     except KeyboardInterrupt:
         return _complain("stopped; run the same command again to go on.", 130)
     except SystemExit as e:
-        return int(e.code or 0)
+        left = isinstance(e.__context__, BrokenPipeError)  # the reader of stdout, as rich found it
+        return 128 + signal.SIGPIPE if left else int(e.code or 0)
     except Exception as e:
         if isinstance(e, BrokenPipeError) and _reader_gone():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
