@@ -78,8 +78,16 @@ def test_the_table_counts_what_held():
     assert (row.injections, row.held) == (5, 4)
     [row] = faults.run([fault], 0, quick=True)
     assert (row.injections, row.held) == (2, 1)
-    text = faults.page({"faults": [row.to_dict()], "environment": {"cores": 2, "machine": "m"}, "seed": 0})
+    text = faults.page({"faults": [row.to_dict() | {"seed": 0}], "environment": {"cores": 2, "machine": "m"}})
     assert "| a fault | 2 | 1 | all | 0 |" in text and "number 0: it did not hold" in text
+
+
+def test_rows_that_are_not_injected_again_stay(tmp_path):
+    path = tmp_path / "faults.json"
+    assert faults.joined(path, [{"name": "disk", "held": 1}]) == [{"name": "disk", "held": 1}]
+    runs.write_json(path, {"faults": [{"name": "disk", "held": 1}, {"name": "kill", "held": 2}]})
+    both = faults.joined(path, [{"name": "disk", "held": 3}])
+    assert both == [{"name": "kill", "held": 2}, {"name": "disk", "held": 3}]
 
 
 def test_unknown_names_of_faults_are_bad_input():

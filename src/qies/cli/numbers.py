@@ -71,7 +71,7 @@ def bench(
             faults, by default all.
         quick: Inject each fault a few times only.
         seed: What the moments of faults are drawn from.
-        out: Also write the JSON here.
+        out: Also write the JSON here; rows of faults that it has and that are not injected now stay.
         markdown: Also write the table of faults here.
         json: Print JSON.
     """
@@ -118,7 +118,9 @@ def _bench_faults(
                 console.print(f"{fault.name}: {outcome.what}: {outcome.wrong}", highlight=False, markup=False)
 
         rows = faults.run(todo, seed, quick=quick, tell=tell)
-    value = _measured("faults") | {"seed": seed, "quick": quick, "faults": [row.to_dict() for row in rows]}
+    measured = _measured("faults")
+    added = [row.to_dict() | {"seed": seed, "code_version": measured["code_version"]} for row in rows]
+    value = measured | {"faults": faults.joined(out, added)}
     if out is not None:
         runs.write_json(out, value)
     if markdown is not None:

@@ -4,6 +4,6 @@ Every fault is one function that injects it once and says how it ended; the test
 """
 
 from qies.faults.lab import Outcome
-from qies.faults.table import FAULTS, Fault, Row, chosen, page, run, table, total
+from qies.faults.table import FAULTS, Fault, Row, chosen, joined, page, run, table, total
 
-__all__ = ["FAULTS", "Fault", "Outcome", "Row", "chosen", "page", "run", "table", "total"]
+__all__ = ["FAULTS", "Fault", "Outcome", "Row", "chosen", "joined", "page", "run", "table", "total"]

@@ -98,9 +98,10 @@ def move(lab: Lab, rng: random.Random, sizes: Sequence[int] = (2, 1, 2)) -> Outc
     out = lab.folder()
     stops = sorted(rng.sample(range(2, EARLY - 2), len(sizes) - 1))
     for size, stop in zip(sizes, [*stops, lab.steps], strict=True):
-        launch, expected = lab.train(out, size=size), 0
+        rows, launch, expected = rows_written(out), lab.train(out, size=size), 0
         if stop < lab.steps:
-            launch.until(lambda stop=stop: rows_written(out) > stop)  # type: ignore[misc]
+            after = max(stop, rows)  # a row of its own: before it, a signal ends a process that has nothing to save
+            launch.until(lambda after=after: rows_written(out) > after)  # type: ignore[misc]
             launch.signal(signal.SIGTERM, [rng.randrange(size)])
             expected = 128 + signal.SIGTERM
         if (codes := launch.codes()) != [expected] * size:

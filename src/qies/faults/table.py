@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import tempfile
@@ -114,6 +115,13 @@ def total(fault: Fault, quick: bool) -> int | None:
     return count if count < EVERY else len(cases()) if fault.name == "input" else None
 
 
+def joined(path: Path | None, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, and those of other faults that the JSON at `path` has, in the order of the table."""
+    before = json.loads(path.read_text())["faults"] if path is not None and path.is_file() else []
+    known = {row["name"]: row for row in [*before, *rows]}
+    return [known[f.name] for f in FAULTS if f.name in known]
+
+
 def table(rows: Sequence[Row], seed: int) -> Table:
     out = Table(title=f"faults, moments drawn from seed {seed}", box=box.SIMPLE_HEAD)
     out.add_column("fault")
@@ -135,7 +143,7 @@ def page(result: dict[str, Any]) -> str:
         "# Faults",
         "Made by `qies bench faults --out results/reference/bench/faults.json --markdown docs/faults.md`; the JSON has "
         f"every injection. {result['environment']['cores']} cores, {result['environment']['machine']}, moments drawn "
-        f"from seed {result['seed']}.",
+        f"from seed {', '.join(map(str, sorted({r['seed'] for r in result['faults']})))}.",
         "\n".join(lines),
         "Runs are of 50k parameters and 40 steps with a checkpoint every 4, real processes of `qies train` (forked "
         "from a parent that has imported torch; some fresh interpreters), of `torchrun` and of `qies ladder run`. Two "
