@@ -1,7 +1,9 @@
 """Faults injected into small real runs; the whole table is slow, one of each kind of injection is not."""
 
 import dataclasses
+import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +103,10 @@ def test_the_whole_table():
     rows = faults.run(faults.FAULTS, seed=1)
     assert [(r.name, r.held) for r in rows] == [(r.name, r.injections) for r in rows], rows
     assert sum(r.injections for r in rows) > 100
+
+
+def test_the_page_is_made_of_the_committed_result():
+    root = Path(__file__).parents[2]
+    result = json.loads((root / "results/reference/bench/faults.json").read_text())
+    assert (root / "docs/faults.md").read_text() == faults.page(result)
+    assert [row["name"] for row in result["faults"]] == [fault.name for fault in faults.FAULTS]
