@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,9 @@ def test_what_does_not_hold_is_seen(place):
     assert "status is running" in lab.differs(out, reference, place.steps)
 
 
-def test_the_table_counts_what_held():
+def test_the_table_counts_what_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # its folder stays where something did not hold
+
     def inject(place, rng, count):
         for i in range(count):
             yield faults.Outcome(f"number {i}", "" if i else "it did not hold")
