@@ -139,11 +139,12 @@ def page(result: dict[str, Any]) -> str:
     cells = [(r["what"], r["injections"], r["held"], r["must_hold"], f"{r['seconds']:.0f}") for r in result["faults"]]
     lines = ["| fault | injected | held | must hold | s |", "|---|---:|---:|---|---:|"]
     lines += [f"| {' | '.join(map(str, c))} |" for c in cells]
+    seeds = ", ".join(map(str, sorted({r["seed"] for r in result["faults"]})))
     text = "\n\n".join([
         "# Faults",
         "Made by `qies bench faults --out results/reference/bench/faults.json --markdown docs/faults.md`; the JSON has "
         f"every injection and the commit of each row. {result['environment']['cores']} cores, "
-        f"{result['environment']['machine']}, moments drawn from seed {', '.join(map(str, sorted({r['seed'] for r in result['faults']})))}.",
+        f"{result['environment']['machine']}, moments drawn from seed {seeds}.",
         "\n".join(lines),
         "Runs are of 50k parameters and 40 steps with a checkpoint every 4, real processes of `qies train` (forked "
         "from a parent that has imported torch; some fresh interpreters), of `torchrun` and of `qies ladder run`. Two "
