@@ -4,13 +4,13 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import random
 from pathlib import Path
 
 import pytest
 import torch
 
 from qies.config import DataConfig, TrainConfig
+from qies.faults.lab import write_corpus
 
 torch.set_num_threads(1)
 
@@ -21,14 +21,7 @@ TINY = TrainConfig(seq_len=32, batch_size=4, eval_tokens=512, save_every=4, warm
 def text_folder(tmp_path_factory) -> Path:
     """Forty small documents with enough structure to be learned."""
     folder = tmp_path_factory.mktemp("texts")
-    rng = random.Random(0)
-    names = ["Ada", "Bell", "Curie", "Dirac", "Euler"]
-    verbs = ["measured", "entangled", "rotated", "forgot", "wrote"]
-    things = ["the state", "a distant pair", "the phase", "an old letter", "the long sequence"]
-    for i in range(40):
-        lines = [f"{rng.choice(names)} {rng.choice(verbs)} {rng.choice(things)} {rng.randint(0, 99)} times."
-                 for _ in range(40)]  # fmt: skip
-        (folder / f"doc{i:02d}.txt").write_text(f"Document {i}.\n\n" + " ".join(lines) + "\n")
+    write_corpus(folder)
     return folder
 
 

@@ -18,7 +18,7 @@ TIERS = [
     {"model"},
     {"data", "train", "runs"},
     {"ladder", "plotting"},
-    {"evaluation", "scaling", "entanglement", "probes", "efficiency", "decoding"},
+    {"evaluation", "scaling", "entanglement", "probes", "efficiency", "decoding", "faults"},
     {"report"},
     {"study"},
     {"cli"},

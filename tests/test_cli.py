@@ -1,6 +1,7 @@
 """The command line: bad input is one line and exit code 2, before anything is spent or overwritten."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -160,3 +161,20 @@ def test_an_internal_failure_is_one(monkeypatch, capsys):
 def test_python_m_qies_is_the_same_program():
     run = subprocess.run([sys.executable, "-m", "qies", "nonsense"], capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.startswith("qies: Unknown verb")
+
+
+@pytest.mark.parametrize("words", [["plan"], ["plan", "--json"]])
+def test_a_reader_that_leaves_ends_the_verb_in_silence(words):
+    """As below `head`: nobody reads the pipe by the time that the verb prints."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "qies", *words], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == ""
+
+
+def test_of_several_processes_the_first_says_what_is_wrong(capsys, monkeypatch):
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert call("train", "--out", "x", "--arm", "qeis") == 2
+        assert ("qeis" in capsys.readouterr().err) is said

@@ -114,6 +114,28 @@ def test_failures_are_bounded_and_others_go_on_and_can_be_tried_again(grid, shar
     assert [r["status"] for r in records] == ["done", "done"]
 
 
+def test_a_run_that_a_signal_ends_is_not_tried_for_ever(grid, shard_folder, fake, tmp_path):
+    """143 is how a worker ends that was told to stop; nobody but its controller may tell it so for nothing."""
+    call = dict(workers=1, retries=1)
+    [record] = ladder.execute(grid[:1], tmp_path, shard_folder, command=fake(9, 143), **call)
+    history = attempts(tmp_path / content_hash(grid[0]))
+    assert record["status"] == "failed" and [a.outcome for a in history] == ["failed", "failed"]
+
+
+def test_a_stopped_controller_uses_up_no_retry(grid, shard_folder, fake, tmp_path):
+    def stop(config, rows, status):
+        if rows:
+            raise KeyboardInterrupt
+
+    call = dict(workers=1, retries=0, command=fake())
+    with pytest.raises(KeyboardInterrupt):
+        ladder.execute(grid[:1], tmp_path, shard_folder, event=stop, **call)
+    folder = tmp_path / content_hash(grid[0])
+    assert [a.outcome for a in attempts(folder)] == ["interrupted"]
+    [record] = ladder.execute(grid[:1], tmp_path, shard_folder, **call)
+    assert record["status"] == "done" and [a.outcome for a in attempts(folder)] == ["interrupted", "done"]
+
+
 def test_bad_input_is_not_tried_again(grid, shard_folder, fake, tmp_path):
     [record] = ladder.execute(grid[:1], tmp_path, shard_folder, workers=1, command=fake(1, 2))
     assert record["status"] == "failed" and len(attempts(tmp_path / content_hash(grid[0]))) == 1

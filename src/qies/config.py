@@ -267,7 +267,7 @@ def merge(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             raise UserError(f"Override '{item}' is not of the form key.sub=value.")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             raise UserError(f"Override '{item}' has a value that is not valid YAML.") from None
         node = out
         *parents, last = key.split(".")
@@ -293,7 +293,7 @@ def replace_data(config: R, source: str) -> R:
         try:
             built = json.loads(manifest.read_text(encoding="utf-8"))["config"]
             data = dataclasses.replace(from_dict(DataConfig, built, f"{manifest} config"), source=source)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{manifest} is not a manifest of token shards; build it with qies data build.") from None
     else:
         data = dataclasses.replace(config.data, source=source)

@@ -85,7 +85,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is not valid JSON; delete that run's folder and run it again.") from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise UserError(f"{path} is not a run record of schema {SCHEMA}; delete that run's folder and run it again.")
@@ -99,6 +99,7 @@ def lock(folder: Path, patience: float = 30.0) -> Iterator[None]:
     Raises UserError when another process still holds it after `patience` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder)
     with open(folder / ".lock", "w") as handle:
         deadline = time.monotonic() + patience
         while True:
@@ -110,6 +111,12 @@ def lock(folder: Path, patience: float = 30.0) -> Iterator[None]:
                     raise UserError(f"{folder} is in use by another process; wait for it or stop it.") from None
                 time.sleep(0.2)
         yield
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise UserError when something in the run's folder is a symbolic link: writing there would write elsewhere."""
+    if links := sorted(p.name for p in folder.iterdir() if p.is_symlink()) if folder.is_dir() else []:
+        raise UserError(f"{folder / links[0]} is a symbolic link, which no run makes; delete it.")
 
 
 def query(folder: Path, **equal: Any) -> list[dict[str, Any]]:
@@ -131,13 +138,16 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 
 
 def parse_rows(text: str) -> list[dict[str, Any]]:
-    """JSON lines up to the first that is not whole."""
+    """JSON lines up to the first that is not whole, or no step's."""
     rows = []
     for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int or "loss" not in row:
+            break
+        rows.append(row)
     return rows
 
 

@@ -7,7 +7,10 @@ import functools
 import inspect
 import io
 import json
+import os
 import re
+import select
+import signal
 import sys
 import time
 import traceback
@@ -34,15 +37,20 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
     try:
         call = _parse(verbs, args, description)
         call()
-    except UserError as e:
-        return _complain(str(e))
+        sys.stdout.flush()
+    except UserError as e:  # of several processes all raise it alike, and the first says it
+        return _complain(str(e)) if os.environ.get("RANK", "0") == "0" else 2
     except Stopped as e:
         return _complain(str(e), e.code)
     except KeyboardInterrupt:
         return _complain("stopped; run the same command again to go on.", 130)
     except SystemExit as e:
-        return int(e.code or 0)
+        left = isinstance(e.__context__, BrokenPipeError)  # the reader of stdout, as rich found it
+        return 128 + signal.SIGPIPE if left else int(e.code or 0)
     except Exception as e:
+        if isinstance(e, BrokenPipeError) and _reader_gone():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
+            return 128 + signal.SIGPIPE
         traceback.print_exc()
         return _complain(f"internal failure: {e}", 1)
     return 0
@@ -102,6 +110,13 @@ def _one_line(text: str, verbs: Verbs, args: list[str]) -> str:
     if (unknown := re.search(r"--[\w-]+", words)) and args and args[0] in verbs:
         hint = nearest(unknown[0], [f"--{p.replace('_', '-')}" for p in inspect.signature(verbs[args[0]]).parameters])
     return f"{words}.{hint} See {verb} --help."
+
+
+def _reader_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as below `head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _complain(message: str, code: int = 2) -> int:

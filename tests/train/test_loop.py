@@ -1,6 +1,7 @@
 """The training loop: it learns, resumes exactly, and never applies what is not finite."""
 
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import torch
 
 from qies import runs
 from qies.config import RunConfig, TrainConfig, content_hash, save
-from qies.errors import UserError
+from qies.errors import Stopped, UserError
+from qies.faults.steps import spoiled
 from qies.train import loop
 from qies.train.optim import Optimizers, parameter_groups
 
@@ -147,60 +149,34 @@ def test_another_run_or_other_data_is_refused_with_the_difference(undisturbed, c
     runs.write(folder, record)
 
 
-class Spoiled:
-    """A model whose loss, or one gradient, is not finite at chosen steps."""
-
-    def __init__(self, monkeypatch, what, steps):
-        original, count = loop._Run._one_step, {"n": 0}
-
-        def one_step(run):
-            if run.step in steps:
-                forward = run.model.forward
-
-                def bad(*args, **kwargs):
-                    out = forward(*args, **kwargs)
-                    if what == "loss":
-                        out.loss = out.loss * float("nan")
-                    else:
-                        next(run.model.parameters()).register_hook(lambda g: g * float("inf"))
-                    return out
-
-                run.model.forward = bad
-                before = [p.clone() for p in run.model.parameters()]
-                row = original(run)
-                run.model.forward = forward
-                for p, b in zip(run.model.parameters(), before, strict=True):
-                    p._backward_hooks = None
-                    count["n"] += not torch.equal(p, b)
-                return row
-            return original(run)
-
-        monkeypatch.setattr(loop._Run, "_one_step", one_step)
-        self.count = count
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_is_reported_and_never_applied(what, config, shards, tmp_path, monkeypatch):
-    spoiled = Spoiled(monkeypatch, what, {2, 5})
-    record = loop.train(config, shards, tmp_path)
-    assert spoiled.count["n"] == 0
+@pytest.mark.parametrize(("what", "which"), [("nan", "loss"), ("infinity", "loss"), ("gradient", "gradient")])
+def test_a_step_that_is_not_finite_is_reported_and_never_applied(what, which, config, shards, tmp_path):
+    with spoiled(what, {2, 5}) as moved:
+        record = loop.train(config, shards, tmp_path)
+    assert moved == {2: 0, 5: 0}
     assert record["status"] == "done" and record["skipped_steps"] == 2
     bad = [row for row in rows(tmp_path) if "skipped" in row]
     assert [row["step"] for row in bad] == [2, 5]
-    assert {row["skipped"] for row in bad} == {f"non-finite {what}"} and bad[0]["loss"] is None
+    assert {row["skipped"] for row in bad} == {f"non-finite {which}"} and bad[0]["loss"] is None
 
 
-def test_a_run_with_too_many_bad_steps_diverges(config, shards, tmp_path, monkeypatch):
-    Spoiled(monkeypatch, "loss", set(range(10)))
+def test_spoiling_sees_what_a_step_moves(config, shards, tmp_path):
+    with spoiled("spike", {2}) as moved:  # too early in the run to be told from learning, so it is applied
+        record = loop.train(config, shards, tmp_path)
+    assert moved[2] > 0 and record["spikes"] == 0
+
+
+def test_a_run_with_too_many_bad_steps_diverges(config, shards, tmp_path):
     limited = dataclasses.replace(config, train=dataclasses.replace(config.train, max_skipped=3))
-    record = loop.train(limited, shards, tmp_path)
+    with spoiled("nan", set(range(10))):
+        record = loop.train(limited, shards, tmp_path)
     assert record["status"] == "diverged" and "non-finite" in record["error"]
     assert len(runs.steps(tmp_path)) == 4
 
 
-def test_a_run_in_which_no_step_is_finite_diverges(config, shards, tmp_path, monkeypatch):
-    Spoiled(monkeypatch, "loss", set(range(10)))
-    record = loop.train(config, shards, tmp_path)
+def test_a_run_in_which_no_step_is_finite_diverges(config, shards, tmp_path):
+    with spoiled("nan", set(range(10))):
+        record = loop.train(config, shards, tmp_path)
     assert record["status"] == "diverged" and "no step" in record["error"]
 
 
@@ -273,14 +249,7 @@ def test_recomputed_activations_change_nothing(undisturbed, config, shards, tmp_
     assert [r["loss"] for r in rows(tmp_path)] == pytest.approx([r["loss"] for r in rows(undisturbed[0])], abs=1e-5)
 
 
-def test_a_spike_is_flagged_and_counted_across_a_resume(config, shards, tmp_path, monkeypatch):
-    original = loop._Run._one_step
-
-    def spiked(run):
-        row = original(run)
-        return row | {"loss": 50.0} if row["step"] == 30 else row
-
-    monkeypatch.setattr(loop._Run, "_one_step", spiked)
+def test_a_spike_is_never_applied_and_counted_across_a_resume(config, shards, tmp_path):
     longer = dataclasses.replace(config, tokens=32 * 4 * 40)
 
     class Cut(Exception):
@@ -290,8 +259,39 @@ def test_a_spike_is_flagged_and_counted_across_a_resume(config, shards, tmp_path
         if row["step"] == 34:
             raise Cut
 
-    with pytest.raises(Cut):
+    with spoiled("spike", {30}) as moved, pytest.raises(Cut):
         loop.train(longer, shards, tmp_path, progress=cut)
     record = loop.train(longer, shards, tmp_path)
-    assert record["spikes"] == 1
-    assert [row["step"] for row in rows(tmp_path) if "spike" in row] == [30]
+    assert moved == {30: 0} and record["spikes"] == 1 and record["skipped_steps"] == 0
+    [row] = [row for row in rows(tmp_path) if "spike" in row]
+    assert row["step"] == 30 and row["skipped"] == "spike" and row["loss"] > 5
+
+
+@pytest.mark.parametrize("kept", [0, 6])
+def test_rows_that_were_lost_are_taken_again(kept, undisturbed, config, shards, tmp_path, caplog):
+    """Rows are not flushed to disk as checkpoints are; a machine that loses power may lose some."""
+
+    class Cut(Exception):
+        pass
+
+    def cut(row):
+        if row["step"] == 9:
+            raise Cut
+
+    with pytest.raises(Cut):
+        loop.train(config, shards, tmp_path, progress=cut)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:kept]))
+    loop.train(config, shards, tmp_path)
+    assert rows(tmp_path) == rows(undisturbed[0]) and f"has {kept} steps" in caplog.text
+
+
+def test_a_full_disk_anywhere_in_a_run_is_one_line(config, shards, tmp_path, monkeypatch):
+    def full(folder, row):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="its checkpoints are intact") as caught:
+        patch.setattr(runs, "append", full)
+        loop.train(config, shards, tmp_path)
+    assert caught.value.code == 1 and "\n" not in str(caught.value)
+    assert loop.train(config, shards, tmp_path)["status"] == "done"

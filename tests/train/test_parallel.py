@@ -1,20 +1,18 @@
 """One run on two processes: the same losses, the same data order, and no rank lost in silence."""
 
-import contextlib
 import dataclasses
-import os
-import signal
-import socket
+import random
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from qies import runs
-from qies.config import RunConfig, save
+from qies.config import save
 from qies.errors import UserError
+from qies.faults.kills import kill, lost_rank, move
+from qies.faults.lab import Lab, one_line
 from qies.train.parallel import Group
 
 TOLERANCE = 1e-5  # nats; fp32 sums in another order
@@ -32,67 +30,25 @@ def test_the_slices_of_all_ranks_are_the_batch():
         Group(0, 4).rows(6)
 
 
-class Launch:
-    """`qies train` on `size` processes, started as torchrun starts them but without its agent, so that a test may kill
-    one and see what the other does by itself."""
-
-    def __init__(self, config, out, size):
-        path = out.with_suffix(".yaml")
-        save(config, path)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        command = [sys.executable, "-m", "qies", "train", "--config", str(path), "--out", str(out), "--json"]
-        self.out, self.all = out, []
-        for rank in range(size):
-            many = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            env = {**os.environ, "OMP_NUM_THREADS": "1", **(many if size > 1 else {})}
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            self.all.append(subprocess.Popen(command, env=env, **pipes))
-
-    def after(self, rows):
-        """Wait until the run has written that many rows."""
-        deadline = time.time() + 120
-        while len(runs.steps(self.out)) < rows and all(p.poll() is None for p in self.all):
-            assert time.time() < deadline
-            time.sleep(0.01)
-        return self
-
-    def codes(self, timeout=120):
-        try:
-            self.errors = [p.communicate(timeout=timeout)[1] for p in self.all]
-        finally:
-            for p in self.all:
-                with contextlib.suppress(ProcessLookupError):
-                    p.kill()
-        return [p.returncode for p in self.all]
-
-
 @pytest.fixture(scope="module")
-def config(shard_folder, data_config, tiny):
-    train = dataclasses.replace(tiny, muon_precision="fp32", save_every=7)
+def lab(shard_folder, data_config, tmp_path_factory):
     data = dataclasses.replace(data_config, source=str(shard_folder))
-    return RunConfig(arm="qies", size="50k", tokens=32 * 4 * 60, data=data, train=train)
+    return Lab(tmp_path_factory.mktemp("lab"), data, steps=60)
 
 
-@pytest.fixture(scope="module")
-def two(config, tmp_path_factory):
-    out = tmp_path_factory.mktemp("two") / "out"
-    launch = Launch(config, out, 2)
-    assert launch.codes() == [0, 0], launch.errors
-    return out
+@pytest.fixture
+def config(lab):
+    return lab.config
 
 
-@pytest.fixture(scope="module")
-def one(config, tmp_path_factory):
-    from pathlib import Path
+@pytest.fixture
+def one(lab):
+    return lab.undisturbed(1)
 
-    from qies.data.shards import open_shards
-    from qies.train.loop import train
 
-    out = tmp_path_factory.mktemp("one") / "out"
-    train(config, open_shards(Path(config.data.source)), out)
-    return out
+@pytest.fixture
+def two(lab):
+    return lab.undisturbed(2)
 
 
 def same_within(a, b, tolerance, first=None):
@@ -140,39 +96,39 @@ def test_torchrun_with_micro_batches_and_recomputation_equals_one(arm, config, t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [False, True])
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_rank_is_named_and_the_run_resumes_bit_for_bit(lost, config, two, tmp_path):
-    launch = Launch(config, tmp_path / "out", 2).after(10)
-    launch.all[lost].kill()
-    started = time.time()
-    codes = launch.codes(60)
-    assert time.time() - started < 60
-    assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 1
-    assert f"rank {lost} of 2 is gone" in launch.errors[1 - lost]
-    launch = Launch(config, tmp_path / "out", 2)
-    assert launch.codes() == [0, 0], launch.errors
-    assert same_within(two, tmp_path / "out", 1e-300)
-    a, b = final(two), final(tmp_path / "out")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+def test_a_lost_rank_is_named_in_time(lost, torchrun, lab):
+    outcome = lost_rank(lab, random.Random(lost), lost, torchrun)
+    assert not outcome.wrong, outcome
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_two_processes_to_one_and_back(config, one, tmp_path):
+def test_two_processes_that_are_killed_resume_bit_for_bit(lab):
+    outcome = kill(lab, random.Random(0), size=2)
+    assert not outcome.wrong, outcome
+
+
+@pytest.mark.slow
+def test_a_run_moves_from_two_processes_to_one_and_back(lab):
     """A signal to one rank alone stops both, at the same step, with everything saved."""
-    out = tmp_path / "out"
-    for size, rows in ((2, 10), (1, 25)):
-        launch = Launch(config, out, size).after(rows)
-        launch.all[0].send_signal(signal.SIGTERM)
-        assert set(launch.codes()) == {143}, launch.errors
-        assert runs.read(out)["status"] == "running" and len(runs.steps(out)) < 60
-    launch = Launch(config, out, 2)
-    assert launch.codes() == [0, 0], launch.errors
-    assert same_within(one, out, 1e-4)
+    outcome = move(lab, random.Random(0))
+    assert not outcome.wrong, outcome
 
 
 @pytest.mark.slow
-def test_bad_input_ends_all_ranks_before_training(config, tmp_path):
-    odd = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=5), tokens=32 * 5 * 60)
-    launch = Launch(odd, tmp_path / "out", 2)
+def test_bad_input_ends_all_ranks_before_training_and_the_first_says_why(lab):
+    launch = lab.train(lab.folder(), "train.batch_size=5", size=2)
     assert launch.codes() == [2, 2]
-    assert "multiple of the 2 processes" in launch.errors[0] and not runs.steps(tmp_path / "out")
+    assert one_line(launch.errors[0]) and "multiple of the 2 processes" in launch.errors[0] and not launch.errors[1]
+
+
+@pytest.mark.slow
+def test_below_torchrun_bad_input_is_one_line_of_ours(lab, tmp_path):
+    """torchrun adds its own report, with exit code 2 of each rank in it, and ends with 1."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    command += ["qies", "train", "--out", str(tmp_path / "out"), "--arm", "qeis"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("qies: ")]
+    assert done.returncode == 1 and "exitcode  : 2" in done.stderr
+    assert len(ours) == 1 and "qeis" in ours[0] and not (tmp_path / "out").exists()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import Progress
 from tyro.conf import Positional
 
-from qies.errors import UserError
+from qies.errors import Stopped, UserError
 from qies.plotting import Figure
 from qies.terminal import show
 
@@ -35,19 +35,24 @@ def report(folder: Positional[Path], /, svg: Path | None = None) -> None:
 
 
 def bench(
-    what: Positional[Literal["op", "train", "threads"]],
+    what: Positional[Literal["op", "train", "threads", "faults"]],
     /,
     rounds: int = 5,
     threads: int = 1,
     cases: tuple[str, ...] = (),
+    quick: bool = False,
+    seed: int = 0,
     out: Path | None = None,
+    markdown: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Speed side by side with named rivals, in one run: medians, and ratios round by round.
+    """Speed side by side with named rivals, in one run: medians, and ratios round by round. Or faults, counted.
 
     `op`: the entanglement op, forward and backward, against transformers' gated delta rule and causal SDPA.
     `train`: whole training steps of the arms against GPT-2 and Qwen3-Next of transformers.
     `threads`: the same training steps by many runs of one thread, one run of many threads, many runs of many.
+    `faults`: kills, damaged checkpoints, full disks and more, injected into small real runs; exits with 1 if
+    something that must hold did not.
 
     For example:
 
@@ -55,35 +60,80 @@ def bench(
         qies bench op --cases 8x2048x4x64x64 --rounds 9
         qies bench train --cases 400k:512 6m:512 --out bench.json
         qies bench threads --rounds 3 --out threads.json
+        qies bench faults --quick
+        qies bench faults --cases kill disk --seed 1
 
     Args:
-        what: op, train or threads.
+        what: op, train, threads or faults.
         rounds: Timed rounds after one that does not count.
         threads: Processor threads of op and train.
-        cases: BxTxHxKxV for op, SIZE:T for train, RUNSxTHREADS for threads; by default a few of each.
-        out: Also write the JSON here.
+        cases: BxTxHxKxV for op, SIZE:T for train, RUNSxTHREADS for threads, by default a few of each; names of rows for
+            faults, by default all.
+        quick: Inject each fault a few times only.
+        seed: What the moments of faults are drawn from.
+        out: Also write the JSON here; rows of faults that it has and that are not injected now stay.
+        markdown: Also write the table of faults here.
         json: Print JSON.
     """
     import torch
 
     from qies import runs
-    from qies.efficiency import bench as benches
-    from qies.efficiency.threads import bench_threads
 
     if rounds < 1 or threads < 1:
         raise UserError("--rounds and --threads must be at least 1.")
+    for option, path in (("out", out), ("markdown", markdown)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"--{option} {path}: there is no folder {path.parent}; make it first.")
+    if what == "faults":
+        _bench_faults(cases, quick, seed, out, markdown, json)
+        return
+    if quick or markdown is not None:
+        raise UserError("--quick and --markdown are for qies bench faults.")
+    from qies.efficiency import bench as benches
+    from qies.efficiency.threads import bench_threads
+
     torch.set_num_threads(threads)
     results = bench_threads(cases, rounds=rounds) if what == "threads" else benches.run(what, cases, rounds)
-    value = {
-        "what": what,
-        "threads": None if what == "threads" else threads,
-        "environment": runs.environment(),
-        "code_version": runs.code_version(),
-        "cases": [r.to_dict() for r in results],
-    }
+    measured = {"threads": None if what == "threads" else threads, "cases": [r.to_dict() for r in results]}
+    value = _measured(what) | measured
     if out is not None:
         runs.write_json(out, value)
     show(json, value, lambda: Console().print(benches.comparison_table(f"bench {what}", results)))
+
+
+def _bench_faults(
+    cases: tuple[str, ...], quick: bool, seed: int, out: Path | None, markdown: Path | None, json: bool
+) -> None:
+    from qies import faults, runs
+
+    todo = faults.chosen(cases)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True) as bar:
+        console.print(f"moments are drawn from seed {seed}")
+        tasks = {f.name: bar.add_task(f.name, total=faults.total(f, quick)) for f in todo}
+
+        def tell(fault: faults.Fault, outcome: faults.Outcome) -> None:
+            bar.update(tasks[fault.name], advance=1)
+            if outcome.wrong:
+                console.print(f"{fault.name}: {outcome.what}: {outcome.wrong}", highlight=False, markup=False)
+
+        rows = faults.run(todo, seed, quick=quick, tell=tell)
+    measured = _measured("faults")
+    added = [row.to_dict() | {"seed": seed, "code_version": measured["code_version"]} for row in rows]
+    value = measured | {"faults": faults.joined(out, added)}
+    if out is not None:
+        runs.write_json(out, value)
+    if markdown is not None:
+        runs.write_text(markdown, faults.page(value))
+    show(json, value, lambda: Console().print(faults.table(rows, seed)))
+    if any(row.held < row.injections for row in rows):
+        raise Stopped("something that must hold did not; the lines above say what.")
+
+
+def _measured(what: str) -> dict[str, Any]:
+    from qies import runs
+
+    return {"what": what, "environment": runs.environment(), "code_version": runs.code_version()}
 
 
 def fit(

@@ -140,7 +140,7 @@ def execute(
         for slot in active:
             with contextlib.suppress(subprocess.TimeoutExpired):  # it saves once it sees that we are gone
                 slot.process.wait(timeout=60)
-                _settle(slot, retries)
+                _settle(slot, retries, stopping=True)
     return [record for c in configs if (record := runs.read(run_folder(root, c))) is not None]
 
 
@@ -196,8 +196,11 @@ def _start(
     return Slot(config, folder, process, held, gpus)
 
 
-def _settle(slot: Slot, retries: int) -> str:
-    """Close the attempt of an ended process: the run's final status, "retrying", or "lost" to another controller."""
+def _settle(slot: Slot, retries: int, stopping: bool = False) -> str:
+    """Close the attempt of an ended process: the run's final status, "retrying", or "lost" to another controller.
+
+    A signal that ends it is a failure (out of memory, say), unless this controller is `stopping` and sent it.
+    """
     held, code = slot.lease, slot.process.returncode
     assert held is not None
     if not held.beat():
@@ -209,7 +212,7 @@ def _settle(slot: Slot, retries: int) -> str:
         return record["status"]
     lines = held.log.read_text(errors="replace").strip().splitlines()
     reason = f"its process ended with code {code}: {lines[-1] if lines else 'it printed nothing'}"
-    outcome = "interrupted" if code in (130, 143, -2, -15) else "refused" if code == 2 else "failed"
+    outcome = "interrupted" if stopping and code in (130, 143, -2, -15) else "refused" if code == 2 else "failed"
     held.end(outcome, reason)
     if not leases.exhausted(leases.attempts(slot.folder), retries):
         return "retrying"

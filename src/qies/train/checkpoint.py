@@ -159,7 +159,7 @@ def _partial(folder: Path, step: int) -> Path:
     """An empty folder to write into; what a killed save left is dropped."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(f"{PREFIX}*.partial"):
-        shutil.rmtree(stale)
+        shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
     partial = folder / f"{PREFIX}{step:09d}.partial"
     partial.mkdir()
     return partial

@@ -31,6 +31,7 @@ def claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     for path in (folder, folder / CHECKPOINTS):
         if path.exists() and path.stat().st_mode & stat.S_IWOTH:
             raise UserError(f"{path} can be written by anyone; chmod o-w it, or give another --out.")
+    runs.refuse_links(folder)
     record = runs.read(folder)
     if record is None:
         if folder.exists() and (other := {p.name for p in folder.iterdir()} - OURS):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import logging
 import math
 import os
 import platform
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
@@ -37,6 +40,8 @@ from qies.train.validation import held_out_loss
 transformers_logging.disable_progress_bar()  # saving a model is no news beside the run's own bar
 
 Progress = Callable[[dict[str, Any]], None]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+log = logging.getLogger(__name__)
 
 
 class Interrupted(Stopped):
@@ -103,7 +108,15 @@ def train(
         if record["status"] in ("done", "diverged"):
             return record
         stop = held.enter_context(_StopSignals())
-        return _Run(config, shards, folder, record, progress, stop, group).go()
+        try:
+            return _Run(config, shards, folder, record, progress, stop, group).go()
+        except (OSError, SafetensorError) as e:
+            if isinstance(e, OSError) and e.errno not in FULL:
+                raise
+            raise Stopped(
+                f"{folder} could not be written ({e}); its checkpoints are intact: "
+                "free space and run the same command again."
+            ) from e
 
 
 class _Run:
@@ -147,7 +160,6 @@ class _Run:
             row = self._one_step()
             self.seconds += time.perf_counter() - started
             row["seconds"] = round(self.seconds, 4)
-            row |= self.spikes.see(row["loss"])
             self.step += 1
             if self.group.rank == 0:
                 runs.append(self.folder, row)
@@ -173,8 +185,9 @@ class _Run:
         self.optimizers.clear()
 
     def _one_step(self) -> dict[str, Any]:
-        """One optimizer step and its row. A non-finite loss or gradient is reported and never applied: the loss is the
-        mean over all processes and the norm that of the whole gradient, so all of them decide alike."""
+        """One optimizer step and its row. A non-finite loss or gradient, or a spike of the loss, is reported and never
+        applied: the loss is the mean over all processes and the norm that of the whole gradient, so all decide alike.
+        """
         ids = torch.from_numpy(self.batches.batch(self.step)[self.slice]).to(self.group.device)
         parts, own = ids.chunk(self.train.accumulate), 0.0
         for part in parts:  # of equal size, so the mean of their means is the batch's
@@ -194,11 +207,24 @@ class _Run:
             self.skipped += 1
             which = "loss" if not math.isfinite(value) else "gradient"
             return row | {"loss": None, "grad_norm": None, "skipped": f"non-finite {which}"}
+        row |= {"loss": value, "grad_norm": size, **self.spikes.see(value)}
+        if "spike" in row:
+            self.optimizers.clear()
+            return row | {"skipped": "spike"}
         self.optimizers.step(factor)
-        return row | {"loss": value, "grad_norm": size}
+        return row
 
     def _resume(self) -> None:
-        found = self.group.on_first(lambda: checkpoint.newest(self.checkpoints))
+
+        def latest() -> tuple[Path, dict[str, Any]] | None:
+            written = len(runs.steps(self.folder))
+            found = checkpoint.newest(self.checkpoints)
+            if found and found[1]["step"] > written:  # lost with the machine: rows are not fsynced, checkpoints are
+                log.warning("%s has %d steps; using a checkpoint of those", self.folder / "metrics.jsonl", written)
+                found = checkpoint.newest(self.checkpoints, written)
+            return found
+
+        found = self.group.on_first(latest)
         start: dict[str, Any] = {"step": 0, "skipped": 0, "seconds": 0.0}
         path, meta = found or (None, start)
         if path is not None:

@@ -32,6 +32,7 @@ from qies.train.deferred import Deferred
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # of a collective; a process that dies is noticed by `_Watch`, far sooner
 POLL_SECONDS = 0.5
+START_SECONDS = 45.0  # for all processes to meet, where no torchrun sees to it that they start
 GRACE_SECONDS = 5.0  # for the main thread to end by itself when a process is lost
 RANKS = ".ranks"
 
@@ -123,9 +124,12 @@ def start(folder: Path) -> Iterator[Group]:
     if size == 1:
         yield Group(device=device)
         return
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     watch = _Watch(folder / RANKS, rank, size)
     try:
+        with watch.meeting():
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+            dist.barrier()
+        watch.thread.start()
         yield Group(rank, size, device)
         dist.barrier()
     except (UserError, Stopped):
@@ -136,7 +140,8 @@ def start(folder: Path) -> Iterator[Group]:
         raise
     finally:
         watch.close()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class _Watch:
@@ -147,12 +152,25 @@ class _Watch:
     def __init__(self, folder: Path, rank: int, size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.paths, self.rank = [folder / str(r) for r in range(size)], rank
+        for path in self.paths:
+            path.touch()
         self.own = open(self.paths[rank], "w")  # noqa: SIM115 (held as long as this process runs)
         fcntl.flock(self.own, fcntl.LOCK_EX)  # waits for a process of an earlier attempt that is still ending
-        dist.barrier()
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """While the processes find each other, one that died before cannot be told from one that is slow: only time
+        tells. torchrun, which started them, would know and end the others."""
+        timer = threading.Timer(START_SECONDS, self._give_up)
+        timer.daemon = True
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def lost(self, seconds: float = 0.0) -> str | None:
         """The sentence that names the processes that are gone, waiting for one up to `seconds`; or None."""
@@ -175,9 +193,14 @@ class _Watch:
 
     def _watch(self) -> None:
         while not self.closing.wait(POLL_SECONDS):
-            if (lost := self.lost()) and not self.closing.wait(GRACE_SECONDS):
-                print(f"qies: {lost}", file=sys.stderr, flush=True)
-                os._exit(1)  # the main thread waits in a collective for a process that will not answer
+            if self.lost() and not self.closing.wait(GRACE_SECONDS):
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """The main thread waits in a collective for a process that will not answer."""
+        lost = self.lost() or f"another of {len(self.paths)} ranks does not answer; run the same command again."
+        print(f"qies: {lost}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _is_free(path: Path) -> bool:
