@@ -34,7 +34,7 @@ def huber(residual: Array, delta: float) -> Array:
 
 def residuals(form: Form, theta: Array, x: Array, loss: Array, criterion: str) -> Array:
     """Prediction minus run, [S, n], of log L or of L by `criterion`."""
-    log_loss = form.evaluate(theta, x)[0]
+    log_loss = form.log_loss(theta, x)
     return log_loss - np.log(loss) if criterion == "log" else np.exp(log_loss) - loss
 
 
@@ -103,7 +103,7 @@ def _newton(
     form: Form, theta: Array, x: Array, loss: Array, weight: Array, delta: float, criterion: str, damping: Array
 ) -> tuple[Array, Array]:
     """Damped Newton step [S, p] and the decrease [S] that its quadratic model promises without damping."""
-    log_loss, jacobian = form.evaluate(theta, x)
+    log_loss, jacobian, curvature = form.expand(theta, x)
     level = np.exp(log_loss) if criterion == "loss" else np.ones_like(log_loss)
     residual = np.exp(log_loss) - loss if criterion == "loss" else log_loss - np.log(loss)
     pull = weight * np.clip(residual, -delta, delta)
@@ -112,14 +112,14 @@ def _newton(
     # Of L rather than log L the Jacobian is L J and the Hessian L (H + J J').
     spread = inside * level**2 + (pull * level if criterion == "loss" else 0.0)
     transposed = np.swapaxes(jacobian, 1, 2)
-    hessian = transposed @ (spread[..., None] * jacobian) + form.curvature(theta, x, pull * level)
+    hessian = transposed @ (spread[..., None] * jacobian) + curvature(pull * level)
     low, high = form.bounds(loss)
     held = ((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0))
     gradient = np.where(held, 0.0, gradient)
     scale = np.sqrt(np.maximum(((weight * level**2)[:, None, :] @ jacobian**2)[:, 0], 1e-30))
     hessian = np.where(held[:, :, None] | held[:, None, :], 0.0, hessian / (scale[:, :, None] * scale[:, None, :]))
     values, vectors = np.linalg.eigh(hessian)
-    along = np.einsum("sij,si->sj", vectors, gradient / scale)
+    along = ((gradient / scale)[:, None, :] @ vectors)[:, 0]
     size = np.abs(values) + 1e-14
-    step = -np.einsum("sij,sj->si", vectors, along / (size + damping[:, None])) / scale
+    step = -(vectors @ (along / (size + damping[:, None]))[..., None])[..., 0] / scale
     return step, 0.5 * (along**2 / (size + 1e-9)).sum(axis=1)
