@@ -80,7 +80,8 @@ def t_power(effect: float, error: float, dof: float, level: float) -> float:
 def _scales(dof: float, level: float) -> NDArray[np.float64]:
     """Thresholds of the test in standard errors, at quantiles of the estimated scale (chi over sqrt(dof)).
 
-    Given that scale the estimate is normal. scipy's noncentral t gives NaN far in the tails, where plans of many runs lie.
+    Given that scale the estimate is normal. scipy's noncentral t gives NaN far in the tails, where plans of many
+    runs lie.
     """
     return np.sqrt(chi2.ppf((NODES + 1) / 2, dof) / dof) * student.ppf(0.5 + level / 2, dof)
 
