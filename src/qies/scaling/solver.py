@@ -21,6 +21,7 @@ CONVERGED = 1e-13  # a Newton step that promises less, relative to the objective
 PATIENCE = 300
 SCREENING, FINALISTS, ROUNDS = 12, 24, 20
 APART = 0.5  # in theta, whose entries are logarithms and exponents
+FARTHEST = 10.0  # in theta, along a direction that the runs hardly determine
 EXACT = 1e-20  # objective a run below which the law passes through the runs
 BATCH = 2_000_000  # numbers of one Jacobian [S, n, p] held at once
 
@@ -58,8 +59,9 @@ def best(form: Form, x: Array, loss: Array, weight: Array, delta: float, criteri
     """The lowest minimum (theta [p], objective) over the law's own starts; weight [n].
 
     All starts take a few steps, and the most promising that lie apart go on to the end. The kinks of the Huber sum and
-    long curved valleys leave many minima beside each other, so copies of the best, shifted at random, then look around
-    until a round of them finds nothing lower.
+    long curved valleys leave many minima beside each other, so copies of the best then look around until a round of
+    them finds nothing lower. Half are shifted in all directions alike, half by up to three standard errors: far along
+    a valley (of `approach3-gamma` from a sum to nearly the larger of two powers) and little across it.
     """
     theta, cost = minimise(form, form.starts(x, loss), x, loss, weight[None], delta, criterion, SCREENING)
     order = np.argsort(cost, kind="stable")
@@ -68,12 +70,22 @@ def best(form: Form, x: Array, loss: Array, weight: Array, delta: float, criteri
     rng = np.random.default_rng(0)
     found, lowest = theta[cost.argmin()], float(cost.min())
     for _ in range(ROUNDS if lowest > EXACT * len(loss) else 0):
-        shifts = rng.standard_normal((FINALISTS, len(found))) * np.geomspace(0.01, 1, FINALISTS)[:, None]
-        theta, cost = minimise(form, found + shifts, x, loss, weight[None], delta, criterion)
+        alike, along = rng.standard_normal((2, FINALISTS // 2, len(found)))
+        alike *= np.geomspace(0.01, 1, len(alike))[:, None]
+        along = along * np.geomspace(0.3, 3, len(along))[:, None] @ _standard_errors(form, found, x, loss)
+        theta, cost = minimise(form, found + np.concatenate([alike, along]), x, loss, weight[None], delta, criterion)
         if cost.min() >= lowest * (1 - 1e-8):
             break
         found, lowest = theta[cost.argmin()], float(cost.min())
     return found, lowest
+
+
+def _standard_errors(form: Form, theta: Array, x: Array, loss: Array) -> Array:
+    """Principal axes [p, p] of theta's uncertainty, as rows, each one standard error (at most FARTHEST) long."""
+    log_loss, jacobian = (part[0] for part in form.evaluate(theta[None], x))
+    _, stiffness, axes = np.linalg.svd(jacobian, full_matrices=False)
+    scatter = float(np.abs(log_loss - np.log(loss)).mean())
+    return (scatter / np.maximum(stiffness, scatter / FARTHEST))[:, None] * axes
 
 
 def _minimise(
