@@ -19,7 +19,8 @@ Array = NDArray[np.float64]
 
 CONVERGED = 1e-13  # a Newton step that promises less, relative to the objective, is the end
 PATIENCE = 300
-SCREENING, FINALISTS, ROUNDS = 12, 24, 20
+SCREENING, FINALISTS = 12, 24
+ROUNDS, IDLE = 20, 2  # of looking around: at most so many, and so many in a row that find nothing lower
 APART = 0.5  # in theta, whose entries are logarithms and exponents
 FARTHEST = 10.0  # in theta, along a direction that the runs hardly determine
 EXACT = 1e-20  # objective a run below which the law passes through the runs
@@ -59,24 +60,26 @@ def best(form: Form, x: Array, loss: Array, weight: Array, delta: float, criteri
     """The lowest minimum (theta [p], objective) over the law's own starts; weight [n].
 
     All starts take a few steps, and the most promising that lie apart go on to the end. The kinks of the Huber sum and
-    long curved valleys leave many minima beside each other, so copies of the best then look around until a round of
-    them finds nothing lower. Half are shifted in all directions alike, half by up to three standard errors: far along
-    a valley (of `approach3-gamma` from a sum to nearly the larger of two powers) and little across it.
+    long curved valleys leave many minima beside each other, so copies of the best then look around until IDLE rounds
+    of them find nothing lower. Half are shifted in all directions alike, half by up to three standard errors: far
+    along a valley (of `approach3-gamma` from a sum to nearly the larger of two powers) and little across it.
     """
     theta, cost = minimise(form, form.starts(x, loss), x, loss, weight[None], delta, criterion, SCREENING)
     order = np.argsort(cost, kind="stable")
     _, apart = np.unique(np.round(theta[order] / APART), axis=0, return_index=True)
     theta, cost = minimise(form, theta[order[np.sort(apart)[:FINALISTS]]], x, loss, weight[None], delta, criterion)
     rng = np.random.default_rng(0)
-    found, lowest = theta[cost.argmin()], float(cost.min())
+    found, lowest, idle = theta[cost.argmin()], float(cost.min()), 0
     for _ in range(ROUNDS if lowest > EXACT * len(loss) else 0):
         alike, along = rng.standard_normal((2, FINALISTS // 2, len(found)))
         alike *= np.geomspace(0.01, 1, len(alike))[:, None]
         along = along * np.geomspace(0.3, 3, len(along))[:, None] @ _standard_errors(form, found, x, loss)
         theta, cost = minimise(form, found + np.concatenate([alike, along]), x, loss, weight[None], delta, criterion)
-        if cost.min() >= lowest * (1 - 1e-8):
+        idle = idle + 1 if cost.min() >= lowest * (1 - 1e-8) else 0
+        if idle == IDLE:
             break
-        found, lowest = theta[cost.argmin()], float(cost.min())
+        if not idle:
+            found, lowest = theta[cost.argmin()], float(cost.min())
     return found, lowest
 
 
