@@ -115,6 +115,14 @@ def test_several_pairs_stand_in_one_figure_with_styles_of_their_own():
     assert looks[0] == style(1)  # the arm's own
 
 
+def test_arms_of_any_name_keep_their_style_in_every_figure_and_lines_of_no_arm_have_their_own():
+    one = pair("mine", "theirs")
+    [points, *_] = [m for m in marks(figures.frontier_figure(one), Points) if m.name == "mine"]
+    for shown in (figures.gain_figure(one), figures.paired_figure(one)):
+        (_, arm), (_, reference) = sorted(shown.legend().items(), key=lambda item: item[0].startswith("no "))
+        assert arm.style == points.style and reference.style not in {style(i) for i in range(7)}
+
+
 def test_frontier_shows_each_arm_once_and_names_the_crossing_of_a_single_pair():
     shown = figures.frontier_figure([pair(), pair("no_phase")])
     assert [m.name for m in marks(shown, Points)] == ["transformer", "qies", "no_phase"]

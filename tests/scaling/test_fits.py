@@ -32,7 +32,7 @@ def test_derivatives_agree_with_differences(form):
         (up, ju), (down, jd) = form.evaluate(theta + e, x), form.evaluate(theta - e, x)
         np.testing.assert_allclose(jacobian[..., i], (up - down) / 2e-6, atol=1e-8)
         np.testing.assert_allclose(
-            form.curvature(theta, x, c)[:, i], ((ju - jd) * c[..., None]).sum(1) / 2e-6, atol=1e-7
+            form.expand(theta, x)[2](c)[:, i], ((ju - jd) * c[..., None]).sum(1) / 2e-6, atol=1e-7
         )
 
 
@@ -103,6 +103,21 @@ def test_no_random_start_beats_the_fit(form, seed):
     assert fit.objective <= found.min() * (1 + 1e-6)
 
 
+def test_a_minimum_far_along_the_ridge_of_gamma_is_found():
+    """As gamma falls and the exponents rise the bracket becomes the larger of its two powers, the best law here."""
+    rng = np.random.default_rng(31)
+    n = 10 ** rng.uniform(6, 11, 50)
+    d = n * 10 ** rng.uniform(1, 1.6, 50)
+    truth = {"E": 2.47, "A": 2832.0, "B": 16.6, "alpha": 0.412, "beta": 0.166, "gamma": 0.804}
+    loss = noisy(rng, law(n, d, truth), 0.1)
+    fit = fit_surface(make_runs(n, d, loss), "approach3-gamma")
+    x, _ = centred(n, d)
+    e = np.linspace(-2, np.log(loss.min()), 12)
+    starts = np.column_stack([e, np.full((12, 5), [10, 15, 8, 5, 0.05])])
+    found = minimise(surface_form("approach3-gamma"), starts, x, loss, np.ones((1, 50)), 1e-3, "log")[1]
+    assert fit.objective <= found.min() * (1 + 1e-6)
+
+
 def test_the_worst_runs_are_dropped_and_named():
     rng = np.random.default_rng(3)
     n, d = grid()
@@ -154,9 +169,18 @@ def test_one_tokens_per_parameter_ratio_is_said_not_to_identify_the_law():
     rng = np.random.default_rng(0)
     n = np.geomspace(1e7, 1e9, 12)
     fit = fit_surface(make_runs(n, 20 * n, noisy(rng, law(n, 20 * n), 0.002)))
-    assert fit.condition > 1e3
-    assert any("not identified (condition number" in w for w in fit.warnings)
-    assert not fit_surface(make_runs(*grid(), noisy(rng, law(*grid()), 0.002))).condition > 1e3
+    assert any("tokens follow size (correlation 1.000" in w for w in fit.warnings)
+    apart = fit_surface(make_runs(*grid(), noisy(rng, law(*grid()), 0.002)))
+    assert not any("follow size" in w for w in apart.warnings)
+
+
+def test_runs_too_close_to_each_other_are_said_not_to_identify_the_law():
+    rng = np.random.default_rng(0)
+    wide = fit_surface(make_runs(*grid(), noisy(rng, law(*grid()), 0.002)))
+    assert wide.condition < 1e3 and not any("condition number" in w for w in wide.warnings)
+    n, d = (g.reshape(-1) for g in np.meshgrid(np.geomspace(1e8, 1.5e8, 5), np.geomspace(2e9, 3e9, 5)))
+    close = fit_surface(make_runs(n, d, noisy(rng, law(n, d), 1e-5)))
+    assert close.condition > 1e3 and any("not identified (condition number" in w for w in close.warnings)
 
 
 def test_no_floor_is_said():
@@ -218,15 +242,20 @@ def test_one_size_is_refused():
         fit_surface(make_runs(np.full(12, 1e8), d, law(1e8, d)))
 
 
-@pytest.mark.parametrize(("seed", "count", "scatter"), [(86, 36, 0.003), (108, 31, 0.1)])
-def test_a_term_that_only_the_smallest_runs_feel_is_found(seed, count, scatter):
-    """An exponent near 6 whose amplitude at the centre of the data is e^-30."""
+@pytest.mark.parametrize("seed", [6, 24])
+def test_a_term_that_only_the_smallest_runs_feel_is_found(seed):
+    """An exponent near 6 whose amplitude at the centre of the data is e^-30, where tokens follow size."""
     rng = np.random.default_rng(seed)
-    n, d = 10 ** rng.uniform(6, 11, count), 10 ** rng.uniform(8, 13, count)
-    steep = 1.8 + 2.0 * (n / n.min()) ** -6.0 + 2000 * d**-0.37
-    fit = fit_surface(make_runs(n, d, noisy(rng, steep, scatter)), delta=0.1)
-    residual = np.log(fit.predict(n, d)) - np.log(steep)
-    assert fit.params["alpha"] > 2 and np.abs(residual).max() < 5 * scatter
+    n = 10 ** rng.uniform(6, 11, 31)
+    d = n * 10 ** rng.uniform(1, 1.6, 31)
+    loss = noisy(rng, law(n, d, {"E": 0.67, "A": 64.2, "B": 179.0, "alpha": 0.407, "beta": 0.757}), 0.1)
+    fit = fit_surface(make_runs(n, d, loss), delta=1e-3)
+    x, _ = centred(n, d)
+    form = surface_form("approach3")
+    low, high = form.bounds(loss)
+    starts = np.random.default_rng(1).uniform(np.maximum(low, -6), np.minimum(high, 3), (400, 5))
+    found = minimise(form, starts, x, loss, np.ones((1, 31)), 1e-3, "log")[1]
+    assert fit.params["alpha"] > 4 and fit.objective <= found.min() * (1 + 1e-6)
 
 
 def test_bootstrap_is_repeatable_and_agrees_with_t():
@@ -323,12 +352,13 @@ def coverage(datasets, bootstrap, delta, scatter=0.01, shape=(6, 6)):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("delta", [1e-3, 0.02])
 @pytest.mark.parametrize("bootstrap", [0, 400])
 def test_intervals_cover_as_stated(bootstrap, delta):
     """200 tables have a binomial standard error of 1.5 % at 95 %: the bounds are 3.2 below and 2 above."""
     found = coverage(200, bootstrap, delta)
+    print(f"held {found} (bootstrap {bootstrap}, delta {delta})")
     assert all(0.90 <= rate <= 0.98 for rate in found.values()), found
 
 

@@ -56,7 +56,7 @@ def test_seeds_of_a_cell_count_once():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("delta", [1e-3, 0.02])
 def test_likelihood_ratio_has_its_size(delta):
     """Under the narrower form p falls below 5 % about 5 % of the time: 400 tables, binomial standard error 1.1 %, and
@@ -70,7 +70,9 @@ def test_likelihood_ratio_has_its_size(delta):
         .p
         for _ in range(400)
     ]
-    assert 0.05 - 3 * 0.011 <= np.mean(np.array(p) < 0.05) <= 0.05 + 3 * 0.011
+    rejected = np.mean(np.array(p) < 0.05)
+    print(f"rejected {100 * rejected:.1f} % (delta {delta})")
+    assert 0.05 - 3 * 0.011 <= rejected <= 0.05 + 3 * 0.011
 
 
 def test_leaving_the_largest_out_predicts_what_the_fit_did_not_see():

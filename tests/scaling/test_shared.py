@@ -65,19 +65,23 @@ def test_size_and_power_quickly():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("shared", [0.0, 0.005])
 def test_size_is_five_percent(shared):
     """600 tables have a binomial standard error of 0.9 %: the bounds are 2.2 of them from 5 %."""
     cells = grid()
     base = chinchilla(*cells.T)
-    assert 0.03 <= rejections({"q": base, "t": base}, cells, 600, 3, seed_sd=0.003, shared_sd=shared) <= 0.07
+    rejected = rejections({"q": base, "t": base}, cells, 600, 3, seed_sd=0.003, shared_sd=shared)
+    print(f"rejected {100 * rejected:.1f} % (shared noise {shared})")
+    assert 0.03 <= rejected <= 0.07
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_power_for_an_exponent_that_differs_by_0_025_is_at_least_80_percent():
     cells = grid()
     n, d = cells.T
     law = {"q": chinchilla(n, d, alpha=ALPHA + 0.025, a=A * 1e7**0.025), "t": chinchilla(n, d)}
-    assert rejections(law, cells, 200, 4, seed_sd=0.003, shared_sd=0.003) >= 0.8
+    found = rejections(law, cells, 200, 4, seed_sd=0.003, shared_sd=0.003)
+    print(f"found {100 * found:.1f} %")
+    assert found >= 0.8

@@ -31,6 +31,7 @@ GAINS = {
 INSIDE = 1.02
 # Bands of a gain are shown to this factor beyond the curve, so that an open one leaves the curve readable.
 BAND_REACH = 2.0
+REFERENCE = Style(GREY.colour, dash="dot")  # of lines that are no arm's
 LEVELS = 6  # curves of a surface in one figure
 NAMED = 8  # outliers written out in one figure
 
@@ -117,7 +118,7 @@ def residuals_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
     every = [row["predicted"] for table in tables.values() for row in table]
     if not every:
         raise UserError("there is no residual to draw; the fit holds no runs")
-    marks.append(Line([min(every), max(every)], [0.0, 0.0], style=GREY))
+    marks.append(Line([min(every), max(every)], [0.0, 0.0], style=REFERENCE))
     if len(tables) == 1:
         looks = dict.fromkeys(tables, style(0))
     for name, table in tables.items():
@@ -184,7 +185,7 @@ def gain_figure(comparison: Result | Sequence[Result], kind: str = "compute") ->
     low, high = min(seen), max(seen)
     kept = [min(max(v, low / BAND_REACH), high * BAND_REACH) for v in ends]
     y = Axis(f"gain (times the {unit}, same loss)", True, min([low, *kept]) / 1.03, max([high, *kept]) * 1.03)
-    one = Line([min(xs), max(xs)], [1.0, 1.0], "no gain", Style(GREY.colour))
+    one = Line([min(xs), max(xs)], [1.0, 1.0], "no gain", REFERENCE)
     title = "Compute-equivalent gain" if kind == "compute" else f"Gain in {unit}"
     return Figure(title, [Panel(Axis(x_title, log=True), y, [*bands, *lines, one])])
 
@@ -192,7 +193,7 @@ def gain_figure(comparison: Result | Sequence[Result], kind: str = "compute") ->
 def frontier_figure(comparison: Result | Sequence[Result]) -> Figure:
     """Each arm's least loss at each compute, with its band and its runs; crossings of a single pair are named."""
     pairs = _several(comparison)
-    arms = list(dict.fromkeys(arm for pair in pairs for arm in (pair["baseline"], pair["candidate"])))
+    arms = _arms(pairs)
     looks = styles(arms)
     bands, lines, points, notes = list[Mark](), list[Mark](), list[Mark](), list[Mark]()
     for arm in arms:
@@ -222,7 +223,7 @@ def paired_figure(comparison: Result | Sequence[Result]) -> Figure:
     if not pairs:
         raise UserError("the arms have no size and token budget in common, so nothing is paired")
     every = [row["params"] for pair in pairs for row in pair["paired"]]
-    marks: list[Mark] = [Line([min(every), max(every)], [0.0, 0.0], style=GREY)]
+    marks: list[Mark] = [Line([min(every), max(every)], [0.0, 0.0], "no difference", REFERENCE)]
     for i, (pair, look) in enumerate(zip(pairs, _pair_styles(pairs), strict=True)):
         rows = pair["paired"]
         beside = 1.04 ** (i - (len(pairs) - 1) / 2)  # side by side, so that no pair hides another
@@ -264,10 +265,15 @@ def _several(comparison: Result | Sequence[Result]) -> list[Mapping[str, Any]]:
     return [_plain(c) for c in (comparison if isinstance(comparison, list | tuple) else [comparison])]
 
 
+def _arms(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every arm once, in the order that gives it the same style in every figure of these comparisons."""
+    return list(dict.fromkeys(arm for pair in pairs for arm in (pair["baseline"], pair["candidate"])))
+
+
 def _pair_styles(pairs: Sequence[Mapping[str, Any]]) -> list[Style]:
     """A candidate keeps its arm's style in its first pair and takes another, from the fourth on, in further ones."""
     names = [pair["candidate"] for pair in pairs]
-    looks, again = styles(names), count(3)
+    looks, again = styles(_arms(pairs)), count(3)
     return [style(next(again)) if name in names[:i] else looks[name] for i, name in enumerate(names)]
 
 

@@ -41,6 +41,8 @@ RESAMPLE = ("runs", "seeds")
 CRITERIA = ("log", "loss")
 OUTLIER_SIGMAS = 4.0  # robust standard deviations of log loss from which a run is named
 FEWEST_GROUPS = 5  # independent ones, below which a bootstrap says nothing
+# |correlation| of log N and log D beyond which tokens follow size.
+COLLINEAR = 0.98
 DRAWS_A_BATCH = 50  # between two calls of `progress`
 
 
@@ -227,6 +229,12 @@ def _doubts(law: Form, theta: Array, runs: Runs, condition: float, dof: int, tab
         said.append(
             f"parameters are not identified (condition number {condition:.2g}): they trade off against each other, so "
             "quote predictions inside the data, not single parameters"
+        )
+    together = abs(float(np.corrcoef(np.log(runs.params), np.log(runs.tokens))[0, 1]))
+    if together > COLLINEAR:
+        said.append(
+            f"tokens follow size (correlation {together:.3f} of their logs), so which term belongs to N and which to D "
+            "is not identified: train sizes at several tokens per parameter"
         )
     at = dict(zip(law.names, theta.tolist(), strict=True))
     low, high = law.bounds(runs.loss)

@@ -10,13 +10,14 @@ Internally every law is written in theta, where log L is smooth and amplitudes a
 the geometric centre of the data (u = log N and v = log D minus their means). All but the exponents are then of
 order one and hardly correlated, which is what makes Newton's method safe here.
 
-Legend: S parameter vectors at once, n runs, p parameters, K terms of a law.
+Legend: S parameter vectors at once, n runs, p parameters, K terms of a law. Runs are the last axis of what is computed
+here, for numpy is quick along a long last axis and slow along one of three terms.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from qies.errors import UserError, nearest
 
 Array = NDArray[np.float64]
+Curvature = Callable[[Array], Array]
 
 LOG6 = float(np.log(6.0))
 # A floor a million times below the losses is none; an exponent beyond 8 is a step, no power law.
@@ -47,7 +49,7 @@ class Form(ABC):
 
     @abstractmethod
     def features(self, x: Array) -> Array:
-        """Terms as linear functions of theta, [n, K, p], at centred logs x [n, 2]."""
+        """Terms as linear functions of theta, [K, p, n], at centred logs x [n, 2]."""
 
     @abstractmethod
     def starts(self, x: Array, loss: Array) -> Array:
@@ -61,16 +63,20 @@ class Form(ABC):
     def reducible(self, params: Mapping[str, float]) -> tuple[float, float, float, float]:
         """A, alpha, B, beta of the part that falls with N and D, whose minimum is the law's optimum."""
 
+    def log_loss(self, theta: Array, x: Array) -> Array:
+        """log L [S, n] at theta [S, p]."""
+        return _log_sum_exp(theta, self.features(x))[0]
+
     def evaluate(self, theta: Array, x: Array) -> tuple[Array, Array]:
         """log L [S, n] and its Jacobian [S, n, p] at theta [S, p]."""
+        return self.expand(theta, x)[:2]
+
+    def expand(self, theta: Array, x: Array) -> tuple[Array, Array, Curvature]:
+        """As `evaluate`, and what takes c [S, n] to the sum over runs of c times the Hessian of log L, [S, p, p]."""
         features = self.features(x)
         log_loss, share = _log_sum_exp(theta, features)
-        return log_loss, np.einsum("snk,nkp->snp", share, features)
-
-    def curvature(self, theta: Array, x: Array, c: Array) -> Array:
-        """Sum over runs of c [S, n] times the Hessian of log L, [S, p, p]."""
-        features = self.features(x)
-        return _log_sum_exp_curvature(features, _log_sum_exp(theta, features)[1], c)
+        slope = _mean(share, features)
+        return log_loss, np.swapaxes(slope, 1, 2), lambda c: _log_sum_exp_curvature(features, share, slope, c)
 
     def bounds(self, loss: Array) -> tuple[Array, Array]:
         """Lower and upper bounds of theta, [p] each."""
@@ -94,9 +100,10 @@ class Approach3(Form):
     """L = E + A N^-alpha + B D^-beta; theta = (E, A, B, alpha, beta), the first three as logarithms."""
 
     def features(self, x: Array) -> Array:
-        u, v, one, zero = x[:, 0], x[:, 1], np.ones(len(x)), np.zeros(len(x))
-        terms = [[one, zero, zero, zero, zero], [zero, one, zero, -u, zero], [zero, zero, one, zero, -v]]
-        return np.moveaxis(np.array(terms), 2, 0)
+        terms = np.zeros((3, 5, len(x)))
+        terms[0, 0] = terms[1, 1] = terms[2, 2] = 1
+        terms[1, 3], terms[2, 4] = -x.T
+        return terms
 
     def starts(self, x: Array, loss: Array) -> Array:
         alpha, beta = (g.reshape(-1) for g in np.meshgrid(EXPONENTS, EXPONENTS))
@@ -116,8 +123,10 @@ class Gadre(Form):
     """L = E + a N^eta + b 6^(eta/2) D^eta; theta = (E, a, b, eta), the first three as logarithms."""
 
     def features(self, x: Array) -> Array:
-        u, v, one, zero = x[:, 0], x[:, 1], np.ones(len(x)), np.zeros(len(x))
-        return np.moveaxis(np.array([[one, zero, zero, zero], [zero, one, zero, u], [zero, zero, one, v]]), 2, 0)
+        terms = np.zeros((3, 4, len(x)))
+        terms[0, 0] = terms[1, 1] = terms[2, 2] = 1
+        terms[1, 3], terms[2, 3] = x.T
+        return terms
 
     def starts(self, x: Array, loss: Array) -> Array:
         eta = -np.geomspace(0.02, 3, 40)
@@ -136,32 +145,30 @@ class Gadre(Form):
 class Gamma(Approach3):
     """L = E + (A N^-alpha + B D^-beta)^gamma; theta = (E, A, B, alpha, beta, gamma), E, A and B as logarithms."""
 
-    def _parts(self, theta: Array, x: Array) -> tuple[Array, Array, Array, Array, Array]:
-        """log L, share of the bracket's term, gradient of its logarithm [S, n, 6], features and shares inside it."""
-        features = self.features(x)[:, 1:]
+    def log_loss(self, theta: Array, x: Array) -> Array:
+        return np.logaddexp(theta[:, 0, None], theta[:, 5, None] * _log_sum_exp(theta[:, :5], self.features(x)[1:])[0])
+
+    def expand(self, theta: Array, x: Array) -> tuple[Array, Array, Curvature]:
+        features, gamma = self.features(x)[1:], theta[:, 5, None]
         bracket, inner = _log_sum_exp(theta[:, :5], features)
-        gamma = theta[:, 5, None]
         log_loss = np.logaddexp(theta[:, 0, None], gamma * bracket)
-        slope = np.einsum("snk,nkp->snp", inner, features)
-        gradient = np.concatenate([gamma[..., None] * slope, bracket[..., None]], axis=2)
-        return log_loss, np.exp(gamma * bracket - log_loss), gradient, features, inner
+        share = np.exp(gamma * bracket - log_loss)  # of the bracket's term in L
+        slope = _mean(inner, features)
+        # log L is the log-sum-exp of log E and of gamma times the bracket's logarithm: gradients of the two, apart.
+        apart = np.concatenate([gamma[..., None] * slope, bracket[:, None]], axis=1)
+        apart[:, 0] -= 1
+        jacobian = share[:, None] * apart
+        jacobian[:, 0] += 1
 
-    def evaluate(self, theta: Array, x: Array) -> tuple[Array, Array]:
-        log_loss, share, gradient, _, _ = self._parts(theta, x)
-        jacobian = share[..., None] * gradient
-        jacobian[..., 0] += 1 - share
-        return log_loss, jacobian
+        def curvature(c: Array) -> Array:
+            total = (apart * (c * share * (1 - share))[:, None]) @ np.swapaxes(apart, 1, 2)
+            cross = (slope @ (c * share)[..., None])[..., 0]
+            total[:, :5, :5] += gamma[..., None] * _log_sum_exp_curvature(features, inner, slope, c * share)
+            total[:, 5, :5] += cross
+            total[:, :5, 5] += cross
+            return total
 
-    def curvature(self, theta: Array, x: Array, c: Array) -> Array:
-        _, share, gradient, features, inner = self._parts(theta, x)
-        total = np.zeros((len(theta), 6, 6))
-        total[:, :5, :5] = theta[:, 5, None, None] * _log_sum_exp_curvature(features, inner, c * share)
-        cross = np.einsum("sn,snk,nkp->sp", c * share, inner, features)
-        total[:, 5, :5] += cross
-        total[:, :5, 5] += cross
-        apart = gradient.copy()
-        apart[..., 0] -= 1
-        return total + np.swapaxes(apart, 1, 2) @ ((c * share * (1 - share))[..., None] * apart)
+        return log_loss, np.swapaxes(jacobian, 1, 2), curvature
 
     def starts(self, x: Array, loss: Array) -> Array:
         """Grid of exponents, gamma and floor: given those, the bracket is linear in A and B."""
@@ -192,22 +199,29 @@ def surface_form(name: str) -> Form:
 
 
 def _log_sum_exp(theta: Array, features: Array) -> tuple[Array, Array]:
-    """log of the sum of exp(terms) [S, n], share of each term [S, n, K]."""
-    n, k, p = features.shape
-    terms = (theta @ features.reshape(n * k, p).T).reshape(len(theta), n, k)
-    top = terms.max(axis=2, keepdims=True)
-    share = np.exp(terms - top)
-    total = share.sum(axis=2, keepdims=True)
-    return (top + np.log(total))[..., 0], share / total
+    """log of the sum of exp(terms) [S, n], share of each term [S, K, n]."""
+    k, p, n = features.shape
+    terms = (theta @ np.swapaxes(features, 0, 1).reshape(p, k * n)).reshape(len(theta), k, n)
+    top = terms.max(axis=1)
+    share = np.exp(terms - top[:, None])
+    total = share.sum(axis=1)
+    return top + np.log(total), share / total[:, None]
 
 
-def _log_sum_exp_curvature(features: Array, share: Array, c: Array) -> Array:
-    """Sum over n of c times the Hessian of a log-sum-exp: sum_k share_k x_k x_k' less the mean's outer product."""
-    n, k, p = features.shape
-    squares = (features[..., :, None] * features[..., None, :]).reshape(n * k, p * p)
-    first = ((c[..., None] * share).reshape(len(c), n * k) @ squares).reshape(len(c), p, p)
-    mean = np.einsum("snk,nkp->snp", share, features)
-    return first - np.swapaxes(mean, 1, 2) @ (c[..., None] * mean)
+def _mean(share: Array, features: Array) -> Array:
+    """Features [K, p, n] averaged by share [S, K, n]: the gradient of a log-sum-exp, [S, p, n]."""
+    mean = share[:, 0, None] * features[0]
+    for k in range(1, len(features)):
+        mean += share[:, k, None] * features[k]
+    return mean
+
+
+def _log_sum_exp_curvature(features: Array, share: Array, mean: Array, c: Array) -> Array:
+    """Sum over n of c times the Hessian of a log-sum-exp: sum_k share_k x_k x_k' less the outer product of the mean."""
+    k, p, n = features.shape
+    squares = np.moveaxis(features[:, :, None] * features[:, None], 3, 1).reshape(k * n, p * p)
+    first = ((c[:, None] * share).reshape(len(c), k * n) @ squares).reshape(len(c), p, p)
+    return first - (c[:, None] * mean) @ np.swapaxes(mean, 1, 2)
 
 
 def _least_squares(design: Array) -> Array:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import chi2, norm
 from scipy.stats import t as student
 
@@ -70,11 +72,18 @@ def t_power(effect: float, error: float, dof: float, level: float) -> float:
         return 0.0
     if error == 0:
         return float(effect != 0)
-    # Given the estimated scale s (chi over sqrt(dof)) the estimate is normal; averaged over s by its quantiles. scipy's
-    # noncentral t gives NaN far in the tails, where plans of many runs lie.
-    scale = np.sqrt(chi2.ppf((NODES + 1) / 2, dof) / dof) * student.ppf(0.5 + level / 2, dof)
-    shift = abs(effect) / error
+    scale, shift = _scales(dof, level), abs(effect) / error
     return float(WEIGHTS @ (norm.cdf(shift - scale) + norm.cdf(-shift - scale)) / 2)
+
+
+@cache
+def _scales(dof: float, level: float) -> NDArray[np.float64]:
+    """Thresholds of the test in standard errors, at quantiles of the estimated scale (chi over sqrt(dof)).
+
+    Given that scale the estimate is normal. scipy's noncentral t gives NaN far in the tails, where plans of many
+    runs lie.
+    """
+    return np.sqrt(chi2.ppf((NODES + 1) / 2, dof) / dof) * student.ppf(0.5 + level / 2, dof)
 
 
 def pairs_needed(effect: float, sd: float, level: float, target: float = TARGET) -> int | None:

@@ -19,8 +19,10 @@ Array = NDArray[np.float64]
 
 CONVERGED = 1e-13  # a Newton step that promises less, relative to the objective, is the end
 PATIENCE = 300
-SCREENING, FINALISTS, ROUNDS = 12, 24, 20
+SCREENING, FINALISTS = 12, 24
+ROUNDS, IDLE = 20, 2  # of looking around: at most so many, and so many in a row that find nothing lower
 APART = 0.5  # in theta, whose entries are logarithms and exponents
+FARTHEST = 10.0  # in theta, along a direction that the runs hardly determine
 EXACT = 1e-20  # objective a run below which the law passes through the runs
 BATCH = 2_000_000  # numbers of one Jacobian [S, n, p] held at once
 
@@ -34,7 +36,7 @@ def huber(residual: Array, delta: float) -> Array:
 
 def residuals(form: Form, theta: Array, x: Array, loss: Array, criterion: str) -> Array:
     """Prediction minus run, [S, n], of log L or of L by `criterion`."""
-    log_loss = form.evaluate(theta, x)[0]
+    log_loss = form.log_loss(theta, x)
     return log_loss - np.log(loss) if criterion == "log" else np.exp(log_loss) - loss
 
 
@@ -58,22 +60,35 @@ def best(form: Form, x: Array, loss: Array, weight: Array, delta: float, criteri
     """The lowest minimum (theta [p], objective) over the law's own starts; weight [n].
 
     All starts take a few steps, and the most promising that lie apart go on to the end. The kinks of the Huber sum and
-    long curved valleys leave many minima beside each other, so copies of the best, shifted at random, then look around
-    until a round of them finds nothing lower.
+    long curved valleys leave many minima beside each other, so copies of the best then look around until IDLE rounds
+    of them find nothing lower. Half are shifted in all directions alike, half by up to three standard errors: far
+    along a valley (of `approach3-gamma` from a sum to nearly the larger of two powers) and little across it.
     """
     theta, cost = minimise(form, form.starts(x, loss), x, loss, weight[None], delta, criterion, SCREENING)
     order = np.argsort(cost, kind="stable")
     _, apart = np.unique(np.round(theta[order] / APART), axis=0, return_index=True)
     theta, cost = minimise(form, theta[order[np.sort(apart)[:FINALISTS]]], x, loss, weight[None], delta, criterion)
     rng = np.random.default_rng(0)
-    found, lowest = theta[cost.argmin()], float(cost.min())
+    found, lowest, idle = theta[cost.argmin()], float(cost.min()), 0
     for _ in range(ROUNDS if lowest > EXACT * len(loss) else 0):
-        shifts = rng.standard_normal((FINALISTS, len(found))) * np.geomspace(0.01, 1, FINALISTS)[:, None]
-        theta, cost = minimise(form, found + shifts, x, loss, weight[None], delta, criterion)
-        if cost.min() >= lowest * (1 - 1e-8):
+        alike, along = rng.standard_normal((2, FINALISTS // 2, len(found)))
+        alike *= np.geomspace(0.01, 1, len(alike))[:, None]
+        along = along * np.geomspace(0.3, 3, len(along))[:, None] @ _standard_errors(form, found, x, loss)
+        theta, cost = minimise(form, found + np.concatenate([alike, along]), x, loss, weight[None], delta, criterion)
+        idle = idle + 1 if cost.min() >= lowest * (1 - 1e-8) else 0
+        if idle == IDLE:
             break
-        found, lowest = theta[cost.argmin()], float(cost.min())
+        if not idle:
+            found, lowest = theta[cost.argmin()], float(cost.min())
     return found, lowest
+
+
+def _standard_errors(form: Form, theta: Array, x: Array, loss: Array) -> Array:
+    """Principal axes [p, p] of theta's uncertainty, as rows, each one standard error (at most FARTHEST) long."""
+    log_loss, jacobian = (part[0] for part in form.evaluate(theta[None], x))
+    _, stiffness, axes = np.linalg.svd(jacobian, full_matrices=False)
+    scatter = float(np.abs(log_loss - np.log(loss)).mean())
+    return (scatter / np.maximum(stiffness, scatter / FARTHEST))[:, None] * axes
 
 
 def _minimise(
@@ -103,7 +118,7 @@ def _newton(
     form: Form, theta: Array, x: Array, loss: Array, weight: Array, delta: float, criterion: str, damping: Array
 ) -> tuple[Array, Array]:
     """Damped Newton step [S, p] and the decrease [S] that its quadratic model promises without damping."""
-    log_loss, jacobian = form.evaluate(theta, x)
+    log_loss, jacobian, curvature = form.expand(theta, x)
     level = np.exp(log_loss) if criterion == "loss" else np.ones_like(log_loss)
     residual = np.exp(log_loss) - loss if criterion == "loss" else log_loss - np.log(loss)
     pull = weight * np.clip(residual, -delta, delta)
@@ -112,14 +127,14 @@ def _newton(
     # Of L rather than log L the Jacobian is L J and the Hessian L (H + J J').
     spread = inside * level**2 + (pull * level if criterion == "loss" else 0.0)
     transposed = np.swapaxes(jacobian, 1, 2)
-    hessian = transposed @ (spread[..., None] * jacobian) + form.curvature(theta, x, pull * level)
+    hessian = transposed @ (spread[..., None] * jacobian) + curvature(pull * level)
     low, high = form.bounds(loss)
     held = ((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0))
     gradient = np.where(held, 0.0, gradient)
     scale = np.sqrt(np.maximum(((weight * level**2)[:, None, :] @ jacobian**2)[:, 0], 1e-30))
     hessian = np.where(held[:, :, None] | held[:, None, :], 0.0, hessian / (scale[:, :, None] * scale[:, None, :]))
     values, vectors = np.linalg.eigh(hessian)
-    along = np.einsum("sij,si->sj", vectors, gradient / scale)
+    along = ((gradient / scale)[:, None, :] @ vectors)[:, 0]
     size = np.abs(values) + 1e-14
-    step = -np.einsum("sij,sj->si", vectors, along / (size + damping[:, None])) / scale
+    step = -(vectors @ (along / (size + damping[:, None]))[..., None])[..., 0] / scale
     return step, 0.5 * (along**2 / (size + 1e-9)).sum(axis=1)

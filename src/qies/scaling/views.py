@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qies.errors import UserError
-from qies.scaling.fits import fit_surface
+from qies.scaling.fits import COLLINEAR, fit_surface
 from qies.scaling.forms import surface_form
 from qies.scaling.frontier import Cost, fit_cost, optimum
 from qies.scaling.joint import Joint, Law, Path, join, make_law
@@ -32,8 +32,6 @@ POWER = ("log A", "alpha")
 SHARED = {"surface": ("E", "alpha", "beta"), "power": ("alpha",)}
 # Five parameters, and three cells more to measure the scatter with.
 SURFACE_CELLS = 8
-# |correlation| of log N and log D over an arm's cells beyond which tokens follow size.
-COLLINEAR = 0.98
 # Least squares inside 5 %: seeds move the loss far less, and broken runs have been left out before.
 DELTA = 0.05
 # Residuals of log cost beyond which a power of N and D does not describe what a run costs.
