@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from qies.config import DataConfig
 from qies.data import shards as shards_module
@@ -22,7 +23,7 @@ from qies.data.build import PROGRESS, hash_of
 from qies.data.manifest import Build
 from qies.data.progress import Step
 from qies.data.shards import build_shards, open_shards
-from qies.data.tokenizer import save_tokenizer, train_tokenizer
+from qies.data.tokenizer import END, save_tokenizer, train_tokenizer
 from qies.errors import UserError
 
 WORDS = ["state", "phase", "pair", "letter", "winter", "harvest", "river", "stone", "señor", "日本", "north", "law"]
@@ -43,13 +44,14 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> Path:
-    """Three files in two folders; the last repeats fifty documents of the first."""
+    """A file, and three more in two folders, of which one repeats fifty documents of another."""
     folder = tmp_path_factory.mktemp("records")
     (folder / "web").mkdir()
     (folder / "books").mkdir()
     (folder / "web" / "a.jsonl").write_bytes(_lines(range(400)))
     (folder / "web" / "b.jsonl.gz").write_bytes(gzip.compress(_lines(range(400, 700))))
-    (folder / "books" / "c.jsonl").write_bytes(_lines([*range(700, 1000), *range(50)]))
+    (folder / "a.jsonl").write_bytes(_lines(range(700, 760)))
+    (folder / "books" / "c.jsonl").write_bytes(_lines([*range(760, 1000), *range(50)]))
     return folder
 
 
@@ -83,11 +85,15 @@ def test_every_document_is_there_once_in_the_split_of_its_hash(whole: Path) -> N
     assert _documents(whole, "val") == [_text(i) for i in order if i in held_out]
 
 
-def test_manifest_counts_by_source(whole: Path) -> None:
+def test_manifest_counts_by_source(whole: Path, records: Path) -> None:
     manifest = open_shards(whole).manifest
-    assert {s.name: (s.train + s.val).documents for s in manifest.sources} == {"books": 350, "web": 650}
-    assert [run.source for run in manifest.val_order] == ["books", "web"]
-    assert [run.documents for run in manifest.val_order] == [s.val.documents for s in manifest.sources]
+    assert {s.name: (s.train + s.val).documents for s in manifest.sources} == {
+        "books": 290, "web": 650, records.name: 60,
+    }  # fmt: skip
+    assert [run.source for run in manifest.val_order] == [records.name, "books", "web"]
+    assert {run.source: run.documents for run in manifest.val_order} == {
+        s.name: s.val.documents for s in manifest.sources
+    }
     assert len(manifest.train.shards) > 5 and len(manifest.train.shards) == len(manifest.val.shards)
     assert manifest.train.bytes + manifest.val.bytes == sum(len(_text(i).encode()) for i in range(1000))
     assert sorted(_files(whole)) == sorted(
@@ -111,6 +117,23 @@ def test_limit_ends_with_the_document_that_reaches_it(config: DataConfig, whole:
         build_shards(config, tmp_path, build=Build(limit_tokens=6000), **SMALL)
 
 
+def test_a_finished_folder_is_of_the_tokenizer_that_the_name_had(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(_lines(range(50)))
+    other, out = tmp_path / "other", tmp_path / "out"
+    cfg, build = DataConfig(str(tmp_path / "a.jsonl")), Build(tokenizer=str(other))
+    save_tokenizer(train_tokenizer([_text(0)] * 9, 257), other)
+    manifest = build_shards(cfg, out, build=build)
+    assert build_shards(cfg, out, build=build) == manifest
+    before = _files(out)
+    words = Tokenizer.from_file(str(other / "tokenizer.json"))
+    words.add_tokens(["winter"])
+    for changed, end in ((words, END), (train_tokenizer(["abc"], 257), "a")):
+        save_tokenizer(changed, other, end)
+        with pytest.raises(UserError, match=r"out' holds other data \(.*(vocab_size|tokenizer '.*other' has changed)"):
+            build_shards(cfg, out, build=build)
+    assert _files(out) == before
+
+
 def test_short_text_holds_a_document_out(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(_lines(range(3)))
     for seed in range(5):
@@ -124,6 +147,7 @@ def test_short_text_holds_a_document_out(tmp_path: Path) -> None:
 # --- killed
 
 
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1200))
 KILLED = (
     "import sys, json, os, signal; from qies.config import DataConfig; from qies.data.shards import build_shards\n"
     "import qies.data.files as files\n"
@@ -143,7 +167,7 @@ KILLED = (
 def _kill(config: DataConfig, out: Path, workers: int, renames: int, script: Path) -> int:
     script.write_text(KILLED)
     command = [sys.executable, str(script), json.dumps(config.__dict__), str(out), str(workers), str(renames)]
-    return subprocess.run(command, timeout=120).returncode
+    return subprocess.run(command, timeout=300).returncode
 
 
 def _gone(pids: list[int], seconds: float) -> bool:
@@ -157,7 +181,7 @@ def _gone(pids: list[int], seconds: float) -> bool:
 
 @pytest.mark.parametrize(
     ("workers", "renames"),
-    [(1, 0), (1, 8), *(pytest.param(w, n, marks=pytest.mark.slow) for w in (1, 2) for n in range(1, 30, 3))],
+    [(1, 0), (1, 8), *(pytest.param(w, n, marks=SLOW) for w in (1, 2) for n in range(1, 30, 3))],
 )
 def test_killed_build_ends_with_the_same_bytes(config, whole, tmp_path, workers: int, renames: int) -> None:
     """Killed before a rename: of the tokenizer, then of train, val, progress, again and again, last of the manifest."""
@@ -174,6 +198,7 @@ def test_killed_build_ends_with_the_same_bytes(config, whole, tmp_path, workers:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("moment", range(8))
 def test_killed_at_any_moment_with_its_workers(config, whole, tmp_path, moment: int) -> None:
     out = tmp_path / "out"

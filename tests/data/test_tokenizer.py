@@ -1,16 +1,15 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from qies.cli import VERBS
 from qies.data.tokenizer import (
     END,
     END_ID,
@@ -26,6 +25,7 @@ from qies.data.tokenizer import (
     vocabulary,
 )
 from qies.errors import UserError
+from qies.terminal import run
 
 TEXTS = ["the king sent a letter to the people of the north, and the people sent a letter to the king. " * 20] * 3
 TOKENIZER = train_tokenizer(TEXTS, 280)
@@ -165,21 +165,8 @@ def test_tokenizers_that_cannot_serve_are_one_line(tmp_path: Path, monkeypatch: 
         open_tokenizer(str(folder))
 
 
-def test_a_name_without_the_hub_is_one_line(tmp_path: Path) -> None:
-    code = "import sys; from qies.cli import main; main(sys.argv[1:])"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "data",
-        "build",
-        "builtin",
-        "--out",
-        str(tmp_path / "x"),
-        "--tokenizer",
-        "gpt2",
-    ]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(command, env=offline, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("qies: no tokenizer 'gpt2' can be read (")
+def test_a_name_without_the_hub_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert run(VERBS, ["data", "build", "builtin", "--out", str(tmp_path / "x"), "--tokenizer", "gpt2"], "") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("qies: no tokenizer 'gpt2' can be read (")
