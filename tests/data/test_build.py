@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from qies.config import DataConfig
 from qies.data import shards as shards_module
@@ -119,19 +118,20 @@ def test_limit_ends_with_the_document_that_reaches_it(config: DataConfig, whole:
 
 def test_a_finished_folder_is_of_the_tokenizer_that_the_name_had(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(_lines(range(50)))
-    other, out = tmp_path / "other", tmp_path / "out"
-    cfg, build = DataConfig(str(tmp_path / "a.jsonl")), Build(tokenizer=str(other))
-    save_tokenizer(train_tokenizer([_text(0)] * 9, 257), other)
-    manifest = build_shards(cfg, out, build=build)
-    assert build_shards(cfg, out, build=build) == manifest
-    before = _files(out)
-    words = Tokenizer.from_file(str(other / "tokenizer.json"))
-    words.add_tokens(["winter"])
-    for changed, end in ((words, END), (train_tokenizer(["abc"], 257), "a")):
-        save_tokenizer(changed, other, end)
-        with pytest.raises(UserError, match=r"out' holds other data \(.*(vocab_size|tokenizer '.*other' has changed)"):
-            build_shards(cfg, out, build=build)
-    assert _files(out) == before
+    one, two = (train_tokenizer([text] * 9, 270) for text in ("river stone harvest", "letter winter phase"))
+    for tokenizer in (one, two):
+        tokenizer.add_special_tokens(["<|stop|>"])
+    save_tokenizer(one, tmp_path / "name")
+    cfg, build = DataConfig(str(tmp_path / "a.jsonl")), Build(tokenizer=str(tmp_path / "name"))
+    manifest = build_shards(cfg, tmp_path / "out", build=build)
+    before = _files(tmp_path / "out")
+    for changed, end in ((two, END), (one, "<|stop|>")):
+        save_tokenizer(changed, tmp_path / "name", end)
+        with pytest.raises(UserError, match=r"out' holds other data \(its tokenizer '.*name' has changed since\)"):
+            build_shards(cfg, tmp_path / "out", build=build)
+    save_tokenizer(one, tmp_path / "name")
+    assert build_shards(cfg, tmp_path / "out", build=build) == manifest
+    assert _files(tmp_path / "out") == before
 
 
 def test_short_text_holds_a_document_out(tmp_path: Path) -> None:

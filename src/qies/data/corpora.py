@@ -81,8 +81,8 @@ def load_corpus(source: str) -> Corpus:
         raw = (Document(text, genre.name, id) for genre in GENRES for id, text in genre.documents())
         return _corpus(source, raw, licences)
     files = find_files(source)
-    raw = sorted(_read(files), key=lambda document: document.source)
-    corpus = _corpus(files.name, raw, {document.source: (files.licence, "") for document in raw})
+    texts = sorted(_read(files), key=lambda document: document.source)
+    corpus = _corpus(files.name, texts, {document.source: (files.licence, "") for document in texts})
     if not corpus.documents:
         raise UserError(f"'{source}' holds no text; give a file, folder or pattern with text in it")
     return corpus
