@@ -227,10 +227,9 @@ def _parent(path: Path) -> int:
         return 0
 
 
-@pytest.fixture
-def half(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A build cut off behind its second commit."""
-    out, real, count = tmp_path / "half", os.replace, 0
+def _cut_off(config: DataConfig, out: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that ends behind its second commit."""
+    real, count = os.replace, 0
 
     def until(a, b):
         nonlocal count
@@ -239,11 +238,15 @@ def half(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             raise KeyboardInterrupt
         real(a, b)
 
-    monkeypatch.setattr(os, "replace", until)
-    with pytest.raises(KeyboardInterrupt):
-        build_shards(config, out, **SMALL)
-    monkeypatch.setattr(os, "replace", real)
-    return out
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", until)
+        build_shards(config, out, build=build, **SMALL)
+
+
+@pytest.fixture
+def half(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    _cut_off(config, tmp_path / "half", Build(), monkeypatch)
+    return tmp_path / "half"
 
 
 @pytest.mark.parametrize(
@@ -261,10 +264,17 @@ def test_other_build_does_not_go_on(config, half: Path, change, build, message) 
     assert _files(half) == before
 
 
-def test_other_tokenizer_does_not_go_on(config, half: Path, tmp_path: Path) -> None:
-    save_tokenizer(train_tokenizer(["a b c"] * 9, 300), tmp_path / "other")
+def test_other_tokenizer_does_not_go_on(config, half: Path, tmp_path: Path, monkeypatch) -> None:
+    tokenizer = train_tokenizer(["a b c"] * 9, 300)
+    tokenizer.add_special_tokens(["<|stop|>"])
+    save_tokenizer(tokenizer, tmp_path / "other")
+    build = Build(tokenizer=str(tmp_path / "other"))
     with pytest.raises(UserError, match="tokenizer: trained -> "):
-        build_shards(config, half, build=Build(tokenizer=str(tmp_path / "other")), **SMALL)
+        build_shards(config, half, build=build, **SMALL)
+    _cut_off(config, tmp_path / "out", build, monkeypatch)
+    save_tokenizer(tokenizer, tmp_path / "other", "<|stop|>")  # the same name and tokens, another end
+    with pytest.raises(UserError, match=r"beginning of other data.*end: <.endoftext.> -> <.stop.>"):
+        build_shards(config, tmp_path / "out", build=build, **SMALL)
 
 
 def test_changed_text_does_not_go_on(config, half: Path, records: Path) -> None:

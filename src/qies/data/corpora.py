@@ -166,8 +166,13 @@ def _distinct(raw: Iterable[Document]) -> Iterator[Document]:
                 yield Document("\n\n".join(kept), document.source, document.id)
 
 
+def text_key(text: str, size: int) -> bytes:
+    """A digest of `size` bytes, the same for texts that differ in case and white space only."""
+    return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=size).digest()
+
+
 def _first_time(text: str, seen: set[bytes]) -> bool:
-    key = hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
+    key = text_key(text, 16)
     new = key not in seen
     seen.add(key)
     return new

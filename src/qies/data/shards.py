@@ -191,6 +191,7 @@ def build_shards(
             "build": to_dict(build),
             "text": stream.fingerprint(),
             "tokenizer": hashlib.sha256(given[0].to_str().encode()).hexdigest() if given else "trained",
+            "end": given[1] if given else bpe.END,
             "shard_tokens": shard_tokens,
         }
         if (found := load_state(out, identity)) is not None:
