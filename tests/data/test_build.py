@@ -102,7 +102,7 @@ def test_manifest_counts_by_source(whole: Path, records: Path) -> None:
 
 
 def test_number_of_workers_changes_nothing(config: DataConfig, whole: Path, tmp_path: Path) -> None:
-    build_shards(config, tmp_path / "out", workers=3, **SMALL)
+    build_shards(config, tmp_path / "out", workers=2, **SMALL)
     assert _files(tmp_path / "out") == _files(whole)
 
 
