@@ -181,10 +181,10 @@ def _gone(pids: list[int], seconds: float) -> bool:
 
 @pytest.mark.parametrize(
     ("workers", "renames"),
-    [(1, 0), (1, 8), *(pytest.param(w, n, marks=SLOW) for w in (1, 2) for n in range(1, 30, 3))],
+    [(1, 0), (1, 8), *(pytest.param(w, n, marks=SLOW) for w in (1, 2) for n in range(2, 35, 2))],
 )
 def test_killed_build_ends_with_the_same_bytes(config, whole, tmp_path, workers: int, renames: int) -> None:
-    """Killed before a rename: of the tokenizer, then of train, val, progress, again and again, last of the manifest."""
+    """Killed before a rename: 0 of the tokenizer, then of train, val, progress, again and again, 34 of the manifest."""
     out = tmp_path / "out"
     assert _kill(config, out, workers, renames, tmp_path / "killed.py") == -signal.SIGKILL
     with pytest.raises(UserError, match="holds no data set"):
