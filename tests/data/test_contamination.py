@@ -1,17 +1,17 @@
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from qies.cli import VERBS
 from qies.config import DataConfig
 from qies.data import contamination
 from qies.data.contamination import Count, Pack, ngrams, shards_overlap, words
 from qies.data.manifest import Overlap
 from qies.data.shards import build_shards, open_shards
 from qies.errors import UserError
+from qies.terminal import run
 
 
 def _words(first: int, count: int) -> str:
@@ -68,7 +68,7 @@ def test_equal_hashes_are_no_hit(pack: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert table.numbers == worst.numbers
 
 
-def test_a_build_counts_training_documents_only_and_the_verb_agrees(pack: Path, tmp_path: Path) -> None:
+def test_a_build_counts_training_documents_only_and_the_verb_agrees(pack: Path, tmp_path: Path, capsys) -> None:
     rng = random.Random(0)
     items = [_words(0, 20), _words(100, 13), _words(500, 14)]
     texts = [f"{i} " + " ".join(rng.choices("abcdefgh", k=30)) + " " + rng.choice([*items, ""]) for i in range(300)]
@@ -85,10 +85,8 @@ def test_a_build_counts_training_documents_only_and_the_verb_agrees(pack: Path, 
     assert [row.documents > 50 for row in manifest.contamination] == [True, True]
     assert build_shards(cfg, tmp_path / "two", pack=pack, workers=2, **small) == manifest
     assert shards_overlap(shards, pack, lambda step: None) == manifest.contamination
-    code = "import sys; from qies.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "data", "contamination", str(tmp_path / "one"), "--pack", str(pack)]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, timeout=60)
-    assert json.loads(done.stdout) == [row.__dict__ for row in manifest.contamination]
+    assert run(VERBS, ["data", "contamination", str(tmp_path / "one"), "--pack", str(pack), "--json"], "") == 0
+    assert json.loads(capsys.readouterr().out) == [row.__dict__ for row in manifest.contamination]
     with pytest.raises(UserError, match=r"holds other data \(pack: "):
         build_shards(cfg, tmp_path / "one", **small)
 

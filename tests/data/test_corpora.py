@@ -95,6 +95,19 @@ def test_files_of_a_folder_are_documents(tmp_path: Path) -> None:
     assert [d.id for d in globbed.documents] == ["b.txt"]
 
 
+def test_folders_of_the_folder_are_sources_if_they_can_be_split(tmp_path: Path) -> None:
+    for folder, names in {"sea/deep": "ab", "law": "cd", "few": "e", ".": "z"}.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        _folder(tmp_path / folder, **{name: _paragraph(ord(name)) for name in names})
+    corpus = load_corpus(str(tmp_path))
+    named = [("law", "law/c.txt"), ("law", "law/d.txt"), ("sea", "sea/deep/a.txt"), ("sea", "sea/deep/b.txt")]
+    rest = [(tmp_path.name, "few/e.txt"), (tmp_path.name, "z.txt")]
+    assert [(d.source, d.id) for d in corpus.documents] == sorted([*named, *rest])
+    assert {s.name: s.documents for s in corpus.sources} == {"law": 2, "sea": 2, tmp_path.name: 2}
+    train, val = split_documents(corpus, 0.1, 0)
+    assert sorted(d.source for d in train) == sorted(d.source for d in val) == sorted(["law", "sea", tmp_path.name])
+
+
 def test_identity_follows_the_text_and_not_the_place(tmp_path: Path) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()

@@ -3,19 +3,21 @@
 import gzip
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
+from qies.cli import VERBS
 from qies.config import DataConfig
 from qies.data.build import hash_of
 from qies.data.hub import HubStream
 from qies.data.manifest import Build
 from qies.data.shards import build_shards, open_shards
 from qies.errors import UserError
+from qies.terminal import run
 
 pytest.importorskip("datasets", reason="needs the extra 'hub'")
 zstandard = pytest.importorskip("zstandard", reason="needs the extra 'hub'")
@@ -57,12 +59,15 @@ def c4(tmp_path_factory) -> Path:
     return root
 
 
+PILE = ["Pile-CC", "ArXiv", "Pile-CC"]
+
+
 @pytest.fixture(scope="module")
 def pile(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hub") / "pile-uncopyrighted"
     (root / "train").mkdir(parents=True)
     for name, numbers in {"train/00": range(300), "train/01": range(300, 600), "val": range(1000, 1050)}.items():
-        lines = _lines(numbers, meta={"pile_set_name": "Pile-CC"})
+        lines = b"".join(_lines([i], meta={"pile_set_name": PILE[i % 3]}) for i in numbers)
         (root / f"{name}.jsonl.zst").write_bytes(zstandard.compress(lines))
     (root / "test.jsonl.zst").write_bytes(zstandard.compress(_lines([2000], meta={"pile_set_name": "Pile-CC"})))
     return root
@@ -87,7 +92,10 @@ def test_the_pile_has_its_validation_beside_the_folder_of_training(pile: Path, t
     manifest = build_shards(DataConfig(f"hub:{pile}", 300), tmp_path / "out")
     assert _documents(tmp_path / "out", "val") == [_text(i) for i in range(1000, 1050)]
     assert _documents(tmp_path / "out", "train") == [_text(i) for i in range(600)]
-    assert manifest.sources[0].licence == "not stated by its card"
+    counts = {s.name: (s.train.documents, s.val.documents) for s in manifest.sources}
+    assert counts == {"ArXiv": (200, 17), "Pile-CC": (400, 33)}
+    assert [run.documents for run in manifest.val_order] == [1, 2] * 16 + [1, 1]
+    assert {s.licence for s in manifest.sources} == {"not stated by its card"}
 
 
 def test_without_a_validation_split_the_hash_decides(tmp_path: Path) -> None:
@@ -174,12 +182,8 @@ def test_no_package_is_one_line(monkeypatch, tmp_path: Path) -> None:
         build_shards(DataConfig("hub:c4"), tmp_path / "out")
 
 
-def test_no_network_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    code = "import sys; from qies.cli import main; main(['data', 'build', 'hub:allenai/c4:en', '--out', sys.argv[1]])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out")],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert "qies: 'hub:allenai/c4:en' cannot be read" in done.stderr.splitlines()[-1]
+def test_no_network_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert run(VERBS, ["data", "build", "hub:allenai/c4:en", "--out", str(tmp_path / "out")], "") == 2
+    assert not (tmp_path / "out").exists()
+    assert "qies: 'hub:allenai/c4:en' cannot be read" in capsys.readouterr().err.splitlines()[-1]

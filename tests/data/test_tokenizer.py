@@ -1,19 +1,17 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from qies.cli import VERBS
 from qies.data.tokenizer import (
     END,
-    END_ID,
     encode_texts,
     end_token,
     load_tokenizer,
@@ -26,6 +24,7 @@ from qies.data.tokenizer import (
     vocabulary,
 )
 from qies.errors import UserError
+from qies.terminal import run
 
 TEXTS = ["the king sent a letter to the people of the north, and the people sent a letter to the king. " * 20] * 3
 TOKENIZER = train_tokenizer(TEXTS, 280)
@@ -42,12 +41,12 @@ def test_any_text_comes_back_and_its_bytes_add_up(text: str) -> None:
     ids = _ids(text)
     assert TOKENIZER.decode(ids.tolist(), skip_special_tokens=False) == text
     assert LENGTHS[ids].sum() == len(text.encode())
-    assert END_ID not in ids
+    assert 0 not in ids
 
 
 def test_vocabulary_is_the_special_token_the_bytes_and_merges() -> None:
     assert TOKENIZER.get_vocab_size() == 280
-    assert TOKENIZER.token_to_id(END) == END_ID == 0
+    assert TOKENIZER.token_to_id(END) == 0
     assert LENGTHS.shape == (280,) and LENGTHS[0] == 0
     assert LENGTHS[1:257].tolist() == [1] * 256
     assert LENGTHS[257:].min() >= 2
@@ -165,21 +164,8 @@ def test_tokenizers_that_cannot_serve_are_one_line(tmp_path: Path, monkeypatch: 
         open_tokenizer(str(folder))
 
 
-def test_a_name_without_the_hub_is_one_line(tmp_path: Path) -> None:
-    code = "import sys; from qies.cli import main; main(sys.argv[1:])"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "data",
-        "build",
-        "builtin",
-        "--out",
-        str(tmp_path / "x"),
-        "--tokenizer",
-        "gpt2",
-    ]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(command, env=offline, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("qies: no tokenizer 'gpt2' can be read (")
+def test_a_name_without_the_hub_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert run(VERBS, ["data", "build", "builtin", "--out", str(tmp_path / "x"), "--tokenizer", "gpt2"], "") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("qies: no tokenizer 'gpt2' can be read (")

@@ -3,7 +3,10 @@
 import json
 import math
 import random
+import subprocess
+import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qies import runs
-from qies.config import DataConfig, RunConfig, TrainConfig, replace_data
+from qies.config import DataConfig, RunConfig, TrainConfig, replace_data, save
 from qies.data.manifest import Build
 from qies.data.shards import Shards, build_shards, open_shards
 from qies.data.tokenizer import END, save_tokenizer, token_byte_lengths, train_tokenizer
@@ -107,6 +110,24 @@ def test_training_on_a_build_keeps_its_tokenizer_and_reports_sources(built: Path
     saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     settings = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert saved.eos_token == "<|stop|>" and saved.eos_token_id == settings["eos_token_id"] == 290 != 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_processes_of_torchrun_report_the_sources_as_one_does(built: Path, config, tmp_path: Path) -> None:
+    config = replace(config, train=replace(config.train, precision="fp32", muon_precision="fp32"))
+    one = train(config, open_shards(built), tmp_path / "one")["metrics"]["val_by_source"]
+    save(config, tmp_path / "run.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    command += ["qies", "train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    record = runs.read(tmp_path / "two")
+    two = record["metrics"]["val_by_source"]
+    assert record["processes"] == 2 and two.keys() == one.keys() == WORDS.keys()
+    for name, own in one.items():
+        assert (two[name]["val_tokens"], two[name]["val_bytes"]) == (own["val_tokens"], own["val_bytes"])
+        assert two[name]["val_loss"] == pytest.approx(own["val_loss"], abs=1e-4)  # 20 steps lie between
 
 
 def test_another_tokenizer_is_refused_before_training(built: Path, config, tmp_path: Path) -> None:

@@ -157,6 +157,8 @@ def data(
 ) -> None:
     """Corpus to token shards: documents split by document, de-duplicated, tokenised, hashed. A killed build goes on.
 
+    docs/data.md has the sources and what is written.
+
     For example:
 
         qies data build builtin --out data/builtin

@@ -27,7 +27,7 @@ import numpy as np
 from qies.config import differences
 from qies.data import tokenizer as bpe
 from qies.data.contamination import Count, Pack
-from qies.data.corpora import Document
+from qies.data.corpora import Document, text_key
 from qies.data.files import replacing
 from qies.data.manifest import SPLITS, Counts, Run, Shard
 from qies.data.progress import Progress, Step
@@ -246,10 +246,8 @@ class Writer:
 
 
 def _digest(text: str) -> int:
-    """Eight bytes for the text, whatever its case and white space. Of 10^8 different documents two share theirs with a
-    probability of 0.0003."""
-    key = " ".join(text.casefold().split()).encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+    """Eight bytes for the text. Of 10^8 different documents two share theirs with a probability of 0.0003."""
+    return int.from_bytes(text_key(text, 8), "little")
 
 
 def _chain(before: str, document: Document) -> str:

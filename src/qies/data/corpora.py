@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ def load_corpus(source: str) -> Corpus:
     its files are `.txt` or `.md` (`qies.data.streams` reads others). A file is one document, but one of more than 1 MB,
     or of more than 1/64 of the corpus, is cut at blank lines (at line ends or spaces where there are none) into
     documents of about that length, at least 2,000 characters, so that some can be held out. Empty files are left out.
+    A folder of the folder named is a source if it gives two documents; everything else belongs to a source by the
+    corpus's name.
 
     Texts and paragraphs of 100 characters or more that came before in the corpus (equal but for case and white space)
     are dropped, so that a held-out document does not repeat one trained on.
@@ -78,7 +81,8 @@ def load_corpus(source: str) -> Corpus:
         raw = (Document(text, genre.name, id) for genre in GENRES for id, text in genre.documents())
         return _corpus(source, raw, licences)
     files = find_files(source)
-    corpus = _corpus(files.name, _read(files), {files.name: (files.licence, "")})
+    texts = sorted(_read(files), key=lambda document: document.source)
+    corpus = _corpus(files.name, texts, {document.source: (files.licence, "") for document in texts})
     if not corpus.documents:
         raise UserError(f"'{source}' holds no text; give a file, folder or pattern with text in it")
     return corpus
@@ -162,8 +166,13 @@ def _distinct(raw: Iterable[Document]) -> Iterator[Document]:
                 yield Document("\n\n".join(kept), document.source, document.id)
 
 
+def text_key(text: str, size: int) -> bytes:
+    """A digest of `size` bytes, the same for texts that differ in case and white space only."""
+    return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=size).digest()
+
+
 def _first_time(text: str, seen: set[bytes]) -> bool:
-    key = hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
+    key = text_key(text, 16)
     new = key not in seen
     seen.add(key)
     return new
@@ -194,11 +203,13 @@ def _sha256(parts: Iterable[bytes]) -> str:
 def _read(files: Files) -> Iterator[Document]:
     texts = {id: tidy(_decode(path)) for path, id in files.files}
     length = min(max(sum(map(len, texts.values())) // _PIECES, _SHORTEST), LONGEST)
-    for id, text in texts.items():
-        pieces = list(_cut(text, length))
-        for number, piece in enumerate(pieces):
-            if piece:
-                yield Document(piece, files.name, f"{id}#{number:05d}" if len(pieces) > 1 else id)
+    pieces = {id: [piece for piece in _cut(text, length) if piece] for id, text in texts.items()}
+    count = Counter(files.source(id) for id, own in pieces.items() for _ in own)
+    for id, own in pieces.items():
+        source = files.source(id)
+        for number, piece in enumerate(own):
+            name = f"{id}#{number:05d}" if len(own) > 1 else id
+            yield Document(piece, source if count[source] > 1 else files.name, name)
 
 
 def _decode(path: Path) -> str:

@@ -44,13 +44,12 @@ class HubStream:
         if self.config:
             self.name += f":{self.config}"
 
-    @property
-    def sources(self) -> dict[str, tuple[str, str]]:
-        return {self.name: (self._about[1], f"revision {self._about[0]}")}
-
     def fingerprint(self) -> str:
         """The commit of the data set; of a folder, names, sizes and edges of its files."""
         return self._about[0]
+
+    def about(self, source: str) -> tuple[str, str]:
+        return self._about[1], f"revision {self._about[0]}"
 
     def digests(self) -> None:
         return None
@@ -94,7 +93,7 @@ class HubStream:
         with self._reading():
             for row in data:
                 text = readers.text_of(row, self.text_field, f"'{self.name}' {split} record {number + 1}")
-                group.append(Document(text, self.name, f"{split}#{number}"))
+                group.append(Document(text, _source(row) or self.name, f"{split}#{number}"))
                 number += 1
                 size += len(text)
                 if len(group) == readers.BATCH[0] or size >= characters:
@@ -166,6 +165,13 @@ class HubStream:
                 "see that its files are whole" if self.local else "see that the hub is reached and the name is right"
             )
             raise UserError(f"'hub:{self.name}' cannot be read ({reason}); {where}, then run it again") from None
+
+
+def _source(row: dict[str, Any]) -> str:
+    """Which of its sources a record of the Pile is from (Gao et al. 2020, arXiv:2101.00027); "" for any other."""
+    meta = row.get("meta")
+    name = meta.get("pile_set_name") if isinstance(meta, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def _plain(state: Any) -> Any:

@@ -16,7 +16,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 DTYPES = ("uint16", "uint32")  # by the size of the vocabulary
-LIMIT = 16_000_000  # bytes above which a manifest is not read
+LIMIT = 64_000_000  # bytes above which a manifest is not read; `val_order` has up to 60 for each document held out
 SHARD_NAME = re.compile(r"(train|val)-\d{5}\.bin")
 
 _PROVENANCE = ("hash", "config", "fingerprint", "corpus", "sources", "build", "val_order", "contamination")

@@ -81,6 +81,11 @@ class Files:
         """Whether all of them are plain text, not compressed."""
         return all(path.suffix.lower() in SUFFIXES for path, _ in self.files)
 
+    def source(self, id: str) -> str:
+        """The folder, of the folder named, that a file or record is in; the whole's name where it is in none."""
+        folder, slash, _ = id.partition("/")
+        return folder if slash else self.name
+
     def batches(self, position: Any = None, characters: int = BATCH[1]) -> Iterator[Batch]:
         """The stream from `position` (of an earlier batch; None: the beginning). Raises UserError for a bad file.
 

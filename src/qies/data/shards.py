@@ -177,13 +177,13 @@ def build_shards(
     given = bpe.open_tokenizer(build.tokenizer) if build.tokenizer else None
     if given:
         cfg = replace(cfg, vocab_size=bpe.vocabulary(given[0]))
-    if (done := _existing(cfg, build, stream, out)) is not None and not (out / _MARKER).exists():
+    if (done := _existing(cfg, build, stream, given, out)) is not None and not (out / _MARKER).exists():
         return done
     start = None
     if not (out / PROGRESS).exists():  # before the folder is made: a bad corpus leaves nothing behind
         start = _start(cfg, build, stream, given, out, tell)
     with exclusive(out, _MARKER):
-        if (done := _existing(cfg, build, stream, out)) is not None:  # built by another process meanwhile
+        if (done := _existing(cfg, build, stream, given, out)) is not None:  # built by another process meanwhile
             _clear(out, {shard.file for split in SPLITS for shard in done.split(split).shards} | {TOKENIZER})
             return done
         identity = {
@@ -191,6 +191,7 @@ def build_shards(
             "build": to_dict(build),
             "text": stream.fingerprint(),
             "tokenizer": hashlib.sha256(given[0].to_str().encode()).hexdigest() if given else "trained",
+            "end": given[1] if given else bpe.END,
             "shard_tokens": shard_tokens,
         }
         if (found := load_state(out, identity)) is not None:
@@ -247,8 +248,8 @@ def _manifest(
             raise UserError(
                 f"nothing of '{stream.name}' is left for {name}; give more text, or another --val-fraction or --seed"
             )
-    digests = stream.digests() or state.digests
-    whole = digests.get("") or hashlib.sha256("".join(digests.values()).encode()).hexdigest()
+    digests = stream.digests() or dict(sorted(state.digests.items()))  # their order is lost where a build goes on
+    whole = digests.pop("", "") or hashlib.sha256("".join(digests.values()).encode()).hexdigest()
     return Manifest(
         schema=SCHEMA,
         hash="",
@@ -264,13 +265,12 @@ def _manifest(
         sources=tuple(
             SourceRow(
                 name,
-                licence,
-                version,
-                digests.get(name, ""),
+                *stream.about(name),
+                sha256,
                 train=state.counts["train"].get(name, Counts()),
                 val=state.counts["val"].get(name, Counts()),
             )
-            for name, (licence, version) in stream.sources.items()
+            for name, sha256 in digests.items()
         ),
         build=build,
         val_order=tuple(state.val_order),
@@ -296,7 +296,9 @@ def _require_room(cfg: DataConfig, build: Build, stream: Stream, out: Path) -> N
 # --- checking
 
 
-def _existing(cfg: DataConfig, build: Build, stream: Stream, out: Path) -> Manifest | None:
+def _existing(
+    cfg: DataConfig, build: Build, stream: Stream, given: tuple[Tokenizer, str] | None, out: Path
+) -> Manifest | None:
     """The manifest of this data set in `out`; None if nothing is in the way of making it there."""
     if not out.exists():
         return None
@@ -308,6 +310,8 @@ def _existing(cfg: DataConfig, build: Build, stream: Stream, out: Path) -> Manif
         other = differences(to_dict(manifest.config) | to_dict(manifest.build), to_dict(cfg) | to_dict(build))
         if not other and stream.fingerprint() != manifest.fingerprint:
             other = ["its text, or the packages it is read from, have changed"]
+        if not other and given and not _saved(given, out / TOKENIZER):
+            other = [f"its tokenizer '{build.tokenizer}' has changed since"]
         if other:
             raise UserError(f"'{out}' holds other data ({'; '.join(other)}); give another folder")
         return manifest
@@ -315,6 +319,11 @@ def _existing(cfg: DataConfig, build: Build, stream: Stream, out: Path) -> Manif
     if foreign:
         raise UserError(f"'{out}' holds other files ('{foreign[0]}'); give a new or an empty folder")
     return None
+
+
+def _saved(given: tuple[Tokenizer, str], folder: Path) -> bool:
+    """Whether `folder` holds that tokenizer. Releases of the library may write the same one differently."""
+    return given[0].to_str() == bpe.read_tokenizer(folder).to_str() and given[1] == bpe.end_token(folder)
 
 
 def _check_tokenizer(folder: Path, manifest: Manifest) -> None:

@@ -30,17 +30,16 @@ class Batch:
 
 
 class Stream(Protocol):
-    """A source of documents. `sources` has licence and version by name; `size` is about its bytes, 0 if unknown."""
+    """Documents of one or more sources; `size` is about their bytes, 0 if unknown."""
 
     name: str
 
-    @property
-    def sources(self) -> dict[str, tuple[str, str]]: ...
     @property
     def size(self) -> int: ...
     @property
     def distinct(self) -> bool: ...  # whether repeated documents are dropped already
     def fingerprint(self) -> str: ...
+    def about(self, source: str) -> tuple[str, str]: ...  # its licence and version
     def digests(self) -> dict[str, str] | None: ...  # sha256 of "" (the whole) and of each source, where known ahead
     def batches(self, position: Any, characters: int) -> Iterator[Batch]: ...
     def sample(self, characters: int) -> Iterator[Document]: ...  # about so much of training's text
@@ -77,15 +76,15 @@ class Loaded:
         return {"val": val, "train": train}
 
     @property
-    def sources(self) -> dict[str, tuple[str, str]]:
-        return {source.name: (source.licence, source.version) for source in self.corpus.sources}
-
-    @property
     def size(self) -> int:
         return sum(source.bytes for source in self.corpus.sources)
 
     def fingerprint(self) -> str:
         return corpora.fingerprint(self.cfg.source)
+
+    def about(self, source: str) -> tuple[str, str]:
+        found = next(own for own in self.corpus.sources if own.name == source)
+        return found.licence, found.version
 
     def digests(self) -> dict[str, str]:
         return {"": self.corpus.sha256} | {source.name: source.sha256 for source in self.corpus.sources}
@@ -105,7 +104,7 @@ class Loaded:
 
 
 class FileStream:
-    """Files too large for memory, or of records. Those in a folder of the folder named are a source by its name."""
+    """Files too large for memory, or of records."""
 
     distinct = False
 
@@ -113,16 +112,14 @@ class FileStream:
         self.files, self.name = files, files.name
 
     @property
-    def sources(self) -> dict[str, tuple[str, str]]:
-        names = dict.fromkeys(self._source(id) for _, id in self.files.files)
-        return {name: (self.files.licence, self.files.version) for name in names}
-
-    @property
     def size(self) -> int:
         return self.files.bytes
 
     def fingerprint(self) -> str:
         return self.files.fingerprint()
+
+    def about(self, source: str) -> tuple[str, str]:
+        return self.files.licence, self.files.version
 
     def digests(self) -> None:
         return None
@@ -143,10 +140,6 @@ class FileStream:
                     yield document
                     room -= len(document.text)
 
-    def _source(self, id: str) -> str:
-        folder, slash, _ = id.partition("/")
-        return folder if slash else self.name
-
     def _documents(self, batch: readers.Batch) -> list[Document]:
-        plain = readers.kind(self.files.files[batch.position[0]][0]) == "text"
-        return [Document(corpora.tidy(text) if plain else text, self._source(id), id) for id, text in batch.records]
+        tidy = corpora.tidy if readers.kind(self.files.files[batch.position[0]][0]) == "text" else str
+        return [Document(tidy(text), self.files.source(id), id) for id, text in batch.records]

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 END = "<|endoftext|>"
 """The one special token of a tokenizer trained here, id 0: it begins a document (bos), ends the one before (eos) and
 pads (pad). In shards made with another tokenizer the token that ends its texts does all this."""
-END_ID = 0
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
 SAMPLE = 2_500  # bytes of text that are read for each entry of the vocabulary; more change it little and cost time
