@@ -145,16 +145,17 @@ def test_a_bad_corpus_leaves_no_claim_behind(settings, tmp_path):
 
 def test_slots_read_each_row_once_and_start_again_after_a_resume(tmp_path):
     slot = ladder.Slot(RunConfig(), tmp_path, None)
+    first, second = {"step": 0, "loss": 2.0}, {"step": 1, "loss": 1.0}
     assert slot.new_rows() == []
-    runs.append(tmp_path, {"step": 0})
+    runs.append(tmp_path, first)
     with open(tmp_path / "metrics.jsonl", "a") as f:
-        f.write('{"step": 1')
-    assert slot.new_rows() == [{"step": 0}]
+        f.write('{"step": 1, ')
+    assert slot.new_rows() == [first]
     with open(tmp_path / "metrics.jsonl", "a") as f:
-        f.write("}\n")
-    assert slot.new_rows() == [{"step": 1}]
+        f.write('"loss": 1.0}\n')
+    assert slot.new_rows() == [second]
     runs.truncate_steps(tmp_path, 1)
-    assert slot.new_rows() == [{"step": 0}]
+    assert slot.new_rows() == [first]
 
 
 def test_presets_are_valid_studies():
