@@ -31,6 +31,8 @@ def test_help(verb, capsys):
     [
         (["trian"], "Did you mean 'train'"),
         (["train"], "Give --out"),
+        (["train", "--out", "OUT", "--threads", "0"], "--threads must be at least 1"),
+        (["train", "--out", "OUT", "--branch-from", "absent"], "absent holds no run to branch from"),
         (["train", "--arms", "qies"], "Did you mean '--arm'"),
         (["train", "--tokens", "many", "--out", "OUT"], "tokens"),
         (["train", "--out", "OUT", "--arm", "transfomer"], "Did you mean 'transformer'"),
@@ -67,7 +69,7 @@ def test_bad_input_is_one_line_and_two(argv, words, tmp_path, capsys, monkeypatc
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("qies: ")
     assert words in captured.err
-    assert not (tmp_path / "out" / "run.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_other_files_is_left_alone(shard_folder, tmp_path, capsys):

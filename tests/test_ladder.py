@@ -1,5 +1,6 @@
 """Many runs by many controllers: leases, retries, kills. Workers are tiny commands that keep count of themselves."""
 
+import contextlib
 import json
 import os
 import signal
@@ -193,3 +194,16 @@ def test_status_reads_folders_alone(grid, shard_folder, fake, tmp_path):
     found = ladder.status(grid, tmp_path, [8.0] * 4)
     assert [r["state"] for r in found["runs"]] == ["done", "planned", "planned", "planned"]
     assert found["runs"][0]["attempts"] == 1 and found["seconds_left"] == 24.0
+
+
+def test_a_worker_trains_on_the_device_it_finds_and_ends_with_its_controller(shard_folder, tmp_path, monkeypatch):
+    from qies.ladder import worker
+    from qies.train import loop, parallel
+
+    config = RunConfig("qies", "50k")
+    runs.write(tmp_path, {"schema": 1, "status": "planned", "config": to_dict(config)})
+    own, seen = object(), {}
+    monkeypatch.setattr(parallel, "start", lambda folder: contextlib.nullcontext(own))
+    monkeypatch.setattr(loop, "train", lambda config, *rest, **how: seen.update(how, config=config))
+    assert worker.main(tmp_path, shard_folder, 1) == 0
+    assert seen["group"] is own and seen["parent"] == os.getppid() and seen["config"] == config

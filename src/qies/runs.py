@@ -87,7 +87,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text())
     except (ValueError, RecursionError):
         raise UserError(f"{path} is not valid JSON; delete that run's folder and run it again.") from None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA or record.get("status") not in STATUSES:
         raise UserError(f"{path} is not a run record of schema {SCHEMA}; delete that run's folder and run it again.")
     return record
 
@@ -114,9 +114,14 @@ def lock(folder: Path, patience: float = 30.0) -> Iterator[None]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise UserError when something in the run's folder is a symbolic link: writing there would write elsewhere."""
-    if links := sorted(p.name for p in folder.iterdir() if p.is_symlink()) if folder.is_dir() else []:
-        raise UserError(f"{folder / links[0]} is a symbolic link, which no run makes; delete it.")
+    """Raise UserError when something in the run's folder is a symbolic link: writing there would write elsewhere.
+
+    Folders in it are searched too, but not that of checkpoints, where nothing is written through a link.
+    """
+    for parent, folders, names in os.walk(folder):
+        if links := sorted(name for name in (*folders, *names) if Path(parent, name).is_symlink()):
+            raise UserError(f"{Path(parent, links[0])} is a symbolic link, which no run makes; delete it.")
+        folders[:] = [name for name in folders if name != "checkpoints"]
 
 
 def query(folder: Path, **equal: Any) -> list[dict[str, Any]]:

@@ -187,3 +187,11 @@ def test_no_network_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch, cap
     assert run(VERBS, ["data", "build", "hub:allenai/c4:en", "--out", str(tmp_path / "out")], "") == 2
     assert not (tmp_path / "out").exists()
     assert "qies: 'hub:allenai/c4:en' cannot be read" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_reading_goes_on_behind_a_validation_split_that_is_cut_short(c4: Path) -> None:
+    batches = list(HubStream(f"{c4}:en", val_characters=2500).batches(None, 1000))
+    last = max(i for i, batch in enumerate(batches) if batch.split == "val")
+    assert 2 < last + 1 < len([b for b in HubStream(f"{c4}:en").batches(None, 1000) if b.split == "val"])
+    rest = list(HubStream(f"{c4}:en", val_characters=2500).batches(batches[last].position, 1000))
+    assert [(b.split, b.documents) for b in rest] == [(b.split, b.documents) for b in batches[last + 1 :]]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from qies.data.readers import find_files, grouped
+from qies.data.streams import FileStream
 from qies.errors import UserError
 
 TEXTS = [f"Document {i}: señor 日本 " + "word " * i for i in range(1200)]
@@ -95,3 +96,12 @@ def test_nothing_to_read_is_refused(tmp_path):
             find_files(str(source))
     with pytest.raises(UserError, match="no corpus"):
         find_files(str(tmp_path / "absent"))
+
+
+def test_a_sample_of_many_files_is_about_as_long_as_asked_for(tmp_path):
+    for name in "abcd":
+        _write(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in TEXTS[:100]])
+    sample = list(FileStream(find_files(str(tmp_path))).sample(4000))
+    longest = max(len(text) for text in TEXTS[:100]) + 2
+    assert {document.text[0] for document in sample} == set("abcd")
+    assert 4000 <= sum(len(document.text) for document in sample) <= 4000 + 4 * longest

@@ -337,3 +337,15 @@ def test_faults_are_found_and_named(copy: Path, fault: str) -> None:
 def test_no_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no data set.*qies data build"):
         open_shards(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["seen.bin", "manifest.json.tmp", ".building"])
+def test_a_link_in_a_folder_that_is_half_built_is_refused(name: str, text_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".building").touch()
+    (tmp_path / "out" / name).unlink(missing_ok=True)
+    (tmp_path / "out" / name).symlink_to(tmp_path / "kept")
+    with pytest.raises(UserError, match=f"holds other files \\('{name}'\\)"):
+        build_shards(DataConfig(str(text_folder), 300), tmp_path / "out")
+    assert (tmp_path / "kept").read_text() == "kept"

@@ -221,3 +221,14 @@ for step in (1, 2):
         seen.add(meta["step"])
         assert torch.equal(tensors["w"], torch.full((5,), float(meta["step"])))
     assert seen == {1, 2}
+
+
+def test_later_ones_that_were_passed_over_push_out_no_good_one(tmp_path):
+    save(tmp_path, 1)
+    later = tensor_file(save(tmp_path, 9))
+    later.write_bytes(later.read_bytes()[:-1])
+    assert load(tmp_path)[0]["step"] == 1
+    save(tmp_path, 2, keep=1)
+    assert load(tmp_path)[0]["step"] == 2
+    save(tmp_path, 10, keep=1)
+    assert steps(tmp_path) == [10]

@@ -153,3 +153,43 @@ def test_a_branch_cut_off_while_it_starts_is_made_again(trunk, shards, tmp_path,
     record = loop.train(short, shards, tmp_path / "branch")
     assert record["branch"]["step"] == 6
     assert [row["step"] for row in runs.steps(tmp_path / "branch")] == list(range(10))
+
+
+def test_a_budget_below_the_steps_taken_is_refused(config, shards, unfinished):
+    before = runs.read(unfinished)
+    with pytest.raises(UserError, match=r"at step 4, beyond the 3 .*tokens: 1280 -> 384"):
+        loop.train(dataclasses.replace(config, tokens=STEP * 3), shards, unfinished)
+    assert runs.read(unfinished) == before
+
+
+@pytest.mark.parametrize("name", [".ranks/0", "model/config.json", "data/manifest.json.tmp", "run.json"])
+def test_a_link_anywhere_in_the_folder_is_refused(name, config, shards, tmp_path):
+    (tmp_path / "kept").write_text("kept")
+    link = tmp_path / "run" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "kept")
+    with pytest.raises(UserError, match=f"{link.name} is a symbolic link"):
+        folders.claim(config, tmp_path / "run")
+    assert (tmp_path / "kept").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "record", ['{"schema": 1}', '{"schema": 1, "status": "running"}', '{"schema": 1, "status": []}']
+)
+def test_a_record_without_its_configuration_is_one_line(record, config, tmp_path):
+    (tmp_path / "run.json").write_text(record)
+    with pytest.raises(UserError, match="delete that run's folder"):
+        folders.claim(config, tmp_path)
+
+
+def test_who_branches_holds_the_folder(trunk, tmp_path, monkeypatch):
+    config, out = trunk
+
+    def copy(path, folder):
+        with pytest.raises(UserError, match="in use"), runs.lock(tmp_path / "branch", 0):
+            pass
+        raise Cut
+
+    monkeypatch.setattr(folders.checkpoint, "copy", copy)
+    with pytest.raises(Cut):
+        folders.branch(dataclasses.replace(changed(config, branches=()), tokens=STEP * 10), out, tmp_path / "branch")

@@ -295,3 +295,11 @@ def test_a_full_disk_anywhere_in_a_run_is_one_line(config, shards, tmp_path, mon
         loop.train(config, shards, tmp_path)
     assert caught.value.code == 1 and "\n" not in str(caught.value)
     assert loop.train(config, shards, tmp_path)["status"] == "done"
+
+
+def test_a_run_stops_without_its_parent_only_if_it_has_one_to_wait_for(undisturbed, config, shards, tmp_path):
+    with pytest.raises(loop.Interrupted) as stopped:
+        loop.train(config, shards, tmp_path / "run", parent=-1)
+    assert stopped.value.code == 143 and len(rows(tmp_path / "run")) == 1
+    loop.train(config, shards, tmp_path / "run")  # of whichever parent
+    assert [r["loss"] for r in rows(tmp_path / "run")] == [r["loss"] for r in rows(undisturbed[0])]

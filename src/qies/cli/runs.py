@@ -266,6 +266,8 @@ def train(
 
     if out is None:
         raise UserError("Give --out DIR, the folder of this run.")
+    if threads is not None and threads < 1:
+        raise UserError("--threads must be at least 1.")
     trackers = parse(track)
     named = {"arm": arm, "size": size, "tokens": tokens, "seed": seed}
     flags = [f"{k}={v}" for k, v in named.items() if v is not None]
@@ -273,7 +275,9 @@ def train(
         chosen = configs.load(configs.RunConfig, config, [*flags, *overrides])
     elif branch_from is not None:
         trunk = runs.read(branch_from)
-        base = configs.merge(trunk["config"], ["train.branches=[]", "train.milestones=[]"]) if trunk else {}
+        if trunk is None or not isinstance(trunk.get("config"), dict):
+            raise UserError(f"{branch_from} holds no run to branch from; give the folder of the longer run.")
+        base = configs.merge(trunk["config"], ["train.branches=[]", "train.milestones=[]"])
         chosen = configs.from_dict(configs.RunConfig, configs.merge(base, [*flags, *overrides]))
     else:
         chosen = configs.from_dict(configs.RunConfig, configs.merge({}, [*flags, *overrides]))
@@ -294,6 +298,8 @@ def train(
             branch(chosen, branch_from, out)
         return built
 
+    # A shell may go (nohup, a closed terminal); a torchrun that went would leave ranks that nobody restarts.
+    parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     claim(chosen, out)
     with start(out) as group:
         shards = open_shards(group.on_first(prepare))
@@ -304,7 +310,7 @@ def train(
                 bar(row)
                 tracked(row)
 
-            record = train_run(chosen, shards, out, progress=progress, group=group)
+            record = train_run(chosen, shards, out, progress=progress, group=group, parent=parent)
         if group.rank == 0:
             show(json, record, lambda: _print_record(record, out))
 

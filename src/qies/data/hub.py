@@ -68,6 +68,8 @@ class HubStream:
             else:
                 number, read = 0, 0
             limit = self.val_characters if split == self._val else 0
+            if limit and read >= limit:  # cut off just behind its last batch
+                continue
             for documents, state in self._grouped(data, split, number, characters):
                 number += len(documents)
                 read += sum(len(document.text) for document in documents)

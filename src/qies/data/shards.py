@@ -315,7 +315,8 @@ def _existing(
         if other:
             raise UserError(f"'{out}' holds other data ({'; '.join(other)}); give another folder")
         return manifest
-    foreign = [name for name in names if name != _MARKER and not (_MARKER in names and _OWN.fullmatch(name))]
+    ours = {name for name in names if name == _MARKER or (_MARKER in names and _OWN.fullmatch(name))}
+    foreign = [name for name in names if name not in ours or (out / name).is_symlink()]
     if foreign:
         raise UserError(f"'{out}' holds other files ('{foreign[0]}'); give a new or an empty folder")
     return None

@@ -130,10 +130,10 @@ class FileStream:
 
     def sample(self, characters: int) -> Iterator[Document]:
         """The beginnings of all files, as much of each."""
-        share = characters // len(self.files.files)
+        share = -(-characters // len(self.files.files))
         for number in range(len(self.files.files)):
             room = share
-            for batch in self.files.batches([number, 0]):
+            for batch in self.files.batches([number, 0], min(share, readers.BATCH[1])):
                 if batch.position[0] != number or room <= 0:
                     break
                 for document in self._documents(batch):

@@ -186,7 +186,7 @@ def _start(
     config: RunConfig, folder: Path, held: Lease, gpus: str | None, command: Sequence[str], threads: int
 ) -> Slot:
     """A fresh interpreter for the run; what it prints goes beside its attempt."""
-    env = os.environ | thread_environment(threads)
+    env = os.environ | thread_environment(threads) | {"WORLD_SIZE": "1", "RANK": "0"}  # alone, whatever started us
     if gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpus
     *program, data = command

@@ -6,6 +6,7 @@ Exit code 0: done or diverged; 2: bad input; 128 + n: saved after signal n; anyt
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> i
     from qies.data.shards import open_shards
     from qies.errors import UserError
     from qies.train.loop import Interrupted, train
+    from qies.train.parallel import start
     from qies.train.tracking import tracking
 
     torch.set_num_threads(threads)
@@ -31,8 +33,10 @@ def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> i
         if record is None:
             raise UserError(f"{folder} holds no run.json; plan the run first.")
         config = from_dict(RunConfig, record["config"])
-        with tracking(track, folder) as tracked:
-            train(config, open_shards(data), folder, patience=PATIENCE, progress=tracked)
+        parent = os.getppid()
+        with start(folder) as group, tracking(track, folder) as tracked:
+            shards = open_shards(data)
+            train(config, shards, folder, patience=PATIENCE, progress=tracked, group=group, parent=parent)
     except Interrupted as error:
         return error.code
     except UserError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import stat
@@ -74,7 +75,7 @@ def save(
             final = _seal(partial, {"step": step, **meta})
         except OSError as e:
             raise _full(partial, str(e)) from None
-        _prune(folder, keep, milestones)
+        _prune(folder, keep, milestones, step)
         return final
 
     return group.on_first(seal)
@@ -184,13 +185,16 @@ def _publish(partial: Path) -> Path:
     return final
 
 
-def _prune(folder: Path, keep: int, milestones: Collection[int]) -> None:
+def _prune(folder: Path, keep: int, milestones: Collection[int], upto: float = math.inf) -> None:
+    """Drop all up to step `upto` but the newest `keep` of them and the milestones. Those beyond were passed over when
+    the run resumed (broken, or their rows lost): they must not push out good ones, and go once the run is past them."""
     steps: dict[Path, int] = {}
     for path in _entries(folder):
         try:
             steps[path] = _meta(path)["step"]
         except ValueError:
             steps[path] = -1  # unreadable: older than any
+    steps = {path: step for path, step in steps.items() if step <= upto}
     kept = sorted(set(steps.values()))[-keep:] if keep else []
     for path, step in steps.items():
         if step not in kept and step not in milestones:

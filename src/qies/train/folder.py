@@ -39,6 +39,8 @@ def claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
                 f"{folder} holds no run but other files ({', '.join(sorted(other)[:3])}); give another --out."
             )
         return None
+    if not isinstance(record.get("config"), dict) or "config_hash" not in record:
+        raise UserError(f"{folder / 'run.json'} names no configuration; delete that run's folder and run it again.")
     if changes := _changes(config, folder, record):
         fixed = [c for c in changes if c.startswith(FIXED)]
         if fixed or record["status"] in ("done", "diverged"):
@@ -58,8 +60,13 @@ def open_run(config: RunConfig, shards: Shards, folder: Path) -> dict[str, Any]:
         record = runs.plan(config, shards.manifest.vocab_size) | {"data": shards.identity()}
         runs.write(folder, record)
     elif changes := _changes(config, folder, record):
-        log.warning("%s goes on with another configuration: %s", folder, "; ".join(changes))
         found = checkpoint.newest(folder / CHECKPOINTS)
+        if found and found[1]["step"] > config.steps:
+            raise UserError(
+                f"{folder} is at step {found[1]['step']}, beyond the {config.steps} of this configuration "
+                f"({'; '.join(changes)}); give another --out."
+            )
+        log.warning("%s goes on with another configuration: %s", folder, "; ".join(changes))
         logged = [*record.get("config_changes", []), {"step": found[1]["step"] if found else 0, "changes": changes}]
         planned = runs.plan(config, shards.manifest.vocab_size)
         record |= {k: planned[k] for k in ("config", "config_hash", "tokens", "steps", "flops")}
@@ -110,12 +117,16 @@ def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
         )
     path, meta = found
     planned = runs.plan(config, record["model"]["vocab_size"]) | {"data": record["data"]}
-    runs.write(folder, planned)  # killed from here on, the same command branches again
-    runs.truncate_steps(folder, 0)
-    for row in runs.steps(trunk)[: meta["step"]]:
-        runs.append(folder, row)
-    checkpoint.copy(path, folder / CHECKPOINTS)
-    runs.write(folder, planned | {"branch": {"from": record["config_hash"], "step": meta["step"]}})
+    with runs.lock(folder):
+        own = claim(config, folder)
+        if own is not None and own["status"] != "planned":  # branched by another process meanwhile
+            return
+        runs.write(folder, planned)  # killed from here on, the same command branches again
+        runs.truncate_steps(folder, 0)
+        for row in runs.steps(trunk)[: meta["step"]]:
+            runs.append(folder, row)
+        checkpoint.copy(path, folder / CHECKPOINTS)
+        runs.write(folder, planned | {"branch": {"from": record["config_hash"], "step": meta["step"]}})
 
 
 def _config(folder: Path, record: dict[str, Any]) -> RunConfig:

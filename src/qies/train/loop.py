@@ -88,13 +88,15 @@ def train(
     progress: Progress | None = None,
     patience: float = 30.0,
     group: Group | None = None,
+    parent: int | None = None,
 ) -> dict[str, Any]:
     """Train one run in `folder` and return its record; a finished run is returned as it is, an unfinished one resumed.
 
     Writes run.json, metrics.jsonl (a row a step), checkpoints while it runs, and `model/` (safetensors and
     tokenizer) at the end. Raises UserError when `folder` holds another run or other data, Interrupted after
     SIGTERM or SIGINT once the state is saved, Stopped when the disk is full. Another process in the same folder is
-    waited for, `patience` seconds. Every process of `group` (`qies.train.parallel.start`) calls this alike.
+    waited for, `patience` seconds. Every process of `group` (`qies.train.parallel.start`) calls this alike. A run that
+    is given the id of its `parent` (a controller, torchrun) stops as by SIGTERM when that is gone.
     """
     keep_memory()
     group = group or Group()
@@ -109,7 +111,7 @@ def train(
             return record
         stop = held.enter_context(_StopSignals())
         try:
-            return _Run(config, shards, folder, record, progress, stop, group).go()
+            return _Run(config, shards, folder, record, progress, stop, group, parent).go()
         except (OSError, SafetensorError) as e:
             if isinstance(e, OSError) and e.errno not in FULL:
                 raise
@@ -122,7 +124,7 @@ def train(
 class _Run:
     """One run's moving parts: model, optimizers, position, and what they cost so far."""
 
-    def __init__(self, config, shards, folder, record, progress, stop, group) -> None:
+    def __init__(self, config, shards, folder, record, progress, stop, group, parent) -> None:
         self.group, self.slice = group, group.rows(config.train.batch_size)
         if config.train.batch_size // group.size % config.train.accumulate:
             raise UserError(
@@ -130,8 +132,7 @@ class _Run:
                 f"{config.train.accumulate} micro-batches (train.accumulate)."
             )
         self.config, self.shards, self.folder, self.record = config, shards, folder, record
-        self.parent = os.getppid()
-        self.progress, self.stop, self.train = progress, stop, config.train
+        self.progress, self.stop, self.train, self.parent = progress, stop, config.train, parent
         self.checkpoints = folder / CHECKPOINTS
         self.model = group.shard(lambda: build_model(config, shards.manifest.vocab_size))
         if self.train.recompute:
@@ -167,7 +168,7 @@ class _Run:
                     self.progress(row)
             if self.skipped > self.train.max_skipped:
                 return self._write("diverged", error=f"{self.skipped} steps with a non-finite loss or gradient")
-            if os.getppid() != self.parent:  # the controller is gone: nobody waits for this run any more
+            if self.parent not in (None, os.getppid()):  # nobody waits for this run any more
                 self.stop.code = 128 + signal.SIGTERM
             if code := int(self.group.gather([self.stop.code]).max()):  # a signal to one process is one to all
                 self._save()
