@@ -1,6 +1,7 @@
 """`qies ladder`: what its actions print, when they end, and jobs that share a ladder with other controllers."""
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import threading
 import time
 
 import pytest
+from rich.console import Console
 
 from ladder_workers import quick
 from qies import cli, ladder, runs
+from qies.cli import ladders
 from qies.config import StudyConfig, content_hash, save
 from qies.ladder.lease import attempts
 
@@ -178,3 +181,17 @@ def test_a_submitted_ladder_trains(file, tmp_path, capsys):
     records = [runs.read(p.parent) for p in out.glob("runs/*/run.json")]
     assert [r["status"] for r in records] == ["done"] * 4
     assert all(list((out / "runs" / r["config_hash"] / "tensorboard").glob("events*")) for r in records)
+
+
+def test_the_status_table_fits_eighty_columns(monkeypatch):
+    run = {
+        "run": "0123456789abcdef", "arm": "transformer", "size": "400k", "tokens": 800_768, "seed": 0,
+        "state": "interrupted", "step": 391, "steps": 391, "tokens_per_second": 30_123.4, "loss": 4.5,
+        "seconds_left": 3_600,
+    }  # fmt: skip
+    text = io.StringIO()
+    Console(file=text, width=80).print(ladders._table({"runs": [run], "seconds_left": 3_600}))
+    assert all(
+        cell in text.getvalue() for cell in ("transformer", "0.80M", "interrupted", "391/391", "30,123", "60:00")
+    )
+    assert "…" not in text.getvalue()

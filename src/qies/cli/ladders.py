@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -128,7 +127,8 @@ def ladder(
 def _table(found: dict[str, Any]) -> Table:
     from qies.study import clock
 
-    table = Table(box=box.SIMPLE_HEAD, caption=f"{clock(found['seconds_left'])} left with the runs now active")
+    left = f"{clock(found['seconds_left'])} left with the runs now active"
+    table = Table(box=None, caption=left, collapse_padding=True, pad_edge=False)  # fits 80 columns
     for column in ("run", "arm", "size", "tokens", "seed", "state", "step", "tokens/s", "loss", "left"):
         table.add_column(column, justify="left" if column in ("run", "arm", "state") else "right", no_wrap=True)
     for r in found["runs"]:

@@ -302,7 +302,7 @@ def train(
     parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     claim(chosen, out)
     with start(out) as group:
-        shards = open_shards(group.on_first(prepare))
+        shards = open_shards(group.on_first(prepare), checked=True)
         quiet = json or group.rank > 0
         with training_bar(chosen.steps, quiet) as bar, tracking(trackers if group.rank == 0 else (), out) as tracked:
 

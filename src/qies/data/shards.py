@@ -129,15 +129,16 @@ class Shards:
         }
 
 
-def open_shards(folder: Path | str) -> Shards:
+def open_shards(folder: Path | str, *, checked: bool = False) -> Shards:
     """The data set in `folder`, after a look at all of it: manifest, tokenizer, and each shard's size, sha256 and ids.
+    Not at the shards where another process has just `checked` them.
 
     Raises UserError, naming the file, if anything is missing, linked to elsewhere, or not what the manifest says.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     _check_tokenizer(folder / TOKENIZER, manifest)
-    for split in SPLITS:
+    for split in () if checked else SPLITS:
         for shard in manifest.split(split).shards:
             problem = _problem(folder / shard.file, shard, manifest)
             if problem:

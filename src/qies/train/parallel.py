@@ -30,7 +30,9 @@ from qies.model import QiesForCausalLM
 from qies.train.deferred import Deferred
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # of a collective; a process that dies is noticed by `_Watch`, far sooner
+# Of a collective: the others wait while the first builds data or checks the files of a checkpoint. A process that dies
+# is noticed by `_Watch`, far sooner.
+TIMEOUT = timedelta(hours=2)
 POLL_SECONDS = 0.5
 START_SECONDS = 45.0  # for all processes to meet, where no torchrun sees to it that they start
 GRACE_SECONDS = 5.0  # for the main thread to end by itself when a process is lost
