@@ -350,3 +350,22 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, message: str, workers:
             build=Build(tokenizer=str(tmp_path / "tokenizer")), workers=workers,
         )  # fmt: skip
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_text_is_cut_as_the_text_itself_is(suffix, tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+
+    text = "\n\n".join(f"Paragraph {n} tells of the number {n * n} and of {n + 1}." for n in range(3000)).encode()
+    packed = gzip.compress(text) if suffix == ".gz" else pyarrow.Codec("zstd").compress(text, asbytes=True)
+    manifests = []
+    for name, content in (("plain/a.txt", text), (f"packed/a.txt{suffix}", packed)):
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.write_bytes(content)
+        manifests.append(build_shards(DataConfig(str(path), vocab_size=300), tmp_path / f"out{len(manifests)}"))
+    plain, unpacked = manifests
+    assert plain.train.documents > 1 and plain.val.documents > 0
+    sizes = [(m.train.documents + m.val.documents, m.train.bytes + m.val.bytes) for m in manifests]
+    assert sizes[0] == sizes[1]  # the names, which decide what is held out, differ

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qies.data import registry
 from qies.data.builtin import GENRES
-from qies.data.readers import LONGEST, Files, find_files
+from qies.data.readers import LONGEST, Files, find_files, read_whole
 from qies.errors import UserError
 
 # A text file of more than LONGEST characters is cut into documents; in a corpus of few files a shorter one too,
@@ -94,7 +94,7 @@ def fingerprint(source: str) -> str:
         return registry.registry_fingerprint(source)
     if source == "builtin":
         return "; ".join(genre.version() for genre in GENRES)
-    return _sha256(part for path, id in find_files(source).files for part in (id.encode(), _bytes(path)))
+    return _sha256(part for path, id in find_files(source).files for part in (id.encode(), read_whole(path)))
 
 
 def _is_registry(source: str) -> bool:
@@ -214,7 +214,7 @@ def _read(files: Files) -> Iterator[Document]:
 
 def _decode(path: Path) -> str:
     try:
-        text = _bytes(path).decode("utf-8-sig")
+        text = read_whole(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"'{path}' is not UTF-8 text (at byte {error.start}); convert it or leave it out") from None
     if "\0" in text:
@@ -231,10 +231,3 @@ def _cut(text: str, length: int) -> Iterator[str]:
         yield text[start:end].strip()
         start = end
     yield text[start:].strip()
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read ({error.strerror}); check its permissions") from None
