@@ -90,6 +90,22 @@ def test_crossing_beyond_the_runs_says_how_far():
     assert "10 times beyond the runs" in result.summary()
 
 
+@pytest.mark.parametrize(
+    ("lo", "hi", "said"),
+    [
+        (1e9, 1e11, "not told apart from 1e+09 to 1e+11"),
+        (None, 1e11, "not told apart to 1e+11"),
+        (1e9, None, "not told apart from 1e+09"),
+        (None, None, "not told apart at any compute"),
+    ],
+)
+def test_what_is_open_of_a_crossings_range_is_left_out(lo, hi, said):
+    c = 6 * LADDER.prod(axis=1)
+    result = compare(table(LADDER, flat({"q": 40 * c**-0.06, "t": 20 * c**-0.04})), "q", "t")
+    crossing = dataclasses.replace(result.crossings[0], lo=lo, hi=hi)
+    assert f"({said})" in dataclasses.replace(result, crossings=(crossing,)).summary()
+
+
 def test_frontier_of_a_surface_is_its_optimum():
     n, d = GRID.T
     result = compare(table(GRID, flat({"q": chinchilla(n, d), "t": chinchilla(n, d, e=E + 0.1)})), "q", "t")

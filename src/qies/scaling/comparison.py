@@ -199,10 +199,8 @@ class Comparison:
     def _crossings(self) -> list[str]:
         said = []
         for c in self.crossings:
-            ends = ["unknown" if end is None else f"{end:.3g}" for end in (c.lo, c.hi)]
-            range_ = (
-                "at no compute told apart" if c.lo is c.hi is None else f"not told apart from {ends[0]} to {ends[1]}"
-            )
+            ends = [f"{word} {end:.3g}" for word, end in (("from", c.lo), ("to", c.hi)) if end is not None]
+            range_ = f"not told apart {' '.join(ends) or 'at any compute'}"
             where = "inside the runs" if c.reach <= INSIDE else f"{c.reach:.2g} times beyond the runs"
             said.append(
                 f"The laws cross at {c.compute:.3g} FLOPs, {where} ({range_}); beyond it {c.lower_beyond} is lower"
