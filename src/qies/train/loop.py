@@ -173,7 +173,8 @@ class _Run:
             if code := int(self.group.gather([self.stop.code]).max()):  # a signal to one process is one to all
                 self._save()
                 raise Interrupted(code)
-            if (self.step % self.train.save_every == 0 and self.step < self.config.steps) or self.step in milestones:
+            last = self.step == self.config.steps  # the evaluation may be long
+            if last or self.step % self.train.save_every == 0 or self.step in milestones:
                 self._save()
         return self._finish()
 
