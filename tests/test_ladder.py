@@ -1,6 +1,7 @@
 """Many runs by many controllers: leases, retries, kills. Workers are tiny commands that keep count of themselves."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from qies import ladder, runs
 from qies.config import RunConfig, StudyConfig, content_hash, from_dict, to_dict
 from qies.ladder import lease as leases
 from qies.ladder.lease import acquire, attempts
+from qies.ladder.ranks import Ranks
 
 # Counts its starts, takes the run's lock as the training loop does, writes three rows once, and is done.
 FAKE = """
@@ -202,8 +204,68 @@ def test_a_worker_trains_on_the_device_it_finds_and_ends_with_its_controller(sha
 
     config = RunConfig("qies", "50k")
     runs.write(tmp_path, {"schema": 1, "status": "planned", "config": to_dict(config)})
-    own, seen = object(), {}
+    own, seen = parallel.Group(), {}
     monkeypatch.setattr(parallel, "start", lambda folder: contextlib.nullcontext(own))
     monkeypatch.setattr(loop, "train", lambda config, *rest, **how: seen.update(how, config=config))
     assert worker.main(tmp_path, shard_folder, 1) == 0
     assert seen["group"] is own and seen["parent"] == os.getppid() and seen["config"] == config
+
+
+def shell(tmp_path, script, count):
+    """Ranks of a shell script, once they have ended, and what they printed."""
+    ranks = Ranks(["sh", "-c", script], dict(os.environ), tmp_path / "log", count)
+    code = ranks.wait(20)
+    assert ranks.poll() == ranks.returncode == code
+    return code, sorted((tmp_path / "log").read_text().split())
+
+
+def test_a_run_of_several_gpus_is_as_many_processes_that_can_meet(tmp_path):
+    code, printed = shell(tmp_path, "echo $RANK/$LOCAL_RANK/$WORLD_SIZE/$MASTER_ADDR:$MASTER_PORT", 2)
+    port = printed[0].split(":")[1]
+    assert code == 0 and int(port) > 0 and printed == [f"{r}/{r}/2/127.0.0.1:{port}" for r in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("exit 2", 2),
+        ("exit $RANK", 1),
+        ("test $RANK = 1 && kill -9 $$; exit 1", -9),  # the others end of it
+        ("exit 143", 143),
+    ],
+)
+def test_the_code_of_several_processes_tells_what_ended_them(tmp_path, script, code):
+    assert shell(tmp_path, script, 3)[0] == code
+
+
+def test_every_process_of_a_run_is_stopped(tmp_path):
+    ranks = Ranks(["sleep", "60"], dict(os.environ), tmp_path / "log", 2)
+    assert ranks.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        ranks.wait(0.05)
+    ranks.terminate()
+    assert ranks.wait(20) == -signal.SIGTERM and [p.returncode for p in ranks.processes] == [-signal.SIGTERM] * 2
+
+
+@pytest.mark.slow
+def test_a_run_on_two_devices_equals_that_on_one(grid, shard_folder, tmp_path, monkeypatch):
+    """Two processes of one run, gloo for want of GPUs."""
+    exact = dataclasses.replace(grid[0].train, muon_precision="fp32")
+    config = dataclasses.replace(grid[0], tokens=5 * grid[0].tokens, train=exact)
+    (alone,) = ladder.execute([config], tmp_path / "one", shard_folder, workers=1)
+    monkeypatch.setattr(ladder.controller, "_devices", lambda workers, gpus: ["0,1"])
+    (both,) = ladder.execute([config], tmp_path / "two", shard_folder, workers=1, gpus=2)
+    assert (alone["processes"], both["processes"], both["status"]) == (1, 2, "done")
+    folders = [tmp_path / name / content_hash(config) for name in ("one", "two")]
+    losses = [[row["loss"] for row in runs.steps(folder)] for folder in folders]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert len(attempts(folders[1])) == 1
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_divide_among_the_devices_is_not_tried_again(grid, shard_folder, tmp_path, monkeypatch):
+    config = dataclasses.replace(grid[0], train=dataclasses.replace(grid[0].train, batch_size=3))
+    monkeypatch.setattr(ladder.controller, "_devices", lambda workers, gpus: ["0,1"])
+    (record,) = ladder.execute([config], tmp_path, shard_folder, workers=1, gpus=2)
+    assert record["status"] == "failed" and "multiple of the 2 processes" in record["error"]
+    assert len(attempts(tmp_path / content_hash(config))) == 1

@@ -91,7 +91,7 @@ def test_watching_ends_when_the_last_run_does(study, file, fast, tmp_path, capsy
         (["ladder", "go", "FILE"], "invalid choice"),
         (["ladder", "run", "FILE", "armz=[qies]"], "Did you mean 'arms'"),
         (["ladder", "run", "FILE", "--workers", "0"], "--workers must be at least 1"),
-        (["ladder", "run", "FILE", "--gpus", "2"], "--gpus is at most 1"),
+        (["ladder", "run", "FILE", "--gpus", "2"], "runs of 2 GPUs need"),
         (["ladder", "run", "FILE", "--jobs", "0", "--submit", "local"], "--jobs must be at least 1"),
         (["ladder", "run", "FILE", "--track", "tensorbord"], "Did you mean 'tensorboard'"),
         (["ladder", "run", "FILE", "--sbatch", "partition=gpu"], "--sbatch belongs to --submit slurm"),

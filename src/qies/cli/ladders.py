@@ -49,7 +49,7 @@ def ladder(
         out: The ladder's folder; by default results/NAME.
         workers: Runs side by side; by default one for each `threads` cores, and in a submitted job one.
         threads: Processor threads of a run.
-        gpus: 1 gives each run a GPU of its own, by CUDA_VISIBLE_DEVICES; more is not supported.
+        gpus: GPUs of each run, which has a process on each; its batch must divide among them.
         retries: New attempts after a run's first failure.
         retry_failed: Try again the runs that were given up.
         track: Where metrics go beside metrics.jsonl: tensorboard, trackio, or both with a comma between.
@@ -70,8 +70,6 @@ def ladder(
                                 ("retries", retries, 0), ("jobs", jobs, 1), ("minutes", minutes, 1)):  # fmt: skip
         if number is not None and number < least:
             raise UserError(f"--{name} must be at least {least}.")
-    if gpus > 1:  # it would hold the others and leave them idle
-        raise UserError("--gpus is at most 1: a run of a ladder is one process; torchrun trains one run on many GPUs.")
     files = [w for w in overrides if "=" not in w]
     changes = [w for w in overrides if "=" in w]
     if action == "status":

@@ -18,6 +18,7 @@ from qies.config import RunConfig, content_hash
 from qies.errors import UserError
 from qies.ladder import lease as leases
 from qies.ladder.lease import STALE_SECONDS, Lease
+from qies.ladder.ranks import Ranks
 
 POLL_SECONDS = 0.25
 SCAN_SECONDS = 1.0  # between looks for runs that have become free
@@ -41,7 +42,7 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 @dataclass
 class Slot:
-    """One run in progress: its process, its lease, the GPUs it has, and how far its metrics are read."""
+    """One run in progress: its processes, its lease, the GPUs it has, and how far its metrics are read."""
 
     config: RunConfig
     folder: Path
@@ -185,15 +186,13 @@ def _plan(folder: Path, config: RunConfig, vocab: int) -> None:
 def _start(
     config: RunConfig, folder: Path, held: Lease, gpus: str | None, command: Sequence[str], threads: int
 ) -> Slot:
-    """A fresh interpreter for the run; what it prints goes beside its attempt."""
-    env = os.environ | thread_environment(threads) | {"WORLD_SIZE": "1", "RANK": "0"}  # alone, whatever started us
+    """Fresh interpreters for the run, one or one a GPU; what they print goes beside its attempt."""
+    env = os.environ | thread_environment(threads)
     if gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpus
     *program, data = command
-    with open(held.log, "wb") as log:
-        words = [*program, str(folder), data, str(threads)]
-        process = subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-    return Slot(config, folder, process, held, gpus)
+    words = [*program, str(folder), data, str(threads)]
+    return Slot(config, folder, Ranks(words, env, held.log, len((gpus or "0").split(","))), held, gpus)
 
 
 def _settle(slot: Slot, retries: int, stopping: bool = False) -> str:

@@ -56,8 +56,8 @@ def submit(
     """Start `jobs` controllers of at most `minutes` each, and return their ids; submitit's files go into `logs`.
 
     cluster: "slurm", or "local" for processes of this host that outlive the caller. sbatch: more of sbatch's own
-    options, "partition=gpu account=mine". how: keywords of `execute`; a job asks for their workers x threads
-    processors and workers x gpus devices. Raises UserError when submitit or Slurm is missing or refuses.
+    options, "partition=gpu account=mine". how: keywords of `execute`; a job asks for workers x gpus devices, and for
+    `threads` processors for each, or for each worker. Raises UserError when submitit or Slurm is missing or refuses.
     """
     extra = check(cluster, sbatch)
     import submitit
@@ -65,7 +65,7 @@ def submit(
     wanted: dict[str, Any] = {
         "name": "qies-ladder",
         "timeout_min": minutes,
-        "cpus_per_task": how["workers"] * how["threads"],
+        "cpus_per_task": how["workers"] * max(1, how["gpus"]) * how["threads"],
         "slurm_signal_delay_s": WARNING_SECONDS,
         "slurm_additional_parameters": extra,
     }

@@ -1,4 +1,4 @@
-"""The process of one run: `python -m qies.ladder.worker [--track=NAMES] FOLDER DATA THREADS`. Its configuration is in
+"""A process of one run: `python -m qies.ladder.worker [--track=NAMES] FOLDER DATA THREADS`. Its configuration is in
 run.json.
 
 Exit code 0: done or diverged; 2: bad input; 128 + n: saved after signal n; anything else: failed, traceback on stderr.
@@ -34,13 +34,15 @@ def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> i
             raise UserError(f"{folder} holds no run.json; plan the run first.")
         config = from_dict(RunConfig, record["config"])
         parent = os.getppid()
-        with start(folder) as group, tracking(track, folder) as tracked:
-            shards = open_shards(data)
+        with start(folder) as group, tracking(track if group.rank == 0 else (), folder) as tracked:
+            group.on_first(lambda: open_shards(data) and None)
+            shards = open_shards(data, checked=True)
             train(config, shards, folder, patience=PATIENCE, progress=tracked, group=group, parent=parent)
     except Interrupted as error:
         return error.code
     except UserError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
         return 2
     return 0
 

@@ -1,0 +1,57 @@
+"""The processes of one run: one, or one for each of its GPUs, which find each other as torchrun's do."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+class Ranks:
+    """`count` processes of one command, as far as a controller wants to know of them: like one `Popen`.
+
+    When one dies the others end by themselves within seconds (`qies.train.parallel`).
+    """
+
+    def __init__(self, words: Sequence[str], env: Mapping[str, str], log: Path, count: int) -> None:
+        # RANK and WORLD_SIZE are set for a lone process too: whatever started the controller, the run is its own
+        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        self.processes = []
+        with open(log, "wb") as out:
+            for rank in range(count):
+                own = {**env, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self.processes.append(
+                    subprocess.Popen(words, env=own, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+                )
+
+    def poll(self) -> int | None:
+        """None while any of them runs, then `returncode`."""
+        return self.returncode if all([p.poll() is not None for p in self.processes]) else None
+
+    @property
+    def returncode(self) -> int:
+        """Of the ended processes: 0 if all ended well; else that of one a signal ended, or else of the first that did
+        not: what the others end with is its consequence."""
+        codes = [p.returncode for p in self.processes if p.returncode]
+        return next((code for code in codes if code < 0), codes[0] if codes else 0)
+
+    def terminate(self) -> None:
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+
+    def wait(self, timeout: float) -> int:
+        """`returncode` once all have ended. Raises subprocess.TimeoutExpired."""
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.wait(max(0.0, end - time.monotonic()))
+        return self.returncode
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
