@@ -31,7 +31,8 @@ def test_help(verb, capsys):
     [
         (["trian"], "Did you mean 'train'"),
         (["train"], "Give --out"),
-        (["train", "--out", "OUT", "--threads", "0"], "--threads must be at least 1"),
+        (["train", "--out", "OUT", "--threads", "0"], "--threads must be 1 to 1024"),
+        (["train", "--out", "OUT", "--seed", "99999999999999999999"], "it must be an integer of 64 bits"),
         (["train", "--out", "OUT", "--branch-from", "absent"], "absent holds no run to branch from"),
         (["train", "--arms", "qies"], "Did you mean '--arm'"),
         (["train", "--tokens", "many", "--out", "OUT"], "tokens"),
@@ -70,6 +71,16 @@ def test_bad_input_is_one_line_and_two(argv, words, tmp_path, capsys, monkeypatc
     assert captured.err.count("\n") == 1 and captured.err.startswith("qies: ")
     assert words in captured.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", [["train"], ["study", "--preset", "quick"]])
+def test_a_folder_below_a_file_is_one_line(verb, shard_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("precious")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        argv = [*verb, "--out", str(out), *(["--data", str(shard_folder)] if verb == ["train"] else [])]
+        assert call(*argv) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_a_folder_with_other_files_is_left_alone(shard_folder, tmp_path, capsys):

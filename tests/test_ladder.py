@@ -13,6 +13,7 @@ import pytest
 
 from qies import ladder, runs
 from qies.config import RunConfig, StudyConfig, content_hash, from_dict, to_dict
+from qies.errors import UserError
 from qies.ladder import lease as leases
 from qies.ladder.lease import acquire, attempts
 from qies.ladder.ranks import Ranks
@@ -238,6 +239,48 @@ def test_the_code_of_several_processes_tells_what_ended_them(tmp_path, script, c
     assert shell(tmp_path, script, 3)[0] == code
 
 
+def test_a_torchrun_around_the_ladder_is_none_of_the_run(tmp_path, monkeypatch):
+    """With its variables rank 0 would start no store, and all would wait for one."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert shell(tmp_path, "echo ${TORCHELASTIC_USE_AGENT_STORE:-none}", 2) == (0, ["none", "none"])
+
+
+def test_devices_that_are_not_there_are_no_devices(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")  # as submitit's local executor sets it
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert ladder.devices(2, 1) == ["0", "1"]
+    with pytest.raises(UserError, match="2 runs of 2 GPUs need 4; 2 are visible"):
+        ladder.devices(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("codes", "stopping", "outcome"),
+    [
+        ("143 250", True, "interrupted"),  # one of them ended badly after it had saved
+        ("1 143", True, "interrupted"),
+        ("1 143", False, "failed"),
+        ("2 2", True, "refused"),
+    ],
+)
+def test_an_attempt_is_interrupted_when_a_rank_was(codes, stopping, outcome, tmp_path):
+    folder = planned(tmp_path)
+    held = acquire(folder, "me", stale=60, retries=0)
+    ranks = Ranks(["sh", "-c", f"set -- {codes}; shift $RANK; exit $1"], dict(os.environ), held.log, 2)
+    ranks.wait(20)
+    ladder.controller._settle(ladder.Slot(None, folder, ranks, held), 0, stopping)
+    assert attempts(folder)[-1].outcome == outcome
+
+
+def test_the_reason_of_a_failure_is_what_took_the_rank_not_that_it_is_missed(tmp_path):
+    folder = planned(tmp_path)
+    held = acquire(folder, "me", stale=60, retries=0)
+    script = "test $RANK = 0 && sleep 0.3 && echo rank 1 of 2 is gone '(killed, or failed by itself)' || echo no memory"
+    ranks = Ranks(["sh", "-c", f"{script}; exit 1"], dict(os.environ), held.log, 2)
+    ranks.wait(20)
+    ladder.controller._settle(ladder.Slot(None, folder, ranks, held), 0)
+    assert runs.read(folder)["error"] == "its process ended with code 1: no memory"
+
+
 def test_every_process_of_a_run_is_stopped(tmp_path):
     ranks = Ranks(["sleep", "60"], dict(os.environ), tmp_path / "log", 2)
     assert ranks.poll() is None
@@ -253,7 +296,7 @@ def test_a_run_on_two_devices_equals_that_on_one(grid, shard_folder, tmp_path, m
     exact = dataclasses.replace(grid[0].train, muon_precision="fp32")
     config = dataclasses.replace(grid[0], tokens=5 * grid[0].tokens, train=exact)
     (alone,) = ladder.execute([config], tmp_path / "one", shard_folder, workers=1)
-    monkeypatch.setattr(ladder.controller, "_devices", lambda workers, gpus: ["0,1"])
+    monkeypatch.setattr(ladder.controller, "devices", lambda workers, gpus: ["0,1"])
     (both,) = ladder.execute([config], tmp_path / "two", shard_folder, workers=1, gpus=2)
     assert (alone["processes"], both["processes"], both["status"]) == (1, 2, "done")
     folders = [tmp_path / name / content_hash(config) for name in ("one", "two")]
@@ -262,10 +305,10 @@ def test_a_run_on_two_devices_equals_that_on_one(grid, shard_folder, tmp_path, m
     assert len(attempts(folders[1])) == 1
 
 
-@pytest.mark.slow
-def test_a_batch_that_does_not_divide_among_the_devices_is_not_tried_again(grid, shard_folder, tmp_path, monkeypatch):
+def test_a_batch_that_does_not_divide_among_the_devices_is_refused_before_a_run_is_planned(
+    grid, shard_folder, tmp_path
+):
     config = dataclasses.replace(grid[0], train=dataclasses.replace(grid[0].train, batch_size=3))
-    monkeypatch.setattr(ladder.controller, "_devices", lambda workers, gpus: ["0,1"])
-    (record,) = ladder.execute([config], tmp_path, shard_folder, workers=1, gpus=2)
-    assert record["status"] == "failed" and "multiple of the 2 processes" in record["error"]
-    assert len(attempts(tmp_path / content_hash(config))) == 1
+    with pytest.raises(UserError, match=r"batch_size is 3; it must be a multiple .* \(2 x 1\)"):
+        ladder.execute([config], tmp_path, shard_folder, workers=1, gpus=2)
+    assert not any(tmp_path.iterdir())

@@ -92,6 +92,9 @@ def test_watching_ends_when_the_last_run_does(study, file, fast, tmp_path, capsy
         (["ladder", "run", "FILE", "armz=[qies]"], "Did you mean 'arms'"),
         (["ladder", "run", "FILE", "--workers", "0"], "--workers must be at least 1"),
         (["ladder", "run", "FILE", "--gpus", "2"], "runs of 2 GPUs need"),
+        (["ladder", "run", "FILE", "--gpus", "2", "--submit", "local"], "1 runs of 2 GPUs need 2; 0 are visible"),
+        (["ladder", "run", "FILE", "--gpus", "3"], "must be a multiple of --gpus times train.accumulate (3 x 1)"),
+        (["ladder", "run", "FILE", "seeds=[99999999999999999999]"], "it must be an integer of 64 bits"),
         (["ladder", "run", "FILE", "--jobs", "0", "--submit", "local"], "--jobs must be at least 1"),
         (["ladder", "run", "FILE", "--track", "tensorbord"], "Did you mean 'tensorboard'"),
         (["ladder", "run", "FILE", "--sbatch", "partition=gpu"], "--sbatch belongs to --submit slurm"),
@@ -105,6 +108,7 @@ def test_watching_ends_when_the_last_run_does(study, file, fast, tmp_path, capsy
 def test_bad_input_is_one_line_and_two(argv, words, file, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")  # no Slurm
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # as a job of GPUs has it; they are not there
     assert call(*[file if a == "FILE" else a for a in argv]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and words in err
@@ -183,15 +187,21 @@ def test_a_submitted_ladder_trains(file, tmp_path, capsys):
     assert all(list((out / "runs" / r["config_hash"] / "tensorboard").glob("events*")) for r in records)
 
 
-def test_the_status_table_fits_eighty_columns(monkeypatch):
+@pytest.mark.parametrize(
+    ("size", "tokens", "steps", "rate", "seconds", "cells"),
+    [
+        ("400k", 800_768, 391, 30_123.4, 3_599, ("801k", "391/391", "30.1k", "59:59")),
+        ("6m", 120_000_000, 29_296, 3_000.0, 86_400, ("120M", "29.3k/29.3k", "3000", "24h00")),
+        ("1b", 20_000_000_000, 4_882_812, 430_123.4, 720_000, ("20.0B", "4.88M/4.88M", "430k", "8d08")),
+    ],
+)
+def test_the_status_table_fits_eighty_columns(size, tokens, steps, rate, seconds, cells):
     run = {
-        "run": "0123456789abcdef", "arm": "transformer", "size": "400k", "tokens": 800_768, "seed": 0,
-        "state": "interrupted", "step": 391, "steps": 391, "tokens_per_second": 30_123.4, "loss": 4.5,
-        "seconds_left": 3_600,
+        "run": "0123456789abcdef", "arm": "transformer", "size": size, "tokens": tokens, "seed": 0,
+        "state": "interrupted", "step": steps, "steps": steps, "tokens_per_second": rate, "loss": 4.5,
+        "seconds_left": seconds,
     }  # fmt: skip
     text = io.StringIO()
     Console(file=text, width=80).print(ladders._table({"runs": [run], "seconds_left": 3_600}))
-    assert all(
-        cell in text.getvalue() for cell in ("transformer", "0.80M", "interrupted", "391/391", "30,123", "60:00")
-    )
+    assert all(cell in text.getvalue() for cell in ("transformer", "interrupted", *cells))
     assert "…" not in text.getvalue()

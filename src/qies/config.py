@@ -103,6 +103,7 @@ class RunConfig:
         _choice("arm", self.arm, presets.ARMS)
         presets.parse_size(self.size)
         least = self.train.seq_len * self.train.batch_size
+        _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "an integer of 64 bits")
         _require(self.tokens >= least, "tokens", self.tokens, f"at least one batch ({least})")
         _require(
             self.warmup_steps <= self.decay_start, "train.warmup_tokens", self.train.warmup_tokens,

@@ -53,6 +53,8 @@ def continue_text(
     for name, number in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
         if number < 1:
             raise UserError(f"{name} is {number}; it must be at least 1.")
+    if not -(2**63) <= seed < 2**63:
+        raise UserError(f"seed is {seed}; it must be an integer of 64 bits.")
     if not temperature > 0:
         raise UserError(f"temperature is {temperature}; it must be positive (use --decoding greedy for 0).")
     how = (

@@ -7,6 +7,9 @@ import importlib.util
 from collections.abc import Iterable
 
 
+GONE = "is gone (killed, or failed by itself)"  # said of a rank by those that end because of it
+
+
 class UserError(Exception):
     """Bad input. Its message is one line that says what is wrong and what to do; the command line exits with 2."""
 

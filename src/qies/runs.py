@@ -60,9 +60,24 @@ def plan(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     }
 
 
+def refuse_file(folder: Path) -> None:
+    """Raise UserError where `folder` is a file or below one, before anything is spent on what is to go there."""
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise UserError(f"{there} is a file; give another --out.")
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` unless it is there. Raises UserError where the system does not let us."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}); give another folder.") from None
+
+
 def write(folder: Path, record: dict[str, Any]) -> None:
     """Replace `folder/run.json` in one step, so that a reader never sees half of it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / "run.json", record)
 
 
@@ -98,7 +113,7 @@ def lock(folder: Path, patience: float = 30.0) -> Iterator[None]:
 
     Raises UserError when another process still holds it after `patience` seconds.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     refuse_links(folder)
     with open(folder / ".lock", "w") as handle:
         deadline = time.monotonic() + patience

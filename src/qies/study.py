@@ -51,6 +51,7 @@ def claim(study: StudyConfig, folder: Path) -> None:
                 f"{folder} holds a different study ({'; '.join(changes)}); give another --out or delete it."
             )
         return
+    runs.refuse_file(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; give another --out.")
 
@@ -88,7 +89,10 @@ SECONDS_PER_FLOP = 3.4e-12
 
 
 def clock(seconds: float) -> str:
-    """75 -> '1:15'."""
+    """75 -> '1:15', 7500 -> '2h05', 400000 -> '4d15'."""
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    if hours:
+        return f"{hours}h{minutes % 60:02d}" if hours < 100 else f"{hours // 24}d{hours % 24:02d}"
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
@@ -103,7 +107,7 @@ def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
     data = data_folder(study, folder)
     new = not (folder / "study.yaml").exists()
     if new:  # before anything else, so that a study killed while it reads its corpus is known again
-        folder.mkdir(parents=True, exist_ok=True)
+        runs.make_folder(folder)
         configs.save(study, folder / "study.yaml")
     try:
         if data == folder / "data":

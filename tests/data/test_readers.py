@@ -105,3 +105,15 @@ def test_a_sample_of_many_files_is_about_as_long_as_asked_for(tmp_path):
     longest = max(len(text) for text in TEXTS[:100]) + 2
     assert {document.text[0] for document in sample} == set("abcd")
     assert 4000 <= sum(len(document.text) for document in sample) <= 4000 + 4 * longest
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_what_fits_into_memory_is_told_by_the_unpacked_size(suffix, tmp_path):
+    """A million equal letters pack to a thousandth; four times the packed size would say that they fit."""
+    pa = pytest.importorskip("pyarrow")
+    text = b"a" * 1_000_000
+    packed = {"": bytes, ".gz": gzip.compress, ".zst": lambda t: pa.compress(t, codec="zstd", asbytes=True)}[suffix]
+    (tmp_path / f"a.txt{suffix}").write_bytes(packed(text))
+    (tmp_path / "b.txt").write_bytes(b"b" * 500_000)
+    files = find_files(str(tmp_path))
+    assert files.is_text and files.fit(1_500_000) and not files.fit(1_499_999)

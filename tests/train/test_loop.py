@@ -92,6 +92,15 @@ def test_a_finished_run_is_returned_as_it_is(undisturbed, config, shards):
     assert (folder / "run.json").stat().st_mtime_ns == before
 
 
+def test_a_run_killed_once_it_is_done_leaves_no_checkpoint(config, shards, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.checkpoint, "remove", lambda *_: None)  # the kill comes before it
+        loop.train(config, shards, tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir())
+    loop.train(config, shards, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("step", [0, 3, 4, 8])
 def test_a_run_cut_off_anywhere_ends_bit_for_bit_as_the_undisturbed_one(step, undisturbed, config, shards, tmp_path):
     class Cut(Exception):

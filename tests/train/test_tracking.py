@@ -148,3 +148,30 @@ def test_what_cannot_be_written_is_one_line(monkeypatch):
     monkeypatch.setenv("TRACKIO_SPACE_ID", "somebody/somewhere")
     with pytest.raises(UserError, match="local store only; unset TRACKIO_SPACE_ID"):
         parse("trackio")
+
+
+def test_ranks_part_before_a_tracker_closes(monkeypatch, tmp_path, shard_folder, data_config, tiny):
+    """One that takes long to close would look to the other ranks like a process that died."""
+    from contextlib import contextmanager
+
+    from qies.config import RunConfig
+    from qies.ladder import worker
+    from qies.train import parallel
+    from qies.train import tracking as trackers
+
+    order = []
+
+    def logged(name, value):
+        @contextmanager
+        def context(*_):
+            yield value
+            order.append(name)
+
+        return context
+
+    monkeypatch.setattr(parallel, "start", logged("group", parallel.Group()))
+    monkeypatch.setattr(trackers, "tracking", logged("tracker", lambda row: None))
+    monkeypatch.setattr("qies.train.loop.train", lambda *_, **__: None)
+    runs.write(tmp_path, runs.plan(RunConfig("qies", "50k", 128, 0, data_config, tiny), 300))
+    assert worker.main(tmp_path, shard_folder, 1) == 0
+    assert order == ["group", "tracker"]

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from tyro.conf import Positional
 
-from qies.errors import UserError
+from qies.errors import Stopped, UserError
 from qies.terminal import show
 
 
@@ -91,8 +91,11 @@ def ladder(
             "workers": workers or chosen.workers or here, "threads": threads, "gpus": gpus,
             "retries": retries, "retry_failed": retry_failed, "track": parse(track),
         }  # fmt: skip
+        ladders.check_batches(chosen.runs(), gpus)
+        if submit != "slurm":
+            ladders.devices(how["workers"], gpus)
         if submit is not None:
-            check(submit, sbatch)
+            check(submit, sbatch, jobs, gpus)
             data = studies.prepare(chosen, folder, console)
             ids = ladders.submit(
                 studies.longest_first(chosen), folder / "runs", data, folder / "jobs",
@@ -107,7 +110,7 @@ def ladder(
         show(json, records, lambda: console.print(studies.result_table(chosen, records)))
         failed = [str(folder / "runs" / r["config_hash"] / "attempts") for r in records if r["status"] == "failed"]
         if failed:
-            raise RuntimeError(f"{len(failed)} runs failed; see {', '.join(failed)}")
+            raise Stopped(f"{len(failed)} runs failed; see {', '.join(failed)}")
     else:
         planned, estimates = chosen.runs(), studies.estimate(chosen)
         found = ladders.status(planned, folder / "runs", estimates)
@@ -122,16 +125,25 @@ def ladder(
         show(json, found, lambda: None)
 
 
+def _short(number: float) -> str:
+    """Three digits from ten thousand on: 2000000 -> '2.00M', 43012 -> '43.0k', 9876 -> '9876'."""
+    if number < 10_000:
+        return f"{number:.0f}"
+    unit, letter = next(pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if number >= pair[0])
+    value = number / unit
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{letter}"
+
+
 def _table(found: dict[str, Any]) -> Table:
     from qies.study import clock
 
     left = f"{clock(found['seconds_left'])} left with the runs now active"
     table = Table(box=None, caption=left, collapse_padding=True, pad_edge=False)  # fits 80 columns
-    for column in ("run", "arm", "size", "tokens", "seed", "state", "step", "tokens/s", "loss", "left"):
+    for column in ("run", "arm", "size", "tokens", "seed", "state", "step", "tok/s", "loss", "left"):
         table.add_column(column, justify="left" if column in ("run", "arm", "state") else "right", no_wrap=True)
     for r in found["runs"]:
-        rate = f"{r['tokens_per_second']:,.0f}" if r["tokens_per_second"] else "-"
+        rate = _short(r["tokens_per_second"]) if r["tokens_per_second"] else "-"
         loss = f"{r['loss']:.3f}" if r["loss"] is not None else "-"
-        table.add_row(r["run"][:8], r["arm"], r["size"], f"{r['tokens'] / 1e6:.2f}M", str(r["seed"]), r["state"],
-                      f"{r['step']}/{r['steps']}", rate, loss, clock(r["seconds_left"]))  # fmt: skip
+        table.add_row(r["run"][:8], r["arm"], r["size"], _short(r["tokens"]), str(r["seed"]), r["state"],
+                      f"{_short(r['step'])}/{_short(r['steps'])}", rate, loss, clock(r["seconds_left"]))  # fmt: skip
     return table

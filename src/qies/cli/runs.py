@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from qies.errors import UserError
+from qies.errors import Stopped, UserError
 from qies.terminal import building_bar, show, training_bar
 
 Overrides = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
@@ -75,7 +76,7 @@ def study(
     failed = [r for r in records if r["status"] == "failed"]
     if failed:
         where = ", ".join(str(folder / "runs" / r["config_hash"] / "attempts") for r in failed)
-        raise RuntimeError(f"{len(failed)} runs failed; see {where}")
+        raise Stopped(f"{len(failed)} runs failed; see {where}")
 
 
 def plan(
@@ -266,8 +267,8 @@ def train(
 
     if out is None:
         raise UserError("Give --out DIR, the folder of this run.")
-    if threads is not None and threads < 1:
-        raise UserError("--threads must be at least 1.")
+    if threads is not None and not 1 <= threads <= 1024:
+        raise UserError("--threads must be 1 to 1024.")
     trackers = parse(track)
     named = {"arm": arm, "size": size, "tokens": tokens, "seed": seed}
     flags = [f"{k}={v}" for k, v in named.items() if v is not None]
@@ -301,18 +302,18 @@ def train(
     # A shell may go (nohup, a closed terminal); a torchrun that went would leave ranks that nobody restarts.
     parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     claim(chosen, out)
-    with start(out) as group:
+    with ExitStack() as after, start(out) as group:  # the other ranks do not wait for a tracker that closes slowly
         shards = open_shards(group.on_first(prepare), checked=True)
-        quiet = json or group.rank > 0
-        with training_bar(chosen.steps, quiet) as bar, tracking(trackers if group.rank == 0 else (), out) as tracked:
+        bar = after.enter_context(training_bar(chosen.steps, quiet=json or group.rank > 0))
+        tracked = after.enter_context(tracking(trackers if group.rank == 0 else (), out))
 
-            def progress(row: dict[str, Any]) -> None:
-                bar(row)
-                tracked(row)
+        def progress(row: dict[str, Any]) -> None:
+            bar(row)
+            tracked(row)
 
-            record = train_run(chosen, shards, out, progress=progress, group=group, parent=parent)
-        if group.rank == 0:
-            show(json, record, lambda: _print_record(record, out))
+        record = train_run(chosen, shards, out, progress=progress, group=group, parent=parent)
+    if group.rank == 0:
+        show(json, record, lambda: _print_record(record, out))
 
 
 def _print_manifest(manifest: Any, folder: Path) -> None:

@@ -64,7 +64,10 @@ class Pack:
         digest = hashlib.sha256()
         tasks, hashes = [], [_NONE]
         for path in paths:
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise UserError(f"'{path}' cannot be read ({error.strerror}); mend the pack") from None
             digest.update(path.name.encode() + b"\0" + hashlib.sha256(content).digest())
             tasks.append(Task(path.stem, tuple(self._item(item, hashes) for item in _items(path, content))))
         self.tasks, self.fingerprint = tuple(tasks), digest.hexdigest()

@@ -76,6 +76,16 @@ class Files:
         """About what they hold: compressed text is four times as long unpacked."""
         return sum(path.stat().st_size * (4 if path.suffix.lower() in COMPRESSED else 1) for path, _ in self.files)
 
+    def fit(self, limit: int) -> bool:
+        """Whether they hold at most `limit` bytes unpacked. Compressed files are unpacked to know, no further than that."""
+        packed = [path for path, _ in self.files if path.suffix.lower() in COMPRESSED]
+        limit -= sum(path.stat().st_size for path, _ in self.files if path not in packed)
+        for path in packed:
+            with _reading(path, path.suffix.lstrip(".")), _open(path) as file:
+                while limit >= 0 and (block := file.read(1 << 20)):
+                    limit -= len(block)
+        return limit >= 0
+
     @property
     def is_text(self) -> bool:
         """Whether all of them are plain text, compressed or not."""

@@ -53,7 +53,7 @@ def open_stream(cfg: DataConfig, text_field: str = "text", limit_tokens: int = 0
     if cfg.source == "builtin" or kind == "registry":
         return Loaded(cfg)
     files = find_files(cfg.source, text_field)
-    return Loaded(cfg) if files.is_text and files.bytes <= IN_MEMORY else FileStream(files)
+    return Loaded(cfg) if files.is_text and files.fit(IN_MEMORY) else FileStream(files)
 
 
 class Loaded:

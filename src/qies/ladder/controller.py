@@ -15,7 +15,7 @@ from typing import Any
 
 from qies import runs
 from qies.config import RunConfig, content_hash
-from qies.errors import UserError
+from qies.errors import GONE, UserError
 from qies.ladder import lease as leases
 from qies.ladder.lease import STALE_SECONDS, Lease
 from qies.ladder.ranks import Ranks
@@ -94,9 +94,10 @@ def execute(
     """
     from qies.data.shards import open_shards
 
+    check_batches(configs, gpus)
     vocab = open_shards(data).manifest.vocab_size
     owner, tell = uuid.uuid4().hex[:12], event or (lambda *_: None)
-    free = _devices(workers, gpus)
+    free = devices(workers, gpus)
     command = (*command, *(f"--track={','.join(track)}" for _ in track[:1]), str(data))
     for config in configs:
         _plan(run_folder(root, config), config, vocab)
@@ -155,14 +156,26 @@ def _over(folder: Path, retries: int) -> bool:
     return leases.exhausted(leases.attempts(folder), retries) or finished(folder)
 
 
-def _devices(workers: int, gpus: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each slot; None leaves it as it is."""
+def check_batches(configs: Sequence[RunConfig], gpus: int) -> None:
+    """Raise UserError unless the batch of every run divides among its GPUs."""
+    gpus = max(1, gpus)
+    for batch, accumulate in {(c.train.batch_size, c.train.accumulate) for c in configs}:
+        if batch % (gpus * accumulate):
+            raise UserError(
+                f"train.batch_size is {batch}; it must be a multiple of --gpus times train.accumulate "
+                f"({gpus} x {accumulate})."
+            )
+
+
+def devices(workers: int, gpus: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each slot; None leaves it as it is. Raises UserError when there are too few."""
     if not gpus:
         return [None] * workers
     import torch
 
+    there = torch.cuda.device_count()  # the variable may name devices that are not there
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    names = (given.split(",") if given else [str(i) for i in range(there)])[:there]
     if len(names) < workers * gpus:
         raise UserError(f"{workers} runs of {gpus} GPUs need {workers * gpus}; {len(names)} are visible.")
     return [",".join(names[i * gpus : (i + 1) * gpus]) for i in range(workers)]
@@ -173,7 +186,7 @@ def _plan(folder: Path, config: RunConfig, vocab: int) -> None:
     if runs.read(folder) is None:
         record = runs.plan(config, vocab)
         partial = folder / f".planned.{uuid.uuid4().hex}"
-        folder.mkdir(parents=True, exist_ok=True)
+        runs.make_folder(folder)
         runs.write_json(partial, record)
         try:
             os.link(partial, folder / "run.json")
@@ -209,9 +222,11 @@ def _settle(slot: Slot, retries: int, stopping: bool = False) -> str:
     if record is not None and record["status"] in ("done", "diverged"):
         held.end(record["status"], "")
         return record["status"]
-    lines = held.log.read_text(errors="replace").strip().splitlines()
-    reason = f"its process ended with code {code}: {lines[-1] if lines else 'it printed nothing'}"
-    outcome = "interrupted" if stopping and code in (130, 143, -2, -15) else "refused" if code == 2 else "failed"
+    lines = held.log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+    last = next((line for line in reversed(lines) if GONE not in line), lines[-1])  # what took a rank, not its loss
+    reason = f"its process ended with code {code}: {last}"
+    stopped = stopping and not {130, 143, -2, -15}.isdisjoint(slot.process.codes)
+    outcome = "interrupted" if stopped else "refused" if code == 2 else "failed"
     held.end(outcome, reason)
     if not leases.exhausted(leases.attempts(slot.folder), retries):
         return "retrying"

@@ -59,7 +59,7 @@ def submit(
     options, "partition=gpu account=mine". how: keywords of `execute`; a job asks for workers x gpus devices, and for
     `threads` processors for each, or for each worker. Raises UserError when submitit or Slurm is missing or refuses.
     """
-    extra = check(cluster, sbatch)
+    extra = check(cluster, sbatch, jobs, how["gpus"])
     import submitit
 
     wanted: dict[str, Any] = {
@@ -82,12 +82,14 @@ def submit(
         raise UserError(f"{cluster} took no job: {' '.join(str(e).split())}") from None
 
 
-def check(cluster: str, sbatch: str) -> dict[str, str]:
+def check(cluster: str, sbatch: str, jobs: int, gpus: int) -> dict[str, str]:
     """sbatch's options by name. Raises UserError for what can be known to be missing or wrong before work is spent."""
     require("submitit", "--submit", "slurm")
     extra = _options(sbatch)
     if extra and cluster != "slurm":
         raise UserError("--sbatch holds options of Slurm; leave it out with --submit local.")
+    if cluster == "local" and gpus and jobs > 1:  # submitit gives each of them the first ones
+        raise UserError("--submit local gives every job the same GPUs; use --jobs 1 and more --workers.")
     return extra
 
 

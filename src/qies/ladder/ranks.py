@@ -19,6 +19,7 @@ class Ranks:
     def __init__(self, words: Sequence[str], env: Mapping[str, str], log: Path, count: int) -> None:
         # RANK and WORLD_SIZE are set for a lone process too: whatever started the controller, the run is its own
         common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        env = {name: value for name, value in env.items() if not name.startswith("TORCHELASTIC_")}
         self.processes = []
         with open(log, "wb") as out:
             for rank in range(count):
@@ -35,8 +36,12 @@ class Ranks:
     def returncode(self) -> int:
         """Of the ended processes: 0 if all ended well; else that of one a signal ended, or else of the first that did
         not: what the others end with is its consequence."""
-        codes = [p.returncode for p in self.processes if p.returncode]
-        return next((code for code in codes if code < 0), codes[0] if codes else 0)
+        return next((code for code in self.codes if code < 0), self.codes[0] if self.codes else 0)
+
+    @property
+    def codes(self) -> list[int]:
+        """Of the processes that did not end well, in the order of ranks."""
+        return [p.returncode for p in self.processes if p.returncode]
 
     def terminate(self) -> None:
         for process in self.processes:

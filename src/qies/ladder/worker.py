@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 PATIENCE = 7 * 86_400.0  # seconds to wait for an orphan of a dead controller that still holds the run's folder
@@ -22,7 +23,7 @@ def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> i
     from qies import runs
     from qies.config import RunConfig, from_dict
     from qies.data.shards import open_shards
-    from qies.errors import UserError
+    from qies.errors import Stopped, UserError
     from qies.train.loop import Interrupted, train
     from qies.train.parallel import start
     from qies.train.tracking import tracking
@@ -34,11 +35,15 @@ def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> i
             raise UserError(f"{folder} holds no run.json; plan the run first.")
         config = from_dict(RunConfig, record["config"])
         parent = os.getppid()
-        with start(folder) as group, tracking(track if group.rank == 0 else (), folder) as tracked:
+        with ExitStack() as after, start(folder) as group:  # other ranks do not wait for a slow tracker
+            tracked = after.enter_context(tracking(track if group.rank == 0 else (), folder))
             group.on_first(lambda: open_shards(data) and None)
             shards = open_shards(data, checked=True)
             train(config, shards, folder, patience=PATIENCE, progress=tracked, group=group, parent=parent)
     except Interrupted as error:
+        return error.code
+    except Stopped as error:
+        print(error, file=sys.stderr)
         return error.code
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":

@@ -28,6 +28,7 @@ def claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     Raises UserError, with the differences, when it holds anything else, so that nothing of another's is overwritten;
     and for a folder that anyone may write, since a checkpoint there may be anyone's.
     """
+    runs.refuse_file(folder)
     for path in (folder, folder / CHECKPOINTS):
         if path.exists() and path.stat().st_mode & stat.S_IWOTH:
             raise UserError(f"{path} can be written by anyone; chmod o-w it, or give another --out.")

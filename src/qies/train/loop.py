@@ -108,6 +108,8 @@ def train(
 
         record = group.on_first(opened)
         if record["status"] in ("done", "diverged"):
+            if record["status"] == "done" and group.rank == 0:  # a kill can come between the record and this
+                checkpoint.remove(folder / CHECKPOINTS, config.milestones)
             return record
         stop = held.enter_context(_StopSignals())
         try:

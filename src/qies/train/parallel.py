@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from qies.errors import Stopped, UserError
+from qies import runs
+from qies.errors import GONE, Stopped, UserError
 from qies.model import QiesForCausalLM
 from qies.train.deferred import Deferred
 
@@ -152,7 +153,7 @@ class _Watch:
     must be on a file system that locks across them."""
 
     def __init__(self, folder: Path, rank: int, size: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        runs.make_folder(folder)
         self.paths, self.rank = [folder / str(r) for r in range(size)], rank
         for path in self.paths:
             path.touch()
@@ -182,8 +183,8 @@ class _Watch:
             if gone:
                 which = ", ".join(map(str, gone))
                 return (
-                    f"rank {which} of {len(self.paths)} is gone (killed, or failed by itself), so rank {self.rank} "
-                    "stops; run the same command again to resume."
+                    f"rank {which} of {len(self.paths)} {GONE}, so rank {self.rank} stops; "
+                    "run the same command again to resume."
                 )
             if time.monotonic() >= end:
                 return None
