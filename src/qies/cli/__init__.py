@@ -9,6 +9,7 @@ from qies.cli.ladders import ladder
 from qies.cli.models import generate
 from qies.cli.numbers import bench, compare, fit, report
 from qies.cli.runs import data, plan, study, train
+from qies.errors import leave
 from qies.terminal import run
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -28,4 +29,4 @@ VERBS: dict[str, Callable[..., None]] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0, 2 on bad input, 1 on an internal failure, 128 + n after signal n."""
     args = list(sys.argv[1:] if argv is None else argv)
-    sys.exit(run(VERBS, args, str(__doc__)))
+    leave(run(VERBS, args, str(__doc__)))

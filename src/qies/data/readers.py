@@ -77,7 +77,7 @@ class Files:
         return sum(path.stat().st_size * (4 if path.suffix.lower() in COMPRESSED else 1) for path, _ in self.files)
 
     def fit(self, limit: int) -> bool:
-        """Whether they hold at most `limit` bytes unpacked. Compressed files are unpacked to know, no further than that."""
+        """Whether they hold at most `limit` bytes unpacked. Compressed files are unpacked to know."""
         packed = [path for path, _ in self.files if path.suffix.lower() in COMPRESSED]
         limit -= sum(path.stat().st_size for path, _ in self.files if path not in packed)
         for path in packed:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from qies.errors import Stopped, UserError, leave
+
 PATIENCE = 7 * 86_400.0  # seconds to wait for an orphan of a dead controller that still holds the run's folder
 
 
@@ -23,7 +25,6 @@ def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> i
     from qies import runs
     from qies.config import RunConfig, from_dict
     from qies.data.shards import open_shards
-    from qies.errors import Stopped, UserError
     from qies.train.loop import Interrupted, train
     from qies.train.parallel import start
     from qies.train.tracking import tracking
@@ -57,4 +58,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     *options, run, shards, number = sys.argv[1:]
     names = [name for option in options for name in option.removeprefix("--track=").split(",")]
-    sys.exit(main(Path(run), Path(shards), int(number), names))
+    leave(main(Path(run), Path(shards), int(number), names))

@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EPS = 1e-12  # far below the rounding of any unit vector, enough to keep the zero vector finite
-
-
 def to_complex(x: Tensor, dim: int = -1) -> Tensor:
     """The complex tensor `[.., m, ..]` of a pair `[.., 2m, ..]`; dtype float32 or float64."""
     re, im = x.chunk(2, dim)
@@ -36,5 +33,8 @@ def rotate(x: Tensor, phase: Tensor, dim: int = -1) -> Tensor:
 
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:
-    """x / |x|, and zero for the zero vector (with a finite gradient). Same shape."""
-    return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + EPS)
+    """x / |x|, however long or short, and zero for the zero vector (with a zero gradient). Same shape."""
+    largest = x.detach().abs().amax(dim, keepdim=True)  # what x is multiplied by does not matter to its direction
+    none = largest == 0
+    x = x / largest.masked_fill(none, torch.inf)
+    return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + none)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qies.errors import UserError, nearest
-from qies.ops.entangle.chunk import entangle_chunk
+from qies.ops.entangle.chunk import entangle_chunk, readable
 from qies.ops.entangle.fla import entangle_fla, obstacle
 from qies.ops.entangle.naive import entangle_naive, working_dtype
 from qies.ops.entangle.step import entangle_step
@@ -55,10 +55,13 @@ def entangle(
         float32. Differentiable in every tensor argument, by "fused" and "fla" once.
 
     Raises:
-        UserError: shapes that do not fit, an empty sequence, an unknown mode or backend, a backend that cannot do this.
+        UserError: shapes that do not fit, an unknown mode or backend, a backend that cannot do this.
     """
     _check(q, k, v, beta, log_alpha, theta, state, mode, backend)
     inputs = (q, k, v, beta, log_alpha, theta, state)
+    if q.shape[1] == 0:  # no token, nothing happens
+        S = v.new_zeros(len(q), *q.shape[2:], v.shape[-1] // (2 if mode == "complex" else 1)) if state is None else state
+        return v.clone(), S.to(working_dtype(*inputs), copy=True)
     if backend == "auto":
         fast = "fla" if obstacle(*inputs) is None else "fused" if _fits_kernel(*inputs) else "chunk"
         backend = "step" if q.shape[1] == 1 else fast
@@ -71,14 +74,10 @@ def entangle(
 
 
 def _fits_kernel(*inputs: Any) -> bool:
-    """Whether the kernel takes these: real CPU memory (not a stand-in of an export or of torch.func), and nothing to be
-    done in float64."""
+    """Whether the kernel takes these: memory of the CPU, and nothing to be done in float64."""
     given = [x for x in inputs if x is not None]
-    if not all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in given):
-        return False
-    if torch.compiler.is_exporting() or working_dtype(*given) != torch.float32:
-        return False
-    return torch.compiler.is_compiling() or not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
+    on_cpu = all(x.device.type == "cpu" for x in given)
+    return on_cpu and working_dtype(*given) == torch.float32 and readable(*given)
 
 
 def _check(q, k, v, beta, log_alpha, theta, state, mode, backend) -> None:
@@ -86,8 +85,8 @@ def _check(q, k, v, beta, log_alpha, theta, state, mode, backend) -> None:
         raise UserError(f"mode '{mode}' is unknown; use one of {', '.join(MODES)}.{nearest(mode, MODES)}")
     if backend not in BACKENDS:
         raise UserError(f"backend '{backend}' is not available; use one of {', '.join(BACKENDS)}.")
-    if q.ndim != 4 or q.shape[-1] % 2 or q.shape[1] == 0:
-        raise UserError(f"q must be [B, T, H, 2m] with T >= 1 and an even last axis; got {list(q.shape)}.")
+    if q.ndim != 4 or q.shape[-1] % 2:
+        raise UserError(f"q must be [B, T, H, 2m] with an even last axis; got {list(q.shape)}.")
     B, T, H, K = q.shape
     if v.ndim != 4 or (mode == "complex" and v.shape[-1] % 2):
         raise UserError(f"v must be [B, T, H, V], in complex mode [B, T, H, 2V]; got {list(v.shape)}.")

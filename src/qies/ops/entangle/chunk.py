@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qies.ops.entangle.naive import beta_block, key_rows, value_rows, working_dtype
+from qies.ops.entangle.naive import beta_block, key_rows, no_autocast, value_rows, working_dtype
 from qies.ops.pairs import rotate, unit
 
 CHUNK = 64  # key rows: tokens, or half as many in complex mode
@@ -31,7 +31,7 @@ def entangle_chunk(
     """`entangle` in chunks; same shapes and returns."""
     dtype = working_dtype(q, k, v, beta, log_alpha, theta, state)
     (B, T, H, K), out_dtype = q.shape, v.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         q, k, v, beta, log_alpha = (x.to(dtype) for x in (q, k, v, beta, log_alpha))
         # keys in float64, or the same small error in every length would add up over a long row of reflections
         q, k = unit(q), unit(k.double()).to(dtype)
@@ -76,12 +76,27 @@ def chunks(x: Tensor, C: int) -> Tensor:
 
 def running_phase(theta: Tensor, dtype: torch.dtype) -> Tensor:
     """The running sum of theta over tokens, less its whole turns: exact however large the angles and long the text."""
-    turns = (theta.double() / TURN).cumsum(1)
+    theta = theta.double()
+    turns = (torch.atan2(theta.sin(), theta.cos()) / TURN).cumsum(1)  # a multiple of TURN would have its rounding error
     return ((turns - turns.round()) * TURN).to(dtype)
 
 
+def readable(*tensors: Tensor) -> bool:
+    """Whether these hold numbers: not stand-ins of an export or of torch.func, nor on the meta device."""
+    if any(type(x) not in (Tensor, torch.nn.Parameter) or x.device.type == "meta" for x in tensors):
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+
+
 def calm(log_alpha: Tensor, C: int) -> int:
-    """The longest chunk, C halved as often as it takes, whose tokens after the first damp to e^-CALM at most."""
+    """The longest chunk, C halved as often as it takes, whose tokens after the first damp to e^-CALM at most.
+
+    Where the numbers cannot be read, as in an export, two tokens: always calm, and slow.
+    """
+    if not readable(log_alpha):
+        return min(C, 2)
     damped = log_alpha.detach().clamp(-FAINT, 0).neg()
     while C > 1 and damped.numel() and chunks(damped, C)[:, :, :, 1:].sum(3).amax() > CALM:
         C = (C + 1) // 2

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qies.errors import UserError
 from qies.ops.entangle.chunk import FAINT, running_phase
-from qies.ops.entangle.naive import working_dtype
+from qies.ops.entangle.naive import no_autocast, working_dtype
 from qies.ops.pairs import rotate, times_i, unit
 
 KERNELS = {"gated_delta_rule": "chunk_gated_delta_rule", "kda": "chunk_kda"}  # by their folder in fla.ops
@@ -57,7 +57,7 @@ def entangle_fla(
     if reason is not None:
         raise UserError(reason)
     dtype, out_dtype = kernel_dtype(v), v.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         call = mapping(q, k, v, beta, log_alpha, theta, state, mode, dtype)
         o, state = results(call, *kernel(call.kernel)(**call.arguments))
     return o.to(out_dtype), state

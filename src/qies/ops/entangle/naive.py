@@ -5,6 +5,9 @@ Slow and exact (up to float64); the oracle of every other form.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,11 @@ def working_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 when an input is, float32 otherwise: decay, phase and state are never kept in less."""
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """The context in which products keep their inputs' precision, on the device of x (the meta device has no other)."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def key_rows(x: Tensor, mode: str) -> Tensor:
@@ -49,7 +57,7 @@ def entangle_naive(
     """The recurrence of `entangle`, same shapes and returns."""
     dtype = working_dtype(q, k, v, beta, log_alpha, theta, state)
     out_dtype = v.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         q, k, v, beta, log_alpha = (x.to(dtype) for x in (q, k, v, beta, log_alpha))
         Q, K, V = key_rows(unit(q), mode), key_rows(unit(k), mode), value_rows(v, mode)
         beta = beta_block(beta, V)

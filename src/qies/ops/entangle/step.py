@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qies.ops.entangle.naive import key_rows, value_rows, working_dtype
+from qies.ops.entangle.naive import key_rows, no_autocast, value_rows, working_dtype
 from qies.ops.pairs import rotate, unit
 
 
@@ -22,7 +22,7 @@ def entangle_step(
     """`entangle` for T = 1, same shapes and returns. Reads the state twice and writes it once."""
     dtype = working_dtype(q, k, v, beta, log_alpha, theta, state)
     out_dtype = v.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         q, k, v, beta, log_alpha = (x[:, 0].to(dtype) for x in (q, k, v, beta, log_alpha))
         Q, K, V = key_rows(unit(q), mode), key_rows(unit(k), mode), value_rows(v, mode)
         S = V.new_zeros(*k.shape, V.shape[-1]) if state is None else state.to(dtype)

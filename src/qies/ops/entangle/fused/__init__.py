@@ -36,6 +36,8 @@ def entangle_fused(
 
     The backward keeps the state before every 32 key rows (at worst 17, where damping cuts) and nothing else as large.
     """
+    if q.dtype != k.dtype:
+        q, k = q.float(), k.float()  # the kernel reads them side by side
     inputs = (q, k, v, beta, log_alpha, theta, state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     return _Fused.apply(*inputs, 1 if mode == "real" else 2, keep)

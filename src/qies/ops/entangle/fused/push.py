@@ -25,7 +25,8 @@ from qies.ops.lanes import (
     substitute,
     transpose,
 )
-from qies.ops.pairs import EPS
+
+STEEPEST = 1e25  # of the gradient through the direction of a vector that is next to nothing: float32 ends at 3e38
 
 
 @njit(**OPTIONS)
@@ -94,8 +95,8 @@ def load(x, t, s, rows, source, which, b, h, start, tokens):
             value = np.float64(read(source, at + c))
             square += value * value
         # in float64, or the same small error in every key's length would add up over a long row of reflections
-        norm = 1 / np.sqrt(square + EPS)
-        put(x, t.norm + which * RANGE + i, np.float32(norm))
+        norm = 1 / np.sqrt(square) if square > 0 else np.float64(0)
+        put(x, t.norm + which * RANGE + i, np.float32(min(norm, STEEPEST)))
         reads = t.reads + i * s.k
         for c in range(K):
             put(x, row + c, np.float32(np.float64(read(source, at + c)) * (norm * np.float64(get(x, reads + c)))))
