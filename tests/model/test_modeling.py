@@ -50,6 +50,37 @@ def test_padding_changes_nothing(model, ids, side):
         assert torch.allclose(logits[i][mask[i].bool()], alone[i], atol=1e-4)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_padding_changes_neither_loss_nor_gradients(model, ids, side, marked):
+    row, pads = ids[:1, :17], torch.zeros(1, 6, dtype=torch.long)
+    real = torch.ones_like(row)
+    together = lambda a, b: torch.cat([b, a] if side == "left" else [a, b], 1)
+    padded, mask = together(row, pads), together(real, pads)
+    labels = padded.masked_fill(mask == 0, -100) if marked else padded
+    found = []
+    for given in ({"input_ids": row, "labels": row}, {"input_ids": padded, "labels": labels, "attention_mask": mask}):
+        model.zero_grad()
+        loss = model(**given).loss
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    model.zero_grad()
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=0)
+    for got, want in zip(found[1][1], found[0][1], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+def test_packed_texts_are_refused_where_a_state_would_mix_them(model, ids):
+    positions = torch.cat([torch.arange(10), torch.arange(7)])[None]
+    if "linear_attention" in model.config.layer_types:
+        with pytest.raises(ValueError, match="position_ids start again inside a row"):
+            model(ids[:1, :17], position_ids=positions)
+    else:
+        model(ids[:1, :17], position_ids=positions)
+    whole = model(ids[:1, :17], position_ids=torch.arange(17)[None]).logits
+    torch.testing.assert_close(whole, model(ids[:1, :17]).logits)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_prompt_continues_as_if_it_were_alone(model, ids, side):

@@ -34,4 +34,6 @@ def test_the_zero_vector_has_no_direction_and_no_gradient():
 @pytest.mark.parametrize("scale", [1e-44, 1e-20, 1.0, 1e20, 5e37])
 def test_a_direction_is_the_same_at_any_length(scale):
     x = torch.tensor([3.0, -4.0, 0.0, 0.0]) * scale
-    torch.testing.assert_close(unit(x), torch.tensor([0.6, -0.8, 0.0, 0.0]), atol=0.1 if scale == 1e-44 else 1e-6, rtol=0)
+    torch.testing.assert_close(
+        unit(x), torch.tensor([0.6, -0.8, 0.0, 0.0]), atol=0.1 if scale == 1e-44 else 1e-6, rtol=0
+    )

@@ -48,6 +48,32 @@ def test_a_diverged_run_among_few_is_found_against_a_line_in_compute():
     assert [d.index for d in dropped] == [4]
 
 
+@pytest.mark.parametrize("bad", range(12))
+def test_a_diverged_seed_on_a_wide_ladder_is_found(bad):
+    """Few sizes far apart: the law's curvature around a line in log C hides it, its own seeds do not."""
+    n = np.repeat([1e6, 1e7, 1e8, 1e9], 3)
+    loss = noisy(np.random.default_rng(bad), law(n, 20 * n), 0.005)
+    loss[bad] *= 1.6
+    _, dropped = sound(make_runs(n, 20 * n, loss))
+    assert [d.index for d in dropped] == [bad]
+
+
+def test_runs_of_the_largest_size_that_all_diverged_are_found():
+    n, tokens = np.repeat([1e6, 1e7, 3e7, 1e8, 1e9], 3), np.tile([5.0, 20.0, 80.0], 5)
+    loss = noisy(np.random.default_rng(0), law(n, tokens * n), 0.005)
+    loss[12:] *= 2
+    _, dropped = sound(make_runs(n, tokens * n, loss))
+    assert [d.index for d in dropped] == [12, 13, 14]
+    assert "above that of runs with no more parameters and tokens" in dropped[0].reason
+
+
+def test_a_run_that_is_too_low_condemns_no_other():
+    n, d = grid(4, 3)
+    loss = noisy(np.random.default_rng(0), law(n, d), 0.005)
+    loss[0] *= 0.2
+    assert sound(make_runs(n, d, loss))[1] == []
+
+
 @pytest.mark.parametrize("scatter", [0.001, 0.01, 0.05])
 def test_good_runs_stay(scatter):
     rng = np.random.default_rng(5)

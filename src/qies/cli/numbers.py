@@ -26,6 +26,7 @@ def report(folder: Positional[Path], /, svg: Path | None = None) -> None:
         folder: The study's folder.
         svg: Also write the loss-against-parameters figure here.
     """
+    _check_outputs(None, svg=svg)
     from qies.report import build_report, write_summary_svg
 
     print(build_report(folder))
@@ -81,9 +82,7 @@ def bench(
 
     if rounds < 1 or threads < 1:
         raise UserError("--rounds and --threads must be at least 1.")
-    for option, path in (("out", out), ("markdown", markdown)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"--{option} {path}: there is no folder {path.parent}; make it first.")
+    _check_outputs(None, out=out, markdown=markdown)
     if what == "faults":
         _bench_faults(cases, quick, seed, out, markdown, json)
         return
@@ -194,8 +193,7 @@ def fit(
     from qies import runs as records
     from qies.scaling.pipeline import fit_file
 
-    if json is not None and not json.resolve().parent.is_dir():
-        raise UserError(f"--json {json}: there is no folder {json.parent}; make it first.")
+    _check_outputs(figures, json=json)
     with Progress(disable=not bootstrap, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("bootstrap", total=bootstrap)
         outcome = fit_file(
@@ -250,6 +248,7 @@ def compare(
     from qies.scaling import read_runs
     from qies.scaling.figures import comparison_figures
 
+    _check_outputs(figures, json=json)
     result = compare_arms(read_runs(runs, _pairs("columns", columns), flops), *arms, form=form, level=level)
     if json is not None:
         records.write_json(json, result.to_dict())
@@ -258,10 +257,19 @@ def compare(
     print(result.summary())
 
 
+def _check_outputs(figures: Path | None, **files: Path | None) -> None:
+    """Raise UserError, before work is spent, when the files cannot be written or figures is no folder."""
+    for option, path in files.items():
+        if path is not None and path.is_dir():
+            raise UserError(f"--{option} {path} is a folder; give a file.")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"--{option} {path}: there is no folder {path.parent}; make it first.")
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise UserError(f"--figures {figures} is a file; give a folder.")
+
+
 def _save(drawn: dict[str, Figure], folder: Path) -> None:
     """NAME.svg of every figure, into a folder that is made where it is missing."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--figures {folder} is a file; give a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         figure.save(folder / f"{name}.svg")

@@ -148,6 +148,8 @@ class QiesModel(QiesPreTrainedModel):
             raise ValueError("past_key_values must be a qies.model.QiesCache: build it with QiesCache(model.config).")
 
         mask = _pad_mask(attention_mask, length)
+        if "linear_attention" in self.config.layer_types and attention_mask is None:
+            _refuse_packing(position_ids)
         causal_mask = angles = None
         if "full_attention" in self.config.layer_types:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -207,7 +209,7 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         """Next-token logits [B,T,V], soft-capped, and the loss.
 
         labels [B,T] are the inputs themselves, shifted here; `shift_labels` [B,T] (a keyword) come already shifted.
-        -100 is ignored. The loss is their mean, or their sum over `num_items_in_batch` where the trainer
+        -100 is ignored, and so is what a pad would predict or be predicted as. The loss is their mean, or their sum over `num_items_in_batch` where the trainer
         accumulates gradients. While training with labels the logits are not kept (`logits` is None): the loss
         comes straight from the hidden states.
         """
@@ -225,6 +227,8 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         hidden = out.last_hidden_state
         loss = logits = None
         if labels is not None and shift_labels is None:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                labels = _of_real_tokens(labels, attention_mask[:, -labels.shape[1] :].bool())
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         if shift_labels is not None and type(self.lm_head) is nn.Linear:
             loss = language_modelling(
@@ -281,6 +285,21 @@ def _pad_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
         return None
     mask = attention_mask[:, -length:].bool()
     return None if bool(mask.all()) else mask
+
+
+def _of_real_tokens(labels: Tensor, real: Tensor) -> Tensor:
+    """The labels [B,T] of real tokens that follow a real token; -100 for the others."""
+    follows = torch.nn.functional.pad(real[:, :-1], (1, 0), value=True)
+    return labels.masked_fill(~(real & follows), -100)
+
+
+def _refuse_packing(position_ids: Tensor | None) -> None:
+    """Raise ValueError for several texts packed into one row, which transformers' attention would keep apart."""
+    if position_ids is not None and not torch.compiler.is_compiling() and bool((position_ids.diff() != 1).any()):
+        raise ValueError(
+            "position_ids start again inside a row: packed texts would reach each other through the entangled state; "
+            "give each text a row of its own, with an attention_mask."
+        )
 
 
 def _positions(attention_mask: Tensor | None, seen: int, length: int, device) -> Tensor:

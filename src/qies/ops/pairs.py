@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+
 def to_complex(x: Tensor, dim: int = -1) -> Tensor:
     """The complex tensor `[.., m, ..]` of a pair `[.., 2m, ..]`; dtype float32 or float64."""
     re, im = x.chunk(2, dim)

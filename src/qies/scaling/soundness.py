@@ -16,6 +16,7 @@ FINISHED = {"", "done", "finished", "completed", "complete", "ok", "success", "s
 # A diverged run lies above the law by more than any noise: by 10 robust standard deviations of its arm's
 # residuals of log loss, and by more than a quarter (a table of good runs at an odd place of the grid does less).
 DIVERGED_SIGMAS, DIVERGED_LEAST = 10.0, math.log(1.25)
+MOST_DIVERGED = 0.2
 FEWEST_FOR_A_SURFACE, FEWEST_FOR_A_LINE = 10, 5
 
 
@@ -23,8 +24,9 @@ def sound(runs: Runs, *, against_fit: bool = True) -> tuple[Runs, list[Dropped]]
     """The runs to trust, and the others with the reason.
 
     Left out are runs that did not finish (by `status`), whose N, D, C or L is not finite or not positive, and, with
-    `against_fit`, diverged ones: log loss far above a robust fit of their arm (approach 3 from 10 runs on, a
-    Theil-Sen line in log C from 5 on). "Far" is 10 scaled MADs of the residuals and at least 25 %.
+    `against_fit`, diverged ones: loss 25 % above that of its seeds, or of runs of the arm with no more parameters
+    and tokens; and log loss far above a robust fit of the rest (approach 3 from 10 cells on, a Theil-Sen line in log C
+    from 5 runs on). "Far" is 10 scaled MADs of the residuals and at least 25 %.
     """
     reasons: dict[int, str] = {}
     for i in range(len(runs)):
@@ -39,6 +41,12 @@ def sound(runs: Runs, *, against_fit: bool = True) -> tuple[Runs, list[Dropped]]
     if against_fit:
         for arm in runs.arms:
             index = np.array([i for i in range(len(runs)) if i not in reasons and runs.arm[i] == arm], dtype=int)
+            above = _above_smaller(runs.select(index))
+            for i, much in zip(index, above, strict=True):
+                if much > DIVERGED_LEAST:
+                    said = f"loss {100 * math.expm1(much):.0f} % above that of runs with no more parameters and tokens"
+                    reasons[int(i)] = f"diverged: {said}"
+            index = index[above <= DIVERGED_LEAST]
             excess = _excess(runs.select(index))
             scale = 1.4826 * float(np.median(np.abs(excess - np.median(excess)))) if len(excess) else 0.0
             for i, above in zip(index, excess, strict=True):
@@ -46,6 +54,27 @@ def sound(runs: Runs, *, against_fit: bool = True) -> tuple[Runs, list[Dropped]]
                     reasons[int(i)] = f"diverged: loss {100 * math.expm1(above):.0f} % above the law of its arm"
     keep = np.array([i not in reasons for i in range(len(runs))], dtype=bool)
     return runs.select(keep), [Dropped(i, runs.name[i], reasons[i]) for i in sorted(reasons)]
+
+
+def _above_smaller(runs: Runs) -> Array:
+    """log loss above the median of its seeds, from three on, and above the lowest of runs of no more N and D, [n].
+
+    More parameters and tokens make no run much worse, whatever the law. A cell that more cells stand above than any of
+    those stands above is itself too low, and shows nothing. Where more than a fifth of the runs stand out, it is noise.
+    """
+    y = np.log(runs.loss)
+    cells, of = np.unique(np.stack([runs.params, runs.tokens], 1), axis=0, return_inverse=True)
+    of = of.reshape(-1)
+    median = np.array([np.median(y[of == c]) for c in range(len(cells))])
+    smaller = (cells[None] <= cells[:, None]).all(-1) & ~np.eye(len(cells), dtype=bool)  # [c, d]: d has no more than c
+    over = smaller & (median[:, None] - median > DIVERGED_LEAST)
+    above, below = over.sum(1), over.sum(0)
+    low = np.array([below[d] > above[over[:, d]].max(initial=0) for d in range(len(cells))], dtype=bool)
+    found = np.full(len(y), -np.inf)
+    for i, c in enumerate(of):
+        evidence = [*median[smaller[c] & ~low], *([median[c]] if (of == c).sum() > 2 else [])]
+        found[i] = y[i] - min(evidence, default=np.inf)
+    return np.full(len(y), -np.inf) if (found > DIVERGED_LEAST).sum() > MOST_DIVERGED * len(y) else found
 
 
 def _excess(runs: Runs) -> Array:
