@@ -55,7 +55,10 @@ def test_padding_changes_nothing(model, ids, side):
 def test_padding_changes_neither_loss_nor_gradients(model, ids, side, marked):
     row, pads = ids[:1, :17], torch.zeros(1, 6, dtype=torch.long)
     real = torch.ones_like(row)
-    together = lambda a, b: torch.cat([b, a] if side == "left" else [a, b], 1)
+
+    def together(a, b):
+        return torch.cat([b, a] if side == "left" else [a, b], 1)
+
     padded, mask = together(row, pads), together(real, pads)
     labels = padded.masked_fill(mask == 0, -100) if marked else padded
     found = []

@@ -209,9 +209,9 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         """Next-token logits [B,T,V], soft-capped, and the loss.
 
         labels [B,T] are the inputs themselves, shifted here; `shift_labels` [B,T] (a keyword) come already shifted.
-        -100 is ignored, and so is what a pad would predict or be predicted as. The loss is their mean, or their sum over `num_items_in_batch` where the trainer
-        accumulates gradients. While training with labels the logits are not kept (`logits` is None): the loss
-        comes straight from the hidden states.
+        -100 is ignored, and so is what a pad would predict or be predicted as. The loss is their mean, or their sum
+        over `num_items_in_batch` where the trainer accumulates gradients. While training with labels the logits are
+        not kept (`logits` is None): the loss comes straight from the hidden states.
         """
         shift_labels = kwargs.pop("shift_labels", None)  # not in the signature: Trainer would expect it in every batch
         out = self.model(

@@ -77,7 +77,9 @@ def chunks(x: Tensor, C: int) -> Tensor:
 def running_phase(theta: Tensor, dtype: torch.dtype) -> Tensor:
     """The running sum of theta over tokens, less its whole turns: exact however large the angles and long the text."""
     theta = theta.double()
-    turns = (torch.atan2(theta.sin(), theta.cos()) / TURN).cumsum(1)  # a multiple of TURN would have its rounding error
+    given = theta.detach()
+    within = torch.atan2(given.sin(), given.cos())  # its multiple of TURN taken away would bring that one's rounding
+    turns = ((within + (theta - given)) / TURN).cumsum(1)  # the gradient of theta, and nothing kept for it
     return ((turns - turns.round()) * TURN).to(dtype)
 
 
