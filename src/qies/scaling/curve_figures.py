@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qies.plotting import Axis, Figure, Line, Panel, Points, style
+from qies.plotting import Axis, Figure, Line, Note, Panel, Points, style
 from qies.plotting.figure import Mark
 from qies.plotting.scale import si
 
@@ -32,6 +32,17 @@ def envelope_figure(fit: Any) -> Figure:
         marks.append(Points(compute, [point[key] for point in points], name, style(i), hover))
     axes = Axis("training FLOPs C", log=True), Axis("best parameters N, tokens D", log=True)
     return Figure(f"Compute-optimal size, {plain['form']}", [Panel(*axes, marks)])
+
+
+def forms_figure(comparison: Any) -> Figure:
+    """How far the AIC of each form is above the lowest, against the form's number of parameters."""
+    scores = (comparison if isinstance(comparison, Mapping) else comparison.to_dict())["scores"]
+    count = [score["parameters"] for score in scores]
+    above = [score["aic"] - scores[0]["aic"] for score in scores]
+    hover = [f"{score['form']}: AIC {score['aic']:.1f}, BIC {score['bic']:.1f}" for score in scores]
+    names = [Note(x, y, score["form"]) for x, y, score in zip(count, above, scores, strict=True)]
+    axes = Axis("parameters of the form"), Axis("AIC above the lowest")
+    return Figure("Forms of the law", [Panel(*axes, [Points(count, above, "", style(0), hover), *names])])
 
 
 def curve_figure(fit: Any) -> Figure:

@@ -79,6 +79,12 @@ class Comparison:
         )
         return f"Lowest AIC: {best.form} ({others}).{tests}"
 
+    def plot(self) -> Any:
+        """How far each form's AIC is above the lowest, against its number of parameters."""
+        from qies.scaling.curve_figures import forms_figure
+
+        return forms_figure(self)
+
 
 @dataclass(frozen=True)
 class HeldOutRun:
@@ -115,6 +121,13 @@ class HeldOut:
             f"{len(self.runs)} runs to {100 * self.mean_error:.2f} % on average; worst {worst.name} "
             f"(N {worst.params:.3g}, D {worst.tokens:.3g}) at {100 * worst.error:+.2f} %."
         )
+
+    def plot(self) -> Any:
+        """How far each run lies from its prediction, in percent of the loss."""
+        from qies.scaling.figures import residuals_figure
+
+        rows = [vars(r) | {"residual": math.log(r.loss / r.predicted), "outlier": False} for r in self.runs]
+        return residuals_figure({self.form: rows})
 
 
 def huber_log_likelihood(objective: float, n: float, delta: float) -> float:
