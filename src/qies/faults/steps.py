@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing.util
 import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -106,10 +105,13 @@ def _in_victim(what: str, step: int, rank: int | None, note: Path) -> None:
     context = spoiled(what, {step}, rank)
     moved = context.__enter__()
 
-    def end() -> None:
+    exit_now = os._exit
+
+    def end(code: int) -> NoReturn:
         context.__exit__(None, None, None)
         own.write_text(json.dumps(moved))
+        exit_now(code)
 
-    multiprocessing.util.Finalize(
-        None, end, exitpriority=0
-    )  # a child of multiprocessing ends without what atexit holds
+    os._exit = (
+        end  # by which a child of multiprocessing ends, and a rank (qies.errors.leave), without what atexit holds
+    )
