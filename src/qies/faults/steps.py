@@ -105,13 +105,11 @@ def _in_victim(what: str, step: int, rank: int | None, note: Path) -> None:
     context = spoiled(what, {step}, rank)
     moved = context.__enter__()
 
-    exit_now = os._exit
+    leave = os._exit  # how a child of multiprocessing ends, and a rank of several, without what atexit holds
 
-    def end(code: int) -> NoReturn:
+    def end(status: int) -> NoReturn:
         context.__exit__(None, None, None)
         own.write_text(json.dumps(moved))
-        exit_now(code)
+        leave(status)
 
-    os._exit = (
-        end  # by which a child of multiprocessing ends, and a rank (qies.errors.leave), without what atexit holds
-    )
+    os._exit = end
