@@ -50,7 +50,7 @@ FAULTS = (
           "one line, exit 1, checkpoints before it intact; with space again the end is bit for bit the same",
           full_disks, 8, 2),
     Fault("batch", "NaN, infinity, a spike put into a batch",
-          "no tensor of model or optimizers moves; the step is recorded and counted", bad_batches, 12, 3),
+          "no tensor of model or optimizers moves; the step is recorded and counted", bad_batches, 12, 4),
     Fault("processes", "2 -> 1 -> 2 processes",
           f"same data order: every step within {EARLY_TOLERANCE} nats of one process up to step {EARLY}, "
           f"{TOLERANCE} after", moves, 4, 1),
