@@ -16,7 +16,7 @@ FINISHED = {"", "done", "finished", "completed", "complete", "ok", "success", "s
 # A diverged run lies above the law by more than any noise: by 10 robust standard deviations of its arm's
 # residuals of log loss, and by more than a quarter (a table of good runs at an odd place of the grid does less).
 DIVERGED_SIGMAS, DIVERGED_LEAST = 10.0, math.log(1.25)
-MOST_DIVERGED = 0.2
+MOST_DIVERGED = 0.2  # of an arm's runs: where more stand out, that is their noise
 FEWEST_FOR_A_SURFACE, FEWEST_FOR_A_LINE = 10, 5
 
 
@@ -42,18 +42,22 @@ def sound(runs: Runs, *, against_fit: bool = True) -> tuple[Runs, list[Dropped]]
         for arm in runs.arms:
             index = np.array([i for i in range(len(runs)) if i not in reasons and runs.arm[i] == arm], dtype=int)
             above = _above_smaller(runs.select(index))
-            for i, much in zip(index, above, strict=True):
-                if much > DIVERGED_LEAST:
-                    said = f"loss {100 * math.expm1(much):.0f} % above that of runs with no more parameters and tokens"
-                    reasons[int(i)] = f"diverged: {said}"
+            reasons |= _diverged(index, above, DIVERGED_LEAST, "that of runs with no more parameters and tokens")
             index = index[above <= DIVERGED_LEAST]
             excess = _excess(runs.select(index))
             scale = 1.4826 * float(np.median(np.abs(excess - np.median(excess)))) if len(excess) else 0.0
-            for i, above in zip(index, excess, strict=True):
-                if above > max(DIVERGED_SIGMAS * scale, DIVERGED_LEAST):
-                    reasons[int(i)] = f"diverged: loss {100 * math.expm1(above):.0f} % above the law of its arm"
+            reasons |= _diverged(index, excess, max(DIVERGED_SIGMAS * scale, DIVERGED_LEAST), "the law of its arm")
     keep = np.array([i not in reasons for i in range(len(runs))], dtype=bool)
     return runs.select(keep), [Dropped(i, runs.name[i], reasons[i]) for i in sorted(reasons)]
+
+
+def _diverged(index: NDArray[np.int_], above: Array, most: float, what: str) -> dict[int, str]:
+    """The reason for each run of `index` whose log loss is by more than `most` above `what`."""
+    return {
+        int(i): f"diverged: loss {100 * math.expm1(much):.0f} % above {what}"
+        for i, much in zip(index, above, strict=True)
+        if much > most
+    }
 
 
 def _above_smaller(runs: Runs) -> Array:
@@ -63,17 +67,24 @@ def _above_smaller(runs: Runs) -> Array:
     those stands above is itself too low, and shows nothing. Where more than a fifth of the runs stand out, it is noise.
     """
     y = np.log(runs.loss)
-    cells, of = np.unique(np.stack([runs.params, runs.tokens], 1), axis=0, return_inverse=True)
+    cells, of, seeds = np.unique(
+        np.stack([runs.params, runs.tokens], 1), axis=0, return_inverse=True, return_counts=True
+    )
     of = of.reshape(-1)
-    median = np.array([np.median(y[of == c]) for c in range(len(cells))])
-    smaller = (cells[None] <= cells[:, None]).all(-1) & ~np.eye(len(cells), dtype=bool)  # [c, d]: d has no more than c
-    over = smaller & (median[:, None] - median > DIVERGED_LEAST)
-    above, below = over.sum(1), over.sum(0)
-    low = np.array([below[d] > above[over[:, d]].max(initial=0) for d in range(len(cells))], dtype=bool)
-    found = np.full(len(y), -np.inf)
-    for i, c in enumerate(of):
-        evidence = [*median[smaller[c] & ~low], *([median[c]] if (of == c).sum() > 2 else [])]
-        found[i] = y[i] - min(evidence, default=np.inf)
+    every = range(len(cells))
+    median = np.array([np.median(y[of == c]) for c in every])
+
+    def smaller(c: int) -> NDArray[np.bool_]:  # a row at a time: a table of whole curves has many thousand cells
+        return (cells <= cells[c]).all(1) & (np.arange(len(cells)) != c)
+
+    over = [np.flatnonzero(smaller(c) & (median[c] - median > DIVERGED_LEAST)) for c in every]
+    below, most = np.zeros(len(cells)), np.zeros(len(cells))
+    for under in over:
+        below[under] += 1
+        most[under] = np.maximum(most[under], len(under))
+    low = below > most
+    least = np.array([median[smaller(c) & ~low].min(initial=median[c] if seeds[c] > 2 else np.inf) for c in every])
+    found = y - least[of]
     return np.full(len(y), -np.inf) if (found > DIVERGED_LEAST).sum() > MOST_DIVERGED * len(y) else found
 
 
