@@ -60,12 +60,9 @@ def entangle(
     _check(q, k, v, beta, log_alpha, theta, state, mode, backend)
     inputs = (q, k, v, beta, log_alpha, theta, state)
     if q.shape[1] == 0:  # no token, nothing happens
-        S = (
-            v.new_zeros(len(q), *q.shape[2:], v.shape[-1] // (2 if mode == "complex" else 1))
-            if state is None
-            else state
-        )
-        return v.clone(), S.to(working_dtype(*inputs), copy=True)
+        if state is None:
+            state = v.new_zeros(len(q), *q.shape[2:], v.shape[-1] // (2 if mode == "complex" else 1))
+        return v.clone(), state.to(working_dtype(*inputs), copy=True)
     if backend == "auto":
         fast = "fla" if obstacle(*inputs) is None else "fused" if _fits_kernel(*inputs) else "chunk"
         backend = "step" if q.shape[1] == 1 else fast

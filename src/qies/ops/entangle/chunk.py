@@ -77,9 +77,11 @@ def chunks(x: Tensor, C: int) -> Tensor:
 def running_phase(theta: Tensor, dtype: torch.dtype) -> Tensor:
     """The running sum of theta over tokens, less its whole turns: exact however large the angles and long the text."""
     theta = theta.double()
-    given = theta.detach()
-    within = torch.atan2(given.sin(), given.cos())  # its multiple of TURN taken away would bring that one's rounding
-    turns = ((within + (theta - given)) / TURN).cumsum(1)  # the gradient of theta, and nothing kept for it
+    if dtype == torch.float64:  # float32 does not see how theta / TURN is rounded, and need not pay for better
+        given = theta.detach()
+        within = torch.atan2(given.sin(), given.cos())  # a multiple of TURN taken away would bring its own rounding
+        theta = within + (theta - given)  # the gradient of theta, and nothing kept for it
+    turns = (theta / TURN).cumsum(1)
     return ((turns - turns.round()) * TURN).to(dtype)
 
 
