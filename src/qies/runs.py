@@ -62,9 +62,9 @@ def plan(config: RunConfig, vocab_size: int) -> dict[str, Any]:
 
 def refuse_file(folder: Path) -> None:
     """Raise UserError where `folder` is a file or below one, before anything is spent on what is to go there."""
-    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    if there.exists() and not there.is_dir():
-        raise UserError(f"{there} is a file; give another --out.")
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; give another --out.")
 
 
 def make_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 from qies import config as configs
 from qies import ladder, runs
 from qies.config import RunConfig, StudyConfig
-from qies.errors import UserError, nearest
+from qies.errors import Stopped, UserError, nearest
 from qies.presets import parse_size
 from qies.report.records import BASELINE
 
@@ -93,7 +93,7 @@ def clock(seconds: float) -> str:
     minutes, hours = int(seconds) // 60, int(seconds) // 3600
     if hours:
         return f"{hours}h{minutes % 60:02d}" if hours < 100 else f"{hours // 24}d{hours % 24:02d}"
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    return f"{minutes}:{int(seconds) % 60:02d}"
 
 
 def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
@@ -132,6 +132,13 @@ def run_all(study: StudyConfig, folder: Path, console: Console, **how: Any) -> l
         with _Watch(study, todo, how["workers"], console) as watch:
             ladder.execute(planned, root, data, event=watch.event, **how)
     return [r for c in study.runs() if (r := runs.read(ladder.run_folder(root, c))) is not None]
+
+
+def require_done(records: list[dict[str, Any]], folder: Path) -> None:
+    """Raise Stopped, naming the attempts below the study's `folder`, when runs have failed."""
+    failed = [str(folder / "runs" / r["config_hash"] / "attempts") for r in records if r["status"] == "failed"]
+    if failed:
+        raise Stopped(f"{len(failed)} runs failed; see {', '.join(failed)}")
 
 
 def longest_first(study: StudyConfig) -> list[RunConfig]:

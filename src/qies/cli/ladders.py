@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from tyro.conf import Positional
 
-from qies.errors import Stopped, UserError
+from qies.errors import UserError
 from qies.terminal import show
 
 
@@ -108,9 +108,7 @@ def ladder(
             raise UserError("--sbatch belongs to --submit slurm; give both.")
         records = studies.run_all(chosen, folder, console, **how)
         show(json, records, lambda: console.print(studies.result_table(chosen, records)))
-        failed = [str(folder / "runs" / r["config_hash"] / "attempts") for r in records if r["status"] == "failed"]
-        if failed:
-            raise Stopped(f"{len(failed)} runs failed; see {', '.join(failed)}")
+        studies.require_done(records, folder)
     else:
         planned, estimates = chosen.runs(), studies.estimate(chosen)
         found = ladders.status(planned, folder / "runs", estimates)

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from qies.errors import Stopped, UserError
+from qies.errors import UserError
 from qies.terminal import building_bar, show, training_bar
 
 Overrides = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
@@ -73,10 +73,7 @@ def study(
     page = build_report(folder)
     show(json, records, lambda: console.print(studies.result_table(chosen, records)))
     console.print(f"report: {page}")
-    failed = [r for r in records if r["status"] == "failed"]
-    if failed:
-        where = ", ".join(str(folder / "runs" / r["config_hash"] / "attempts") for r in failed)
-        raise Stopped(f"{len(failed)} runs failed; see {where}")
+    studies.require_done(records, folder)
 
 
 def plan(

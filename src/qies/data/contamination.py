@@ -20,6 +20,7 @@ import numpy as np
 
 from qies.data.manifest import Overlap
 from qies.data.progress import Progress, Step
+from qies.data.readers import read_whole
 from qies.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,10 +65,7 @@ class Pack:
         digest = hashlib.sha256()
         tasks, hashes = [], [_NONE]
         for path in paths:
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise UserError(f"'{path}' cannot be read ({error.strerror}); mend the pack") from None
+            content = read_whole(path)
             digest.update(path.name.encode() + b"\0" + hashlib.sha256(content).digest())
             tasks.append(Task(path.stem, tuple(self._item(item, hashes) for item in _items(path, content))))
         self.tasks, self.fingerprint = tuple(tasks), digest.hexdigest()

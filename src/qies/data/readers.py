@@ -78,8 +78,12 @@ class Files:
 
     def fit(self, limit: int) -> bool:
         """Whether they hold at most `limit` bytes unpacked. Compressed files are unpacked to know."""
-        packed = [path for path, _ in self.files if path.suffix.lower() in COMPRESSED]
-        limit -= sum(path.stat().st_size for path, _ in self.files if path not in packed)
+        packed = []
+        for path, _ in self.files:
+            if path.suffix.lower() in COMPRESSED:
+                packed.append(path)
+            else:
+                limit -= path.stat().st_size
         for path in packed:
             with _reading(path, path.suffix.lstrip(".")), _open(path) as file:
                 while limit >= 0 and (block := file.read(1 << 20)):
