@@ -146,7 +146,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A grid of runs (arms x sizes x seeds) on one corpus, and what is reported about it."""
+    """A grid of runs (arms x sizes x seeds) on one corpus, and what is reported about it.
+
+    With `variants` a sweep: every run of the grid once for each of them, a mapping of dotted keys of a run to values,
+    such as {"train.lr_scale": 0.5} or {"model.position": "rope", "model.rope_theta": 1e6}. `{}` is the run as it is.
+    """
 
     name: str = "study"
     arms: tuple[str, ...] = ("transformer", "qies", "no_phase")
@@ -156,6 +160,7 @@ class StudyConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     model: dict[str, Any] = field(default_factory=dict)
+    variants: tuple[dict[str, Any], ...] = field(default=(), metadata=LATER)  # each: keys of a run and their values
     workers: int = 0  # runs side by side; 0: one a core, each with one thread
     prompts: tuple[str, ...] = (
         "The people of the United States",
@@ -200,8 +205,17 @@ class StudyConfig:
             budgets = [max(1, round(presets.parse_size(size) * b / step)) * step for b in self.budgets]
             _require(len(set(budgets)) == len(budgets), f"tokens of size {size}", budgets, "different for each budget")
             for tokens, seed, arm in itertools.product(budgets, self.seeds, self.arms):
-                out.append(RunConfig(arm, size, tokens, seed, self.data, self.train, dict(self.model)))
+                run = RunConfig(arm, size, tokens, seed, self.data, self.train, dict(self.model))
+                out += [override(run, variant) for variant in self.variants or ({},)]
         return out
+
+
+def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The run with the values of some dotted keys replaced. Raises UserError as `from_dict` does."""
+    plain = to_dict(config)
+    for key, value in values.items():
+        _set(plain, key, value)
+    return from_dict(RunConfig, plain)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -270,14 +284,18 @@ def merge(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             value = yaml.safe_load(text)
         except (yaml.YAMLError, RecursionError):
             raise UserError(f"Override '{item}' has a value that is not valid YAML.") from None
-        node = out
-        *parents, last = key.split(".")
-        for part in parents:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise UserError(f"Override '{item}' goes below '{part}', which holds a plain value.")
-        node[last] = value
+        _set(out, key, value)
     return out
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted `key` of nested plain data."""
+    *parents, last = key.split(".")
+    for part in parents:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise UserError(f"'{key}={value}' goes below '{part}', which holds a plain value.")
+    values[last] = value
 
 
 def save(config: Any, path: Path) -> None:

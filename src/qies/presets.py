@@ -17,12 +17,16 @@ from qies.errors import UserError, nearest
 SIZES = ("50k", "100k", "200k", "400k", "800k", "1.6m", "3m", "6m", "25m", "100m", "350m", "1b", "3b", "10b")
 TOLERANCE = 0.01  # every arm of a size has N to within this share
 
-_HYBRID = {"position": "none", "conv_size": 4}
+# What an arm changes of MODEL_FIELDS, which describe `qies` itself. Whatever is not the entangled state is the same in
+# every arm but `gpt2`, which is GPT-2's own block; a test holds what may differ.
+_MEMORY_ALONE = {"register_heads": 0}
 ARMS: dict[str, dict[str, Any]] = {
     "transformer": {"position": "rope", "attention_everywhere": True},
-    "qies": {**_HYBRID, "phase": "selective"},
-    "no_phase": {**_HYBRID, "phase": "none"},
-    "fixed_phase": {**_HYBRID, "phase": "fixed"},
+    "qies": {},
+    "real_registers": {"register_mode": "real"},
+    "no_phase": _MEMORY_ALONE,
+    "fixed_phase": {**_MEMORY_ALONE, "phase": "fixed"},
+    "selective_phase": {**_MEMORY_ALONE, "phase": "selective"},
     "gpt2": {
         "block": "gpt2",
         "position": "learned",
@@ -31,13 +35,15 @@ ARMS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "logit_softcap": 0.0,
     },
-    "complex": {**_HYBRID, "phase": "selective", "mode": "complex", "eigenvalues": "disc"},
+    "complex": {**_MEMORY_ALONE, "phase": "selective", "mode": "complex", "eigenvalues": "disc"},
 }
 
 # What the named options of QiesConfig may be.
 CHOICES = {
     "block": ("qies", "gpt2"),
     "position": ("rope", "learned", "none"),
+    "attention_conv": ("input", "keys"),
+    "register_mode": ("complex", "real"),
     "mode": ("real", "complex"),
     "phase": ("selective", "fixed", "none"),
     "eigenvalues": ("unit", "signed", "disc"),
@@ -55,19 +61,24 @@ MODEL_FIELDS: dict[str, Any] = {
     "block": "qies",
     "position": "none",
     "rope_theta": 10_000.0,
+    "rope_fraction": 1.0,
+    "nope_interval": 0,
     "max_position_embeddings": 32_768,
-    "attention_conv_size": 0,
+    "attention_conv_size": 4,
+    "attention_conv": "input",
     "mode": "real",
-    "phase": "selective",
+    "phase": "none",
     "phase_rank": 8,
     "phase_max": math.pi,
     "phase_slope": 0.05,
     "phase_fraction": 1.0,
     "eigenvalues": "signed",
-    "register_heads": 0,
+    "register_heads": 4,
     "register_channels": 4,
+    "register_mode": "complex",
     "decay": "head",
     "conv_size": 4,
+    "value_residual": False,
     "gate": "head",
     "logit_softcap": 15.0,
     "rms_norm_eps": 1e-6,
@@ -149,14 +160,15 @@ def inconsistent(values: Mapping[str, Any]) -> str | None:
             return f"Unknown value '{values[name]}' for model.{name}.{hint}"
     least = dict.fromkeys(("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim", "vocab_size"), 1)
     least |= {"attention_conv_size": 0, "conv_size": 0, "phase_rank": 1, "max_position_embeddings": 1}
-    least |= {"register_heads": 0, "register_channels": 2}  # one channel commutes with itself: no register
+    least |= {"nope_interval": 0, "register_heads": 0, "register_channels": 2}  # one channel commutes with itself: no register
     for name, smallest in least.items():
         if values[name] < smallest:
             return f"model.{name} is {values[name]}; it must be at least {smallest}."
     if values["head_dim"] % 2:
         return f"model.head_dim is {values['head_dim']}; it must be even (Re and Im halves)."
-    if not 0 <= values["phase_fraction"] <= 1:
-        return f"model.phase_fraction is {values['phase_fraction']}; it must lie in [0, 1]."
+    for name in ("phase_fraction", "rope_fraction"):
+        if not 0 <= values[name] <= 1:
+            return f"model.{name} is {values[name]}; it must lie in [0, 1]."
     for name in ("phase_max", "phase_slope", "rope_theta", "rms_norm_eps"):
         if not values[name] > 0:
             return f"model.{name} is {values[name]}; it must be positive."
@@ -208,7 +220,8 @@ def head_groups(values: Mapping[str, Any]) -> tuple[HeadGroup, ...]:
 
     A register of m levels is complex with eigenvalues in the disc, so that tokens apply any gate of U(m) to it, and
     V = m: its state has m rows, so m columns hold a whole U(m), and more would repeat them. It starts with the longest
-    memory, since a register that forgets loses its count.
+    memory, since a register that forgets loses its count. With register_mode "real" its twin: the same number of heads
+    and of state numbers, real values, eigenvalues in [0, 1].
     """
 
     def group(heads: int, m: int, v: int, mode: str, eigenvalues: str, spans: tuple[int, int]) -> HeadGroup:
@@ -217,7 +230,8 @@ def head_groups(values: Mapping[str, Any]) -> tuple[HeadGroup, ...]:
 
     k, m, registers = values["head_dim"], values["register_channels"], values["register_heads"]
     memory = group(values["num_attention_heads"], k // 2, k, values["mode"], values["eigenvalues"], (16, 4096))
-    return (memory, group(registers, m, m, "complex", "disc", (4096, 4096))) if registers else (memory,)
+    kind = ("complex", "disc") if values["register_mode"] == "complex" else ("real", "unit")
+    return (memory, group(registers, m, m, *kind, (4096, 4096))) if registers else (memory,)
 
 
 def _mlp_width(values: dict[str, Any], target: int, size: str, arm: str) -> int:
@@ -266,11 +280,19 @@ def count_parameters(values: Mapping[str, Any]) -> dict[str, int]:
             "head": 0 if values["tie_word_embeddings"] else values["vocab_size"] * d,
             "attention": n_attention * attention,
             "entanglement": n_entangled * entanglement,
-            "convolution": d * (n_attention * values["attention_conv_size"] + n_entangled * values["conv_size"]),
+            "convolution": n_attention * attention_conv_width(values) * values["attention_conv_size"]
+            + n_entangled * d * values["conv_size"],
             "mlp": len(kinds) * 2 * d * values["intermediate_size"],
-            "norm": 0,
+            "norm": d * len(kinds) * values["value_residual"],
         }
     )
+
+
+def attention_conv_width(values: Mapping[str, Any]) -> int:
+    """Channels of the short convolution of an attention layer: its input's, or those of the keys of all heads."""
+    if values["attention_conv"] == "keys":
+        return values["num_attention_heads"] * values["head_dim"]
+    return values["hidden_size"]
 
 
 def _count_gpt2(values: Mapping[str, Any]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qies.presets import HeadGroup, control_parameters, count_parameters, head_groups
+from qies.presets import HeadGroup, attention_conv_width, control_parameters, count_parameters, head_groups
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 KERNEL_CHUNK = 64  # tokens of a chunk in flash-linear-attention, whose inverse [64, 64] it keeps in bfloat16
@@ -102,7 +102,7 @@ def attention_bytes(values: Mapping[str, Any]) -> float:
     d, heads = values["hidden_size"], values["num_attention_heads"]
     inner = heads * values["head_dim"]
     turned = 2 if values["position"] == "rope" else 0
-    convolved = HALF * d if values["attention_conv_size"] else 0
+    convolved = HALF * attention_conv_width(values) if values["attention_conv_size"] else 0
     mixing = inner * (2 * FULL + HALF * (4 + turned)) + FULL * 3 * heads
     return HALF * d + convolved + mixing + gate_bytes(values, heads, inner)
 

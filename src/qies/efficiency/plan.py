@@ -12,7 +12,14 @@ from rich.table import Table
 from qies.efficiency.flops import CONVENTION, forward_flops_per_token, muon_flops, training_flops_per_token
 from qies.efficiency.memory import obstacle, training_memory
 from qies.errors import UserError
-from qies.presets import Hyperparameters, count_parameters, head_groups, hyperparameters, parse_size
+from qies.presets import (
+    Hyperparameters,
+    attention_conv_width,
+    count_parameters,
+    head_groups,
+    hyperparameters,
+    parse_size,
+)
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv:2203.15556
 USABLE = 0.9  # share of a GPU's memory that a plan fills: the rest is for the allocator, NCCL and CUDA itself
@@ -159,11 +166,10 @@ def command(
 def _decode(values: Mapping[str, Any]) -> dict[str, int]:
     kinds, inner = values["layer_types"], values["num_attention_heads"] * values["head_dim"]
     state = kinds.count("linear_attention") * 4 * sum(group.state_size for group in head_groups(values))
-    taps = max(values["conv_size"] - 1, 0), max(values["attention_conv_size"] - 1, 0)
-    conv = sum(
-        n * t * 4 * values["hidden_size"]
-        for n, t in zip((kinds.count("linear_attention"), kinds.count("full_attention")), taps, strict=True)
-    )
+    conv = 4 * kinds.count("linear_attention") * max(values["conv_size"] - 1, 0) * values["hidden_size"]
+    if values["block"] == "qies":
+        taps = max(values["attention_conv_size"] - 1, 0)
+        conv += 4 * kinds.count("full_attention") * taps * attention_conv_width(values)
     return {"state_bytes": state + conv, "kv_bytes_per_token": kinds.count("full_attention") * 4 * inner}
 
 

@@ -14,6 +14,7 @@ from qies.model.layers import OutputGate, ShortConv, linear
 from qies.ops.attention import causal_attention
 from qies.ops.norm import rms_norm
 from qies.ops.pairs import rotate
+from qies.presets import attention_conv_width
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -25,10 +26,16 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return (weights @ value).transpose(1, 2), weights
 
 
-def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Angles [B,T,1,K/2] in fp32 radians (Su et al., arXiv:2104.09864)."""
-    half = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    return (position_ids[..., None].float() * theta**-half)[:, :, None]
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, fraction: float = 1.0) -> Tensor:
+    """Angles [B,T,1,K/2] in fp32 radians (Su et al., arXiv:2104.09864).
+
+    Of the K/2 channel pairs the first `fraction` rotate, with frequencies spaced from 1 down to 1/theta as in a head
+    of that many pairs; the others have angle 0 (partial rotation: Black et al., GPT-NeoX-20B, arXiv:2204.06745).
+    """
+    rotating = round(fraction * head_dim / 2)
+    half = torch.arange(rotating, device=position_ids.device, dtype=torch.float32) / max(rotating, 1)
+    frequency = torch.nn.functional.pad(theta**-half, (0, head_dim // 2 - rotating))
+    return (position_ids[..., None].float() * frequency)[:, :, None]
 
 
 def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, causal_mask: Tensor | None, **kwargs):
@@ -51,25 +58,33 @@ class Attention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         width, self.head_dim = config.hidden_size, config.head_dim
         inner = config.num_attention_heads * config.head_dim
-        self.conv = ShortConv(width, config.attention_conv_size) if config.attention_conv_size else None
+        taps, self.conv_on = config.attention_conv_size, config.attention_conv
+        self.conv = ShortConv(attention_conv_width(vars(config)), taps) if taps else None
+        # Some layers without positions among others with them: Yang et al., arXiv:2501.18795.
+        self.rotates = not config.nope_interval or (layer_idx + 1) % config.nope_interval != 0
         self.q_proj = linear(width, inner)
         self.k_proj = linear(width, inner)
         self.v_proj = linear(width, inner)
+        self.value_residual = nn.Parameter(torch.zeros(width)) if config.value_residual else None
         self.q_scale = nn.Parameter(torch.ones(config.head_dim))
         self.gate = OutputGate(width, config.num_attention_heads, inner, config.gate)
         self.o_proj = linear(inner, width, std=0.0)
 
-    def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, **kwargs):
+    def forward(self, x: Tensor, *, embeds, angles, causal_mask, mask, past_key_values, **kwargs):
         """x [B,T,D] -> [B,T,D] and the weights or None. `causal_mask` is None when plain causal order holds;
         mask [B,T] bool, False at pads."""
         batch, length, _ = x.shape
-        if self.conv is not None:
-            x = self.conv(x, mask, past_key_values.layers[self.layer_idx] if past_key_values is not None else None)
+        memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        if self.conv is not None and self.conv_on == "input":
+            x = self.conv(x, mask, memory)
         shape = (batch, length, -1, self.head_dim)
         q = rms_norm(self.q_proj(x).view(shape)) * self.q_scale.to(x.dtype)
-        k = rms_norm(self.k_proj(x).view(shape))
-        v = self.v_proj(x).view(shape)
-        if angles is not None:
+        keys = self.k_proj(x)
+        if self.conv is not None and self.conv_on == "keys":
+            keys = self.conv(keys, mask, memory)
+        k = rms_norm(keys.view(shape))
+        v = self.v_proj(x if self.value_residual is None else x + self.value_residual.to(x.dtype) * embeds).view(shape)
+        if angles is not None and self.rotates:
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
         if past_key_values is not None:

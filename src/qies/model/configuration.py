@@ -17,8 +17,11 @@ class QiesConfig(PreTrainedConfig):
         block: "qies" (this project's: RMSNorm without gain, ReLU^2, mixer slot) or "gpt2" (LayerNorm, GELU, biases,
         learned positions up to max_position_embeddings; attention layers only, and most options below do not apply).
     Attention layers:
-        position: "rope", "learned" (with the gpt2 block only) or "none"; rope_theta; attention_conv_size: taps of the
-        short convolution, 0 for none.
+        position: "rope", "learned" (with the gpt2 block only) or "none"; rope_theta, the base of its frequencies;
+        rope_fraction: the share of a head's channel pairs that rotate, those of the highest frequencies;
+        nope_interval: every so many layers an attention layer does not rotate, 0 for never;
+        attention_conv_size: taps of the short convolution, 0 for none; attention_conv: where it stands, on the layer's
+        "input" or on the "keys" alone.
     Entanglement layers:
         mode: "real" or "complex" projector and values;
         phase: "selective" (theta_t = phase_max tanh(phase_slope a_t / phase_max) with a_t a low-rank map of
@@ -27,8 +30,9 @@ class QiesConfig(PreTrainedConfig):
         phase_fraction: the share of a
         head's complex channels that rotates;
         eigenvalues: where lambda = 1 - beta lives: "unit" [0,1], "signed" [-1,1], "disc" (complex mode only);
-        register_heads: small heads for state tracking beside the others, 0 for none; they are complex with
-        eigenvalues in the disc, and their states are m by m with m = register_channels (at least 2);
+        register_heads: small heads for state tracking beside the others, 0 for none; their states are m by m with
+        m = register_channels (at least 2); register_mode: "complex" with eigenvalues in the disc, or "real" with
+        eigenvalues in [0, 1] and as many numbers in the state;
         decay: one alpha a "head" or a complex "channel"; conv_size: taps of the short convolution, 0 for none.
     All layers:
         gate: sigmoid output gate per "head", per "channel" or "none"; logit_softcap (0: none);
@@ -50,19 +54,24 @@ class QiesConfig(PreTrainedConfig):
     block: str = "qies"
     position: str = "none"
     rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0
+    nope_interval: int = 0
     max_position_embeddings: int = 32_768
-    attention_conv_size: int = 0
+    attention_conv_size: int = 4
+    attention_conv: str = "input"
     mode: str = "real"
-    phase: str = "selective"
+    phase: str = "none"
     phase_rank: int = 8
     phase_max: float = 3.141592653589793
     phase_slope: float = 0.05
     phase_fraction: float = 1.0
     eigenvalues: str = "signed"
-    register_heads: int = 0
+    register_heads: int = 4
     register_channels: int = 4
+    register_mode: str = "complex"
     decay: str = "head"
     conv_size: int = 4
+    value_residual: bool = False
     gate: str = "head"
     logit_softcap: float = 15.0
     rms_norm_eps: float = 1e-6

@@ -31,6 +31,7 @@ from qies.errors import Stopped, UserError
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.train import checkpoint
 from qies.train.folder import CHECKPOINTS, FIXED, open_run
+from qies.train.induction import due, induction_gain, onset
 from qies.train.optim import Optimizers
 from qies.train.parallel import Group
 from qies.train.schedule import warmup_stable_decay
@@ -164,6 +165,8 @@ class _Run:
             self.seconds += time.perf_counter() - started
             row["seconds"] = round(self.seconds, 4)
             self.step += 1
+            if self.step == self.config.steps or due(row["tokens"], self.train.seq_len * self.train.batch_size):
+                row["induction"] = induction_gain(self.model, precision=self.precision, device=self.group.device)
             if self.group.rank == 0:
                 runs.append(self.folder, row)
                 if self.progress:
@@ -295,6 +298,8 @@ class _Run:
         if not math.isfinite(metrics["val_loss"]):
             return self._write("diverged", error="the held-out loss is not finite")
         metrics["train_loss"] = sum(last) / len(last)
+        rows = self.group.on_first(lambda: runs.steps(self.folder))
+        metrics |= {"induction": rows[-1]["induction"], "induction_onset": onset(rows)}
         state = self.group.whole_state(self.model)
         self.group.on_first(lambda: self._publish(state))
         record = self._write("done", metrics=metrics)

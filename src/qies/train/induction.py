@@ -1,0 +1,62 @@
+"""In-context copying of a model: what it gains on the repeat of a random segment (Olsson et al., arXiv:2209.11895)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+
+from qies.model import QiesForCausalLM
+
+SEGMENT = 64  # tokens, drawn uniformly from the vocabulary
+ROWS = 16
+FIRST = 2**16  # tokens of training at the first evaluation
+ONSET = 0.5  # nats a token: copying has set in from here on
+
+
+def due(tokens: int, step: int) -> bool:
+    """Whether the step of `step` tokens that ends at `tokens` is one to evaluate after: 4 an octave from 2^16 tokens on.
+
+    The times depend on tokens alone, so that runs of any budget, and branches of one run, are evaluated alike.
+    """
+    return tokens >= FIRST and int(4 * math.log2(tokens)) > int(4 * math.log2(max(tokens - step, FIRST / 2)))
+
+
+@torch.no_grad()
+def induction_gain(
+    model: QiesForCausalLM, *, precision: Callable[[], AbstractContextManager], device: torch.device | str = "cpu"
+) -> float:
+    """Loss on random segments minus that on their repeats, in nats a token; 0 for a model that copies nothing.
+
+    Each of 16 rows is a segment of 64 tokens, the same for every model of a vocabulary, twice. Compared are the
+    predictions of tokens 2 to 64 of the first and of the second. Does not touch torch's random numbers.
+    """
+    segment = np.random.default_rng(0).integers(1, model.config.vocab_size, (ROWS, SEGMENT))
+    ids = torch.from_numpy(np.concatenate([segment, segment], 1)).to(device)
+    training = model.training
+    model.eval()
+    losses = []
+    for start in (0, SEGMENT):
+        labels = torch.full_like(ids, -100)
+        labels[:, start + 1 : start + SEGMENT] = ids[:, start + 1 : start + SEGMENT]
+        with precision():
+            out = model(ids[:, :-1], shift_labels=labels[:, 1:], logits_to_keep=1, use_cache=False)
+        losses.append(out.loss.item())
+    model.train(training)
+    return losses[0] - losses[1]
+
+
+def onset(rows: Iterable[Mapping[str, Any]]) -> int | None:
+    """Tokens of training at the first evaluation from which on the gain stays at ONSET or above; None if it never does.
+
+    rows: those of metrics.jsonl, in order; rows without `induction` count for nothing.
+    """
+    first = None
+    for row in rows:
+        if (gain := row.get("induction")) is not None:
+            first = (first or row["tokens"]) if gain >= ONSET else None
+    return first
