@@ -71,6 +71,7 @@ class QiesConfig(PreTrainedConfig):
     register_mode: str = "complex"
     decay: str = "head"
     conv_size: int = 4
+    conv: str = "input"
     value_residual: bool = False
     gate: str = "head"
     logit_softcap: float = 15.0
