@@ -53,7 +53,7 @@ def test_counts_by_group_are_those_of_the_built_model(arm, overrides, size):
     "overrides",
     [
         {"gate": "channel"}, {"gate": "none"}, {"decay": "channel"}, {"conv_size": 0}, {"attention_conv_size": 0},
-        {"attention_conv": "keys"}, {"register_mode": "real"}, {"phase": "selective", "phase_fraction": 0.5}, {"tie_word_embeddings": True}, {"mode": "complex", "eigenvalues": "disc"},
+        {"attention_conv": "input"}, {"register_mode": "real"}, {"phase": "selective", "phase_fraction": 0.5}, {"tie_word_embeddings": True}, {"mode": "complex", "eigenvalues": "disc"},
         {"mode": "complex"}, {"phase": "selective", "phase_rank": 3}, {"num_hidden_layers": 6},
         {"register_heads": 3}, {"register_heads": 1, "register_channels": 8, "phase": "none", "gate": "none"},
         {"register_heads": 2, "decay": "channel", "gate": "channel", "phase": "fixed", "phase_fraction": 0.3},
@@ -81,7 +81,7 @@ def test_arms_differ_in_the_mixer_and_positions_alone(size):
     arms = {arm: presets.settings(arm, size, VOCAB) for arm in presets.ARMS if arm != "gpt2"}
     shared = [{k: v for k, v in values.items() if k not in THE_ARMS_OWN} for values in arms.values()]
     assert shared == [shared[0]] * len(arms)
-    assert shared[0]["conv_size"] == shared[0]["attention_conv_size"] == 4 and shared[0]["attention_conv"] == "input"
+    assert shared[0]["conv_size"] == shared[0]["attention_conv_size"] == 4 and shared[0]["attention_conv"] == "keys"
 
 
 def test_real_registers_hold_as_many_numbers_as_their_complex_twins():

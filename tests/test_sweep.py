@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from rich.console import Console
 
 from qies import runs
 from qies.cli import main
 from qies.config import RunConfig, StudyConfig, content_hash, from_dict, override
 from qies.errors import UserError
 from qies.ladder.sweep import sweep
+from qies.study import run_study
 
 VARIANTS = [{}, {"train.lr_scale": 0.5}, {"model.position": "rope", "model.rope_theta": 1e6}]
 
@@ -33,6 +35,12 @@ def test_every_run_comes_once_in_every_variant():
 def test_a_bad_variant_is_one_line(variant, words):
     with pytest.raises(UserError, match=words):
         study(variants=[variant]).runs()
+
+
+def test_a_study_refuses_a_sweep(tmp_path):
+    with pytest.raises(UserError, match="qies ladder sweep"):
+        run_study(study(), tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out").exists()
 
 
 def write(folder, losses: dict[str, list[float]]) -> None:

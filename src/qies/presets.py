@@ -44,7 +44,6 @@ CHOICES = {
     "block": ("qies", "gpt2"),
     "position": ("rope", "learned", "none"),
     "attention_conv": ("input", "keys"),
-    "conv": ("input", "keys"),
     "register_mode": ("complex", "real"),
     "mode": ("real", "complex"),
     "phase": ("selective", "fixed", "none"),
@@ -67,7 +66,7 @@ MODEL_FIELDS: dict[str, Any] = {
     "nope_interval": 0,
     "max_position_embeddings": 32_768,
     "attention_conv_size": 4,
-    "attention_conv": "input",
+    "attention_conv": "keys",
     "mode": "real",
     "phase": "none",
     "phase_rank": 8,
@@ -80,7 +79,6 @@ MODEL_FIELDS: dict[str, Any] = {
     "register_mode": "complex",
     "decay": "head",
     "conv_size": 4,
-    "conv": "input",
     "value_residual": False,
     "gate": "head",
     "logit_softcap": 15.0,
@@ -284,7 +282,7 @@ def count_parameters(values: Mapping[str, Any]) -> dict[str, int]:
             "attention": n_attention * attention,
             "entanglement": n_entangled * entanglement,
             "convolution": n_attention * attention_conv_width(values) * values["attention_conv_size"]
-            + n_entangled * (d if values["conv"] == "input" else sum(g.key_width for g in groups)) * values["conv_size"],
+            + n_entangled * d * values["conv_size"],
             "mlp": len(kinds) * 2 * d * values["intermediate_size"],
             "norm": d * len(kinds) * values["value_residual"],
         }

@@ -55,7 +55,7 @@ def test_attention_with_a_convolution_by_its_definition(where):
 
 
 def test_the_convolution_on_keys_has_a_channel_a_key():
-    model = build("transformer_keys")
+    model = build("transformer")
     assert model.config.layer_types == ATTENTION
     assert model.model.layers[0].mixer.conv.weight.shape == (32, 4)
 

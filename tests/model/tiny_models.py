@@ -27,8 +27,8 @@ VARIANTS = ARMS | {
         "register_heads": 0,
     },
     "transformer_no_conv": {"layer_types": ATTENTION, "position": "rope", "attention_conv_size": 0},
-    "transformer_keys": {
-        "layer_types": ATTENTION, "position": "rope", "attention_conv": "keys", "rope_fraction": 0.5,
+    "transformer_input_conv": {
+        "layer_types": ATTENTION, "position": "rope", "attention_conv": "input", "rope_fraction": 0.5,
         "nope_interval": 2,
     },
     "recurrent": {"layer_types": ENTANGLED, "gate": "none"},

@@ -58,7 +58,7 @@ class QiesConfig(PreTrainedConfig):
     nope_interval: int = 0
     max_position_embeddings: int = 32_768
     attention_conv_size: int = 4
-    attention_conv: str = "input"
+    attention_conv: str = "keys"
     mode: str = "real"
     phase: str = "none"
     phase_rank: int = 8
@@ -71,7 +71,6 @@ class QiesConfig(PreTrainedConfig):
     register_mode: str = "complex"
     decay: str = "head"
     conv_size: int = 4
-    conv: str = "input"
     value_residual: bool = False
     gate: str = "head"
     logit_softcap: float = 15.0

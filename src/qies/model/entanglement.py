@@ -34,8 +34,7 @@ class Entanglement(nn.Module):
         keys, values = sum(g.key_width for g in self.groups), sum(g.value_width for g in self.groups)
         self.beta_size, self.decay_size = sum(g.betas for g in self.groups), sum(g.decays for g in self.groups)
         phases = sum(g.phases for g in self.groups)
-        self.conv_on = config.conv
-        self.conv = ShortConv(width if config.conv == "input" else keys, config.conv_size) if config.conv_size else None
+        self.conv = ShortConv(width, config.conv_size) if config.conv_size else None
         self.q_proj = linear(width, keys)
         self.k_proj = linear(width, keys)
         self.v_proj = linear(width, values)
@@ -55,9 +54,9 @@ class Entanglement(nn.Module):
     def forward(self, x: Tensor, *, embeds, angles, causal_mask, mask, past_key_values, **kwargs):
         """x [B,T,D] -> [B,T,D] and None; mask [B,T] bool, False at pads, which leave the states untouched."""
         memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        if self.conv is not None and self.conv_on == "input":
+        if self.conv is not None:
             x = self.conv(x, mask, memory)
-        runs = zip(self.groups, self.events(x, mask, embeds, memory), read_states(memory, len(self.groups)), strict=True)
+        runs = zip(self.groups, self.events(x, mask, embeds), read_states(memory, len(self.groups)), strict=True)
         outputs, states = zip(*(entangle(*e, state=s, mode=group.mode) for group, e, s in runs), strict=True)
         if memory is not None:
             write_states(memory, states)
@@ -65,11 +64,9 @@ class Entanglement(nn.Module):
             return torch.zeros_like(x), None
         return self.o_proj(self.gate(x, *outputs)), None
 
-    def events(self, x: Tensor, mask: Tensor | None = None, embeds: Tensor | None = None, memory=None) -> list[tuple]:
+    def events(self, x: Tensor, mask: Tensor | None = None, embeds: Tensor | None = None) -> list[tuple]:
         """The op's inputs (q, k, v, beta, log_alpha, theta) of each group, for x [B,T,D] after the convolution."""
         q, k = self.q_proj(x), self.k_proj(x)
-        if self.conv is not None and self.conv_on == "keys":
-            k = self.conv(k, mask, memory)
         v = self.v_proj(x if self.value_residual is None else x + self.value_residual.to(x.dtype) * embeds)
         beta, log_alpha = self.control_proj(x).float().split([self.beta_size, self.decay_size], -1)
         rate = -self.decay_rate.float().exp() * F.softplus(log_alpha + self.decay_bias.float())
