@@ -36,6 +36,31 @@ def test_parabolas_find_the_optimum_of_a_symmetric_law():
     assert not fit.warnings
 
 
+def test_approach_2_takes_the_tokens_and_flops_of_the_table():
+    n, d = np.array([1e7, 2e7, 4e7]), np.array([1e9, 5e8, 2.5e8])
+    n, d, c = np.append(n, 10 * n), np.append(d, 10 * d), np.repeat([1.2e17, 1.2e19], 3)
+    fit = fit_approach2(make_runs(n, d, np.array([4.0, 3.9, 4.0, 3.0, 2.9, 3.0]), flops=c))
+    assert [p.params for p in fit.points] == pytest.approx([2e7, 2e8])
+    assert [p.tokens for p in fit.points] == pytest.approx([5e8, 5e9])
+    assert [float(v) for v in fit.optimum(1.2e17)] == pytest.approx([2e7, 5e8])
+
+
+def test_the_bias_is_measured_along_the_budget_of_the_table():
+    """FLOPs of 6ND and of attention beside it: k = C/(ND) falls with N, so a budget buys fewer tokens at small N."""
+    runs, _, _ = isoflop(30, sizes=41, shift=4.0)
+    d = runs.flops / (6 * runs.params * (1 + (runs.params / 1e8) ** -0.3))
+    loss = LAW["E"] + LAW["A"] * runs.params ** -LAW["alpha"] + LAW["B"] * d ** -LAW["beta"]
+    fit = fit_approach2(make_runs(runs.params, d, loss, flops=runs.flops))
+    for point, bias in zip(fit.points, fit.bias, strict=True):
+        n = np.geomspace(point.params / 30, point.params * 30, 20001)
+        tokens = point.compute / (6 * n * (1 + (n / 1e8) ** -0.3))
+        true = n[np.argmin(LAW["E"] + LAW["A"] * n ** -LAW["alpha"] + LAW["B"] * tokens ** -LAW["beta"])]
+        assert bias == pytest.approx(point.params / true, rel=0.01)
+        assert 6 * point.params * (1 + (point.params / 1e8) ** -0.3) * point.tokens == pytest.approx(
+            point.compute, rel=1e-3
+        )
+
+
 def test_the_bias_on_wide_and_shifted_grids_is_warned_of_and_measured():
     runs, _, best = isoflop(30, shift=4.0)
     fit = fit_approach2(runs)

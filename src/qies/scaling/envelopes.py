@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import Akima1DInterpolator
+from scipy.optimize import minimize_scalar
 
 from qies.errors import UserError, nearest
 from qies.plotting import Figure
@@ -48,7 +49,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class EnvelopeFit:
-    """N = k C^a and D = C / (6 k C^a) through `points`.
+    """N = k_N C^a and D = k_D C^b through `points`, with the FLOPs and tokens of the table.
 
     `params` {"k_N", "a", "k_D", "b"}; `exponents` {"a", "b"}; `ci` by Student's t over the points, or None;
     `objective` half the sum of squared residuals of log N; `bias` (approach 2, where runs allow it) the factor by which
@@ -136,7 +137,7 @@ def fit_approach2(runs: Runs, *, method: str = "parabola", level: float = 0.95) 
             left_out.setdefault(found, []).append(compute)
             continue
         log_n, loss = found
-        points.append(Optimum(compute, math.exp(log_n), compute / 6 / math.exp(log_n), loss))
+        points.append(Optimum(compute, math.exp(log_n), float(_tokens(runs.select(group), compute, log_n)), loss))
         used.append(group)
         widest = max(widest, float(np.abs(np.log(runs.params[group]) - log_n).max()))
     warnings = [_budgets(computes, reason) for reason, computes in left_out.items()]
@@ -177,6 +178,16 @@ def _minimum(log_n: Array, loss: Array, method: str) -> tuple[float, float] | st
     return float(at), float(value)
 
 
+def _tokens(budget: Runs, compute: float, log_n: ArrayLike) -> Array:
+    """Tokens that `compute` pays for at log N [...]: C / (k N), with FLOPs a parameter and token k from the runs of the
+    budget, which grows or falls with N where the table's FLOPs are not 6ND."""
+    sizes, member = np.unique(np.log(budget.params), return_inverse=True)
+    log_k = np.log(budget.flops / (budget.params * budget.tokens))
+    at = np.asarray(log_n, np.float64)
+    log_tokens = math.log(compute) - at - np.interp(at, sizes, np.bincount(member, log_k) / np.bincount(member))
+    return np.asarray(np.exp(log_tokens))
+
+
 def _budgets(compute: list[float], reason: str) -> str:
     if len(compute) == 1:
         return f"the budget of {compute[0]:.3g} FLOPs is left out: {reason}"
@@ -188,14 +199,23 @@ def _bias(runs: Runs, used: list[NDArray[np.int64]], method: str) -> tuple[float
     if len(set(zip(runs.params, runs.tokens, strict=True))) < CELLS_FOR_BIAS:
         return ()
     law = fit_surface(runs, "approach3")
+    if min(law.params["alpha"], law.params["beta"]) <= 0:
+        return ()
     found = []
     for group in used:
-        compute = np.exp(np.log(runs.flops[group]).mean())
-        tokens = compute / 6 / runs.params[group]
-        minimum = _minimum(np.log(runs.params[group]), law.predict(runs.params[group], tokens), method)
-        if isinstance(minimum, str) or min(law.params["alpha"], law.params["beta"]) <= 0:
+        budget = runs.select(group)
+        compute = float(np.exp(np.log(budget.flops).mean()))
+        log_n = np.log(budget.params)
+
+        def loss(at: ArrayLike, budget: Runs = budget, compute: float = compute) -> Array:
+            return law.predict(np.exp(at), _tokens(budget, compute, at))
+
+        minimum = _minimum(log_n, loss(log_n), method)
+        if isinstance(minimum, str):
             return ()
-        found.append(math.exp(minimum[0]) / law.optimum(float(compute))[0])
+        bounds = (log_n.min() - WIDE, log_n.max() + WIDE)
+        true = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+        found.append(math.exp(minimum[0] - float(true.x)))
     return tuple(found)
 
 
