@@ -50,6 +50,19 @@ def test_the_json_holds_the_contract(table, tmp_path, capsys):
     assert "alpha" in printed and "FLOPs 6ND" in printed and "diverged" in printed
 
 
+def test_names_with_commas_and_decimal_commas_go_through_the_verb(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    n, d = grid()
+    rows = [f"{a};{b / 1e9:.9f};{c}" for a, b, c in zip(n, d, noisy(rng, law(n, d), 0.001), strict=True)]
+    path, out = tmp_path / "t.csv", tmp_path / "fit.json"
+    path.write_text("\n".join(["N, all;D;loss, val", *rows]).replace(".", ","))
+    code = call(path, "--columns", "params=N, all,tokens=D*1e9,loss=loss, val", "--json", out)
+    assert code == 0 and "decimal commas in 'N, all' (20" in " ".join(capsys.readouterr().out.split())
+    found = json.loads(out.read_text())
+    assert found["n"] == 30 and found["residuals"][3]["tokens"] == pytest.approx(d[3])
+    assert found["params"]["alpha"] == pytest.approx(0.348, abs=0.05)
+
+
 def test_drop_worst_replaces_the_search_for_diverged_runs(table, tmp_path):
     out = tmp_path / "fit.json"
     assert call(table, *COLUMNS, "--drop-worst", "2", "--json", out) == 0

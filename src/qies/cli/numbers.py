@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -276,9 +277,9 @@ def _save(drawn: dict[str, Figure], folder: Path) -> None:
 
 
 def _pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
-    """OURS=THEIRS, separated by commas or as several words."""
+    """OURS=THEIRS, separated by commas or as several words; a comma without OURS= behind it belongs to THEIRS."""
     found = {}
-    for part in (p for word in words for p in word.split(",")):
+    for part in (p for word in words for p in re.split(r",(?=\s*\w+\s*=)", word)):
         ours, equals, theirs = part.partition("=")
         if not (ours.strip() and equals and theirs.strip()):
             raise UserError(f"--{option} wants OURS=THEIRS, such as params=N,tokens=D; got '{part}'.")
