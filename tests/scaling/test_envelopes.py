@@ -1,5 +1,6 @@
 """Approaches 1 and 2 against the closed-form optimum of a known law."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -78,6 +79,31 @@ def test_akima_has_less_of_the_bias():
         for m in ("parabola", "akima")
     }
     assert off["akima"] < 0.2 * off["parabola"]
+
+
+@pytest.mark.parametrize("fit", [fit_approach1, fit_approach2, lambda runs: fit_approach2(runs, method="akima")])
+def test_runs_of_no_weight_do_not_move_the_exponent(fit):
+    runs, compute, _ = isoflop(3, sizes=41)
+    last = np.isclose(runs.flops, compute[-1])
+    wrong = dataclasses.replace(runs, params=np.where(last, 4 * runs.params, runs.params))
+    ignored = dataclasses.replace(wrong, weight=np.where(last, 1e-9, 1.0))
+    assert fit(wrong).exponents["a"] > 0.55
+    found = fit(ignored)
+    assert found.exponents["a"] == pytest.approx(fit(runs.select(~last)).exponents["a"], abs=1e-6)
+    tenfold = dataclasses.replace(ignored, weight=10 * ignored.weight)
+    assert fit(tenfold).ci["a"] == pytest.approx(found.ci["a"])
+
+
+def test_weights_count_inside_a_budget():
+    runs, _, best = isoflop(3)
+    loss = runs.loss.copy()
+    loss[0] *= 1.05
+    wrong = dataclasses.replace(runs, loss=loss, weight=np.where(np.arange(len(loss)) == 0, 1e-9, 1.0))
+    assert fit_approach2(wrong).points[0].params == pytest.approx(best[0], rel=0.01)
+    even = dataclasses.replace(wrong, weight=np.ones(len(loss)))
+    assert abs(np.log(fit_approach2(even).points[0].params / best[0])) > 0.02
+    [said] = [w for w in fit_approach2(wrong, method="akima").warnings if "weights count among seeds" in w]
+    assert said and any("decided by loss alone" in w for w in fit_approach1(wrong).warnings)
 
 
 def test_budgets_without_a_minimum_are_left_out_with_the_reason():

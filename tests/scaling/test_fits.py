@@ -165,6 +165,21 @@ def test_weights_count_as_repeats():
     assert weighted.objective == pytest.approx(repeated.objective)
 
 
+def test_intervals_depend_on_ratios_of_weights_alone():
+    rng = np.random.default_rng(6)
+    n, d = grid()
+    loss = noisy(rng, law(n, d), 0.003)
+    loss[3] *= 1.2
+    weight = np.where(np.arange(30) == 3, 1e-9, 1.0)
+    for delta, near in ((1e-3, 0.15), (1.0, 0.03)):  # the density of few residuals is rough
+        fit = fit_surface(make_runs(n, d, loss, weight=weight), delta=delta)
+        tenfold = fit_surface(make_runs(n, d, loss, weight=10 * weight), delta=delta)
+        alone = fit_surface(make_runs(n, d, loss).select(np.arange(30) != 3), delta=delta)
+        assert fit.params == pytest.approx(alone.params, rel=1e-4)
+        assert tenfold.ci["alpha"] == pytest.approx(fit.ci["alpha"], rel=1e-4)
+        assert np.ptp(fit.ci["alpha"]) == pytest.approx(np.ptp(alone.ci["alpha"]), rel=near)
+
+
 def test_one_tokens_per_parameter_ratio_is_said_not_to_identify_the_law():
     rng = np.random.default_rng(0)
     n = np.geomspace(1e7, 1e9, 12)

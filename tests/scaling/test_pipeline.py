@@ -99,6 +99,20 @@ def test_power_laws_go_through_the_same_verb(tmp_path, axis):
     )
 
 
+def test_weights_are_read_for_power_laws_and_curves(tmp_path):
+    x = np.geomspace(1e7, 3e9, 8)
+    rows = [f"{n},{20 * n},{50 * n**-0.15 * (1 if i else 1.2)},{1 if i else 1e-9}" for i, n in enumerate(x)]
+    path, out = tmp_path / "p.csv", tmp_path / "fit.json"
+    path.write_text("\n".join(["params,tokens,loss,weight", *rows]))
+    assert call(path, "--form", "power", "--json", out) == 0
+    assert json.loads(out.read_text())["params"]["alpha"] == pytest.approx(0.15, abs=1e-6)
+    x = np.linspace(0.5, 1.3, 20)
+    rows = [f"{a},{0.2 + 0.8 / (1 + np.exp(8 * (a - 0.8))) * (i > 0)},{1 if i else 1e-9}" for i, a in enumerate(x)]
+    path.write_text("\n".join(["bpb,accuracy,weight", *rows]))
+    assert call(path, "--form", "downstream", "--json", out) == 0
+    assert json.loads(out.read_text())["params"]["slope"] == pytest.approx(8, rel=1e-4)
+
+
 def test_arms_are_chosen_and_a_mixture_is_warned_of(table, tmp_path):
     text = table.read_text().splitlines()
     table.write_text("\n".join([*text, *(line.replace("qies", "gpt2") for line in text[1:])]))

@@ -23,7 +23,7 @@ from scipy.optimize import minimize_scalar
 from qies.errors import UserError, nearest
 from qies.plotting import Figure
 from qies.scaling.fits import fit_surface
-from qies.scaling.intervals import t_quantile
+from qies.scaling.intervals import relative, t_quantile
 from qies.scaling.table import Runs
 
 Array = NDArray[np.float64]
@@ -117,7 +117,9 @@ def fit_approach1(runs: Runs, *, level: float = 0.95) -> EnvelopeFit:
     sizes = len({p.params for p in points})
     if sizes < 4:
         warnings.append(f"only {sizes} sizes are on the envelope: the exponent follows the grid's steps")
-    return _regress("approach1", len(runs), points, (), level, warnings)
+    if np.ptp(runs.weight):
+        warnings.append("weights count in the regression; which runs are on the envelope is decided by loss alone")
+    return _regress("approach1", len(runs), points, runs.weight[front], (), level, warnings)
 
 
 def fit_approach2(runs: Runs, *, method: str = "parabola", level: float = 0.95) -> EnvelopeFit:
@@ -128,17 +130,18 @@ def fit_approach2(runs: Runs, *, method: str = "parabola", level: float = 0.95) 
     """
     if method not in METHODS:
         raise UserError(f"method '{method}' is unknown; choose from {', '.join(METHODS)}.{nearest(method, METHODS)}")
-    points, used, widest = [], [], 0.0
+    points, used, weight, widest = [], [], list[float](), 0.0
     left_out: dict[str, list[float]] = {}
     for group in isoflop_groups(runs.flops):
         compute = float(np.exp(np.log(runs.flops[group]).mean()))
-        found = _minimum(np.log(runs.params[group]), runs.loss[group], method)
+        found = _minimum(np.log(runs.params[group]), runs.loss[group], runs.weight[group], method)
         if isinstance(found, str):
             left_out.setdefault(found, []).append(compute)
             continue
         log_n, loss = found
         points.append(Optimum(compute, math.exp(log_n), float(_tokens(runs.select(group), compute, log_n)), loss))
         used.append(group)
+        weight.append(float(runs.weight[group].mean()))
         widest = max(widest, float(np.abs(np.log(runs.params[group]) - log_n).max()))
     warnings = [_budgets(computes, reason) for reason, computes in left_out.items()]
     if len(points) < 2:
@@ -146,7 +149,9 @@ def fit_approach2(runs: Runs, *, method: str = "parabola", level: float = 0.95) 
         raise UserError(f"approach 2 needs 2 budgets with a minimum inside, found {len(points)}{why}")
     bias = _bias(runs, used, method)
     warnings += _bias_warnings(bias, widest, method)
-    return _regress("approach2", len(runs), tuple(points), bias, level, warnings)
+    if method == "akima" and np.ptp(runs.weight):
+        warnings.append("weights count among seeds of one size and among budgets; the spline passes through every size")
+    return _regress("approach2", len(runs), tuple(points), np.array(weight), bias, level, warnings)
 
 
 def isoflop_groups(flops: Array) -> list[NDArray[np.int64]]:
@@ -155,20 +160,20 @@ def isoflop_groups(flops: Array) -> list[NDArray[np.int64]]:
     return np.split(order, np.flatnonzero(np.diff(np.log(flops[order])) > BUDGET_GAP) + 1)
 
 
-def _minimum(log_n: Array, loss: Array, method: str) -> tuple[float, float] | str:
+def _minimum(log_n: Array, loss: Array, weight: Array, method: str) -> tuple[float, float] | str:
     """(log N, loss) of the minimum of one budget, or why there is none."""
     sizes, member = np.unique(log_n, return_inverse=True)
     if len(sizes) < FEWEST_SIZES[method]:
         return f"fewer than {FEWEST_SIZES[method]} sizes"
     if method == "parabola":
         middle = log_n.mean()
-        c2, c1, c0 = np.polyfit(log_n - middle, loss, 2)
+        c2, c1, c0 = np.polyfit(log_n - middle, loss, 2, w=np.sqrt(weight))
         if c2 <= 0:
             return "its parabola bends downwards"
         at = middle - c1 / (2 * c2)
         value = c0 - c1**2 / (4 * c2)
     else:
-        spline = Akima1DInterpolator(sizes, np.bincount(member, loss) / np.bincount(member))
+        spline = Akima1DInterpolator(sizes, np.bincount(member, weight * loss) / np.bincount(member, weight))
         roots = spline.derivative().roots(extrapolate=False)
         candidates = np.concatenate([roots[np.isfinite(roots)], sizes])
         at = candidates[np.argmin(spline(candidates))]
@@ -210,7 +215,7 @@ def _bias(runs: Runs, used: list[NDArray[np.int64]], method: str) -> tuple[float
         def loss(at: ArrayLike, budget: Runs = budget, compute: float = compute) -> Array:
             return law.predict(np.exp(at), _tokens(budget, compute, at))
 
-        minimum = _minimum(log_n, loss(log_n), method)
+        minimum = _minimum(log_n, loss(log_n), budget.weight, method)
         if isinstance(minimum, str):
             return ()
         bounds = (log_n.min() - WIDE, log_n.max() + WIDE)
@@ -233,16 +238,23 @@ def _bias_warnings(bias: tuple[float, ...], widest: float, method: str) -> list[
 
 
 def _regress(
-    form: str, n: int, points: tuple[Optimum, ...], bias: tuple[float, ...], level: float, warnings: list[str]
+    form: str,
+    n: int,
+    points: tuple[Optimum, ...],
+    weight: Array,
+    bias: tuple[float, ...],
+    level: float,
+    warnings: list[str],
 ) -> EnvelopeFit:
-    """Straight lines through log N and log D against log C."""
-    c = np.log([p.compute for p in points])
-    centered = c - c.mean()
+    """Straight lines through log N and log D against log C, by weighted least squares."""
+    root, c = relative(weight), np.log([p.compute for p in points])
+    middle = float(np.average(c, weights=weight))
+    centered = (c - middle) * root
     lines = {}
     for name, y in (("N", np.log([p.params for p in points])), ("D", np.log([p.tokens for p in points]))):
-        slope = float(centered @ y / (centered @ centered))
-        residual = y - y.mean() - slope * centered
-        lines[name] = (slope, float(y.mean() - slope * c.mean()), residual)
+        mean = float(np.average(y, weights=weight))
+        slope = float(centered @ ((y - mean) * root) / (centered @ centered))
+        lines[name] = (slope, mean - slope * middle, (y - mean) * root - slope * centered)
     dof = len(points) - 2
     ci: dict[str, tuple[float, float] | None] = {"a": None, "b": None}
     if dof:

@@ -26,11 +26,12 @@ from qies.scaling.intervals import (
     condition_number,
     huber_covariance,
     independent_groups,
+    relative,
     resampled_counts,
     stretched_percentiles,
     t_quantile,
 )
-from qies.scaling.solver import best, minimise, residuals
+from qies.scaling.solver import best, check_criterion, minimise, residuals
 from qies.scaling.surface import Residual, SurfaceFit
 from qies.scaling.table import Dropped, Runs
 
@@ -38,7 +39,6 @@ Array = NDArray[np.float64]
 
 DELTA = 1e-3
 RESAMPLE = ("runs", "seeds")
-CRITERIA = ("log", "loss")
 OUTLIER_SIGMAS = 4.0  # robust standard deviations of log loss from which a run is named
 FEWEST_GROUPS = 5  # independent ones, below which a bootstrap says nothing
 # |correlation| of log N and log D beyond which tokens follow size.
@@ -152,16 +152,17 @@ def _without_worst(runs: Runs, law: Form, delta: float, criterion: str, count: i
 def _covariance(
     law: Form, theta: Array, x: Array, runs: Runs, member: NDArray[np.int64], delta: float, criterion: str
 ) -> tuple[float, Array]:
-    """Scatter of log loss over cells, covariance of theta: seeds of a cell are averaged first."""
+    """Scatter of log loss over cells, covariance of theta: seeds of a cell are averaged first, by their weights."""
     size = np.bincount(member)
     log_loss, jacobian = (part[0] for part in law.evaluate(theta[None], x))
     residual = residuals(law, theta[None], x, runs.loss, criterion)[0]
     level = np.exp(log_loss) if criterion == "loss" else np.ones_like(log_loss)
     first = np.unique(member, return_index=True)[1]
-    weight = np.sqrt(np.bincount(member, runs.weight) / size)
-    scaled = (jacobian * level[:, None])[first] * weight[:, None]
-    _, covariance = huber_covariance(scaled, np.bincount(member, residual) / size, delta)
-    off = np.bincount(member, log_loss - np.log(runs.loss)) / size
+    total = np.bincount(member, runs.weight)
+    root = relative(total / size)
+    scaled = (jacobian * level[:, None])[first] * root[:, None]
+    _, covariance = huber_covariance(scaled, np.bincount(member, runs.weight * residual) / total * root, delta)
+    off = np.bincount(member, runs.weight * (log_loss - np.log(runs.loss))) / total * root
     return math.sqrt(float(off @ off) / (len(size) - len(theta))), covariance
 
 
@@ -258,10 +259,7 @@ def _check(
         raise UserError(
             f"resample '{resample}' is unknown; choose from {', '.join(RESAMPLE)}.{nearest(resample, RESAMPLE)}"
         )
-    if criterion not in CRITERIA:
-        raise UserError(
-            f"criterion '{criterion}' is unknown; choose from {', '.join(CRITERIA)}.{nearest(criterion, CRITERIA)}"
-        )
+    check_criterion(criterion)
     if not (delta > 0 and 0 < level < 1 and bootstrap >= 0 and bootstrap != 1 and drop_worst >= 0):
         raise UserError("delta > 0, 0 < level < 1, drop_worst >= 0 and bootstrap 0 or at least 2 are needed")
     values = np.stack([runs.params, runs.tokens, runs.loss, runs.weight])

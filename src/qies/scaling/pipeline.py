@@ -27,7 +27,6 @@ from qies.scaling.table import Dropped, Runs, read_columns, read_runs
 POWERS = ("power", "power+floor")
 ENVELOPES = ("approach1", "approach2")
 ALL_FORMS = (*FORMS, *POWERS, *ENVELOPES, *CURVE_COLUMNS)
-POWER_DELTA = 0.05  # as in `fit_power`: few points, so only broken runs are to count less
 AXES = ("params", "tokens", "flops")
 
 
@@ -149,9 +148,9 @@ def fit_file(
         )
     if form in CURVE_COLUMNS:
         table = read_columns(path, CURVE_COLUMNS[form], columns)
-        return Outcome(
-            (fit_annealing if form == "annealing" else fit_downstream)(*table.values(), level=level), None, ()
-        )
+        x, weight = [table[name] for name in CURVE_COLUMNS[form]], table.get("weight", 1.0)
+        curve = (fit_annealing if form == "annealing" else fit_downstream)(*x, weight=weight, level=level)
+        return Outcome(curve, None, ())
     everything = read_runs(path, columns, flops)
     chosen = np.array([arm is None or a == arm for a in everything.arm])
     if arm is not None:
@@ -172,8 +171,9 @@ def fit_file(
         law = fit_power(
             getattr(runs, axis),
             runs.loss,
+            weight=runs.weight,
             floor=form == "power+floor",
-            delta=POWER_DELTA if delta is None else delta,
+            delta=delta,
             level=level,
             interval="bootstrap" if bootstrap else "auto",
             draws=bootstrap or 400,

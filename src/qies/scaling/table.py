@@ -154,18 +154,22 @@ def read_runs(path: str | Path, columns: Mapping[str, str] | None = None, flops:
 
 
 def read_columns(path: str | Path, needed: Iterable[str], columns: Mapping[str, str] | None = None) -> dict[str, Array]:
-    """The needed columns of any table of numbers, float64 [n] each (NaN where missing), for fits that are not of runs.
+    """The needed columns of any table of numbers, float64 [n] each (NaN where missing), for fits that are not of runs;
+    and the column `weight` where there is one.
 
     Files, `columns` and errors as in `read_runs`.
     """
     path, needed = Path(path), tuple(needed)
     rows = read_rows(path)
     known = list(dict.fromkeys(key for row in rows for key in row))
-    names = _resolve(columns or {}, known, path, needed)
+    names = _resolve(columns or {}, known, path, (*needed, "weight"))
     for need in needed:
         if need not in names:
             raise _missing(need, known, path)
-    return _numbers(rows, {need: names[need] for need in needed}, path)[0]
+    number = _numbers(rows, {**{need: names[need] for need in needed}, **names}, path)[0]
+    if "weight" in number:
+        number["weight"] = np.where(np.isnan(number["weight"]), 1.0, number["weight"])
+    return number
 
 
 @dataclass(frozen=True)
