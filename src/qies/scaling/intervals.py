@@ -118,6 +118,17 @@ def resampled_counts(member: NDArray[np.int64], resample: str, draws: int, seed:
     return counts
 
 
+def reach(x: Array, runs: Array) -> Array:
+    """[n]: how many times beyond the range of the runs [m, k] the points x [n, k] lie, both logs; 1 inside.
+
+    The worst of the k coordinates and of their sum: that of log N and log D is compute, in which isoFLOP runs end
+    before they end in N and D.
+    """
+    points, known = (np.column_stack([v, v.sum(axis=1)]) for v in (x, runs))
+    beyond = np.maximum(known.min(axis=0) - points, points - known.max(axis=0))
+    return np.asarray(np.exp(np.maximum(beyond, 0.0).max(axis=1)))
+
+
 def t_quantile(level: float, dof: int) -> float:
     return float(student.ppf(0.5 + level / 2, dof))
 

@@ -25,6 +25,7 @@ from qies.errors import UserError
 from qies.scaling.fits import DELTA, fit_surface
 from qies.scaling.forms import surface_form
 from qies.scaling.intervals import ROUNDING, huber_moments
+from qies.scaling.matching import levels
 from qies.scaling.surface import SurfaceFit
 from qies.scaling.table import Runs
 
@@ -192,17 +193,19 @@ def _ratio_test(narrow: SurfaceFit, wide: SurfaceFit) -> RatioTest:
 def leave_largest_out(runs: Runs, form: str, k: int, *, delta: float | None = None) -> HeldOut:
     """Fit without the runs of the k largest N, and predict them: what an extrapolation is worth.
 
-    Raises UserError when k sizes are not to be spared.
+    Sizes within 2 % of each other are one (`matching.levels`), as embeddings and rounding make them differ. Raises
+    UserError when k sizes are not to be spared.
     """
-    sizes = np.unique(runs.params)
-    if not 1 <= k < len(sizes):
-        raise UserError(f"leave out between 1 and {len(sizes) - 1} of the {len(sizes)} sizes, not {k}")
-    largest = np.isin(runs.params, sizes[-k:])
+    size = levels(runs.params)
+    sizes = int(size.max()) + 1
+    if not 1 <= k < sizes:
+        raise UserError(f"leave out between 1 and {sizes - 1} of the {sizes} sizes (those within 2 % are one), not {k}")
+    largest = size >= sizes - k
     fit = fit_surface(runs.select(~largest), form, delta=delta)
     held = runs.select(largest)
     predicted = fit.predict(held.params, held.tokens)
     error = predicted / held.loss - 1
     columns = (held.params, held.tokens, held.loss, predicted, error)
     rows = tuple(HeldOutRun(*row) for row in zip(held.name, *(c.tolist() for c in columns), strict=True))
-    size = np.abs(error)
-    return HeldOut(form, k, fit.n, rows, float(size.mean()), float(size.max()))
+    off = np.abs(error)
+    return HeldOut(form, k, fit.n, rows, float(off.mean()), float(off.max()))
