@@ -12,7 +12,7 @@ powers is steeper on one side, so approach 2 is biased on wide grids, which is m
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -66,17 +66,30 @@ class EnvelopeFit:
     bias: tuple[float, ...]
     level: float
     warnings: tuple[str, ...]
+    # Mean log C of the optima, and of log N and log D the half widths of the interval there and a unit of log C away.
+    _middle: float = field(repr=False)
+    _half: dict[str, tuple[float, float]] = field(repr=False)
 
     def optimum(self, compute: ArrayLike) -> tuple[Array, Array]:
         """(N, D) at each C, by the regressions."""
         c = np.asarray(compute, np.float64)
         return self.params["k_N"] * c ** self.params["a"], self.params["k_D"] * c ** self.params["b"]
 
+    def optimum_band(self, compute: float) -> tuple[tuple[float, float], tuple[float, float]] | None:
+        """Intervals (lo, hi) of N and of D on the regressions at C; None with two optima."""
+        if not self._half:
+            return None
+        away = math.log(compute) - self._middle
+        half = {name: math.hypot(at, slope * away) for name, (at, slope) in self._half.items()}
+        n, d = (float(v) for v in self.optimum(compute))
+        return (n * math.exp(-half["N"]), n * math.exp(half["N"])), (d * math.exp(-half["D"]), d * math.exp(half["D"]))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         ci = {k: None if v is None else list(v) for k, v in self.ci.items()}
         points = [vars(p) for p in self.points]
-        return {**vars(self), "ci": ci, "points": points, "bias": list(self.bias), "warnings": list(self.warnings)}
+        public = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return {**public, "ci": ci, "points": points, "bias": list(self.bias), "warnings": list(self.warnings)}
 
     def summary(self) -> str:
         """Exponents, what they rest on, and every warning, as one paragraph."""
@@ -257,11 +270,13 @@ def _regress(
         lines[name] = (slope, mean - slope * middle, (y - mean) * root - slope * centered)
     dof = len(points) - 2
     ci: dict[str, tuple[float, float] | None] = {"a": None, "b": None}
+    half: dict[str, tuple[float, float]] = {}
     if dof:
         for key, name in (("a", "N"), ("b", "D")):
             slope, _, residual = lines[name]
-            half = t_quantile(level, dof) * math.sqrt(float(residual @ residual) / dof / float(centered @ centered))
-            ci[key] = (slope - half, slope + half)
+            spread = t_quantile(level, dof) * math.sqrt(float(residual @ residual) / dof)
+            half[name] = spread / math.sqrt(len(c)), spread / math.sqrt(float(centered @ centered))
+            ci[key] = (slope - half[name][1], slope + half[name][1])
     else:
         warnings.append("two optima give a line and no interval")
     a, b = lines["N"][0], lines["D"][0]
@@ -276,4 +291,6 @@ def _regress(
         bias=bias,
         level=level,
         warnings=tuple(warnings),
+        _middle=middle,
+        _half=half,
     )
