@@ -65,6 +65,23 @@ def test_a_known_sigmoid_is_recovered():
     assert known.plot().panels[0].y.title == "accuracy"
 
 
+def test_rows_of_no_weight_do_not_move_a_curve():
+    x = np.linspace(0.5, 1.3, 25)
+    y = 0.25 + 0.65 / (1 + np.exp(9 * (x - 0.8)))
+    y[12] = 0.9
+    weight = np.where(np.arange(25) == 12, 1e-9, 1.0)
+    fit = fit_downstream(x, y, weight=weight, ceiling=None)
+    assert fit.params == pytest.approx({"slope": 9, "midpoint": 0.8, "floor": 0.25, "ceiling": 0.9}, rel=1e-4)
+    assert fit_downstream(x, y, ceiling=None).params["midpoint"] > 0.81
+    assert fit_downstream(x, y, weight=3 * weight, ceiling=None).ci["slope"] == pytest.approx(fit.ci["slope"], rel=1e-3)
+    s, lr = wsd()
+    s1, s2 = schedule_sums(s, lr)
+    loss = 2.5 + 0.8 * s1**-0.4 - 0.3 * s2
+    loss[:40] *= 1.1
+    fit = fit_annealing(s, lr, loss, weight=np.where(s <= 400, 1e-12, 1.0))
+    assert fit.params == pytest.approx({"E": 2.5, "A": 0.8, "alpha": 0.4, "C": 0.3}, rel=1e-4)
+
+
 def test_bad_curves_are_refused():
     s, lr = wsd()
     with pytest.raises(UserError, match="rising steps"):
@@ -73,5 +90,7 @@ def test_bad_curves_are_refused():
         fit_annealing(s[:4], lr[:4], np.ones(4))
     with pytest.raises(UserError, match="between 0 and 1"):
         fit_downstream([1.0, 2, 3, 4], [25, 50, 75, 90])
+    with pytest.raises(UserError, match="weight must be positive"):
+        fit_downstream([1.0, 2, 3, 4], [0.9, 0.5, 0.3, 0.2], weight=[1, 1, 0, 1])
     with pytest.raises(UserError, match="3 parameters needs as many"):
         fit_downstream([1.0, 2], [0.2, 0.3])

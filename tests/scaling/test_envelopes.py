@@ -1,5 +1,6 @@
 """Approaches 1 and 2 against the closed-form optimum of a known law."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -36,6 +37,31 @@ def test_parabolas_find_the_optimum_of_a_symmetric_law():
     assert not fit.warnings
 
 
+def test_approach_2_takes_the_tokens_and_flops_of_the_table():
+    n, d = np.array([1e7, 2e7, 4e7]), np.array([1e9, 5e8, 2.5e8])
+    n, d, c = np.append(n, 10 * n), np.append(d, 10 * d), np.repeat([1.2e17, 1.2e19], 3)
+    fit = fit_approach2(make_runs(n, d, np.array([4.0, 3.9, 4.0, 3.0, 2.9, 3.0]), flops=c))
+    assert [p.params for p in fit.points] == pytest.approx([2e7, 2e8])
+    assert [p.tokens for p in fit.points] == pytest.approx([5e8, 5e9])
+    assert [float(v) for v in fit.optimum(1.2e17)] == pytest.approx([2e7, 5e8])
+
+
+def test_the_bias_is_measured_along_the_budget_of_the_table():
+    """FLOPs of 6ND and of attention beside it: k = C/(ND) falls with N, so a budget buys fewer tokens at small N."""
+    runs, _, _ = isoflop(30, sizes=41, shift=4.0)
+    d = runs.flops / (6 * runs.params * (1 + (runs.params / 1e8) ** -0.3))
+    loss = LAW["E"] + LAW["A"] * runs.params ** -LAW["alpha"] + LAW["B"] * d ** -LAW["beta"]
+    fit = fit_approach2(make_runs(runs.params, d, loss, flops=runs.flops))
+    for point, bias in zip(fit.points, fit.bias, strict=True):
+        n = np.geomspace(point.params / 30, point.params * 30, 20001)
+        tokens = point.compute / (6 * n * (1 + (n / 1e8) ** -0.3))
+        true = n[np.argmin(LAW["E"] + LAW["A"] * n ** -LAW["alpha"] + LAW["B"] * tokens ** -LAW["beta"])]
+        assert bias == pytest.approx(point.params / true, rel=0.01)
+        assert 6 * point.params * (1 + (point.params / 1e8) ** -0.3) * point.tokens == pytest.approx(
+            point.compute, rel=1e-3
+        )
+
+
 def test_the_bias_on_wide_and_shifted_grids_is_warned_of_and_measured():
     runs, _, best = isoflop(30, shift=4.0)
     fit = fit_approach2(runs)
@@ -53,6 +79,31 @@ def test_akima_has_less_of_the_bias():
         for m in ("parabola", "akima")
     }
     assert off["akima"] < 0.2 * off["parabola"]
+
+
+@pytest.mark.parametrize("fit", [fit_approach1, fit_approach2, lambda runs: fit_approach2(runs, method="akima")])
+def test_runs_of_no_weight_do_not_move_the_exponent(fit):
+    runs, compute, _ = isoflop(3, sizes=41)
+    last = np.isclose(runs.flops, compute[-1])
+    wrong = dataclasses.replace(runs, params=np.where(last, 4 * runs.params, runs.params))
+    ignored = dataclasses.replace(wrong, weight=np.where(last, 1e-9, 1.0))
+    assert fit(wrong).exponents["a"] > 0.55
+    found = fit(ignored)
+    assert found.exponents["a"] == pytest.approx(fit(runs.select(~last)).exponents["a"], abs=1e-6)
+    tenfold = dataclasses.replace(ignored, weight=10 * ignored.weight)
+    assert fit(tenfold).ci["a"] == pytest.approx(found.ci["a"])
+
+
+def test_weights_count_inside_a_budget():
+    runs, _, best = isoflop(3)
+    loss = runs.loss.copy()
+    loss[0] *= 1.05
+    wrong = dataclasses.replace(runs, loss=loss, weight=np.where(np.arange(len(loss)) == 0, 1e-9, 1.0))
+    assert fit_approach2(wrong).points[0].params == pytest.approx(best[0], rel=0.01)
+    even = dataclasses.replace(wrong, weight=np.ones(len(loss)))
+    assert abs(np.log(fit_approach2(even).points[0].params / best[0])) > 0.02
+    [said] = [w for w in fit_approach2(wrong, method="akima").warnings if "weights count among seeds" in w]
+    assert said and any("decided by loss alone" in w for w in fit_approach1(wrong).warnings)
 
 
 def test_budgets_without_a_minimum_are_left_out_with_the_reason():

@@ -24,6 +24,8 @@ def centred(n, d):
 def test_derivatives_agree_with_differences(form):
     rng = np.random.default_rng(0)
     x, _ = centred(*grid(4, 3))
+    if form.repeats:
+        x = np.column_stack([x, np.maximum(rng.normal(0.5, 1.5, 12), 0)])
     theta = np.abs(rng.normal(0.5, 0.2, (3, len(form.names))))
     step = 1e-6 * np.eye(theta.shape[1])
     c = rng.standard_normal((3, len(x)))
@@ -54,6 +56,41 @@ def test_exact_laws_are_recovered(form, params):
     fit = fit_surface(make_runs(n, d, law(n, d, same)), form)
     assert fit.params == pytest.approx(params, rel=1e-4)
     np.testing.assert_allclose(fit.predict(3 * n, 0.2 * d), law(3 * n, 0.2 * d, same), rtol=1e-5)
+
+
+def repeated(n, d, u, e=1.87, a=521.0, b=1488.0, alpha=0.353, beta=0.353, r_n=5.31, r_d=15.39):
+    """Muennighoff et al.'s law, equations 5 to 7, with their constants."""
+    best = (alpha * a / (beta * b)) ** (1 / alpha) * u ** (beta / alpha)
+    u_n = np.minimum(best, n)
+    size = u_n + u_n * r_n * (1 - np.exp(-(n / u_n - 1) / r_n))
+    data = u + u * r_d * (1 - np.exp(-(d / u - 1) / r_d))
+    return e + a / size**alpha + b / data**beta
+
+
+def data_constrained():
+    n, u, epochs = (
+        g.reshape(-1) for g in np.meshgrid(np.geomspace(1e7, 5e9, 5), [1e8, 1e9, 1e10], [1, 3, 12, 50, 200])
+    )
+    return n, u * epochs, u
+
+
+def test_repeated_data_follow_the_data_constrained_law():
+    n, d, u = data_constrained()
+    fit = fit_surface(make_runs(n, d, repeated(n, d, u), unique=u), "data-constrained")
+    truth = {"E": 1.87, "A": 521, "B": 1488, "alpha": 0.353, "beta": 0.353, "R_N": 5.31, "R_D": 15.39}
+    assert fit.params == pytest.approx(truth, rel=1e-3) and fit.cells == 75
+    np.testing.assert_allclose(fit.predict(3e8, 4e10, 5e8), repeated(3e8, 4e10, 5e8), rtol=1e-4)
+    np.testing.assert_allclose(fit.predict(3e8, 4e10), repeated(3e8, 4e10, 4e10), rtol=1e-4)
+    noisy_runs = make_runs(n, d, noisy(np.random.default_rng(0), repeated(n, d, u), 0.003), unique=u)
+    fit = fit_surface(noisy_runs, "data-constrained")
+    assert all(fit.ci[name][0] < truth[name] < fit.ci[name][1] for name in ("R_D", "R_N", "alpha", "beta"))
+
+
+def test_unique_tokens_are_needed_for_the_data_constrained_law():
+    n, d, u = data_constrained()
+    for unique in (None, np.where(u > 1e9, np.nan, u)):
+        with pytest.raises(UserError, match="needs the unique tokens of every run"):
+            fit_surface(make_runs(n, d, repeated(n, d, u), unique=unique), "data-constrained")
 
 
 def test_optimum_is_the_lowest_loss_along_the_isoflop_line():
@@ -165,6 +202,21 @@ def test_weights_count_as_repeats():
     assert weighted.objective == pytest.approx(repeated.objective)
 
 
+def test_intervals_depend_on_ratios_of_weights_alone():
+    rng = np.random.default_rng(6)
+    n, d = grid()
+    loss = noisy(rng, law(n, d), 0.003)
+    loss[3] *= 1.2
+    weight = np.where(np.arange(30) == 3, 1e-9, 1.0)
+    for delta, near in ((1e-3, 0.15), (1.0, 0.03)):  # the density of few residuals is rough
+        fit = fit_surface(make_runs(n, d, loss, weight=weight), delta=delta)
+        tenfold = fit_surface(make_runs(n, d, loss, weight=10 * weight), delta=delta)
+        alone = fit_surface(make_runs(n, d, loss).select(np.arange(30) != 3), delta=delta)
+        assert fit.params == pytest.approx(alone.params, rel=1e-4)
+        assert tenfold.ci["alpha"] == pytest.approx(fit.ci["alpha"], rel=1e-4)
+        assert np.ptp(fit.ci["alpha"]) == pytest.approx(np.ptp(alone.ci["alpha"]), rel=near)
+
+
 def test_one_tokens_per_parameter_ratio_is_said_not_to_identify_the_law():
     rng = np.random.default_rng(0)
     n = np.geomspace(1e7, 1e9, 12)
@@ -272,6 +324,26 @@ def test_bootstrap_is_repeatable_and_agrees_with_t():
     mean, lo, hi = fit.predict_band(n, d)
     assert (lo <= mean).all() and (mean <= hi).all()
     assert fit.ci["b"] == pytest.approx([1 - v for v in fit.ci["a"][::-1]])
+
+
+def leverage(scatter):
+    """60 runs at 20 to 100 tokens a parameter with noise of 0.2 %, and 8 of few tokens with noise of `scatter`."""
+    rng = np.random.default_rng(3)
+    n = np.append(np.geomspace(3e7, 1e9, 60), np.geomspace(1e9, 6e9, 8))
+    d = np.append(n[:60] * np.geomspace(20, 100, 60)[rng.permutation(60)], np.geomspace(2e9, 1e9, 8))
+    noise = np.append(np.full(60, 0.002), np.full(8, scatter)) * rng.standard_normal(68)
+    return make_runs(n, d, law(n, d) * np.exp(noise))
+
+
+def test_students_t_gives_way_to_the_bootstrap_where_points_of_leverage_are_outliers():
+    runs = leverage(0.08)
+    t = fit_surface(runs)
+    fit = fit_surface(runs, bootstrap=None)
+    assert (t.interval, fit.interval) == ("t", "bootstrap of runs") and fit.params == t.params
+    assert np.ptp(fit.ci["a"]) > 1.5 * np.ptp(t.ci["a"]) and fit.ci == fit_surface(runs, bootstrap=200).ci
+    assert "Student's t is too narrow here" in fit.warnings[0] and f"a {t.ci['a'][0]:.3g} to" in fit.warnings[0]
+    even = fit_surface(leverage(0.002), bootstrap=None)
+    assert even.interval == "t" and even.ci == fit_surface(leverage(0.002)).ci and not even.draws.size
 
 
 def test_dictionary_is_json_and_the_summary_one_paragraph():

@@ -103,6 +103,17 @@ def test_reach_is_the_worst_coordinates_factor():
     np.testing.assert_allclose(law.reach(column(np.array([inside, above, below]))), [1, 3, 10], rtol=1e-9)
 
 
+def test_reach_of_isoflop_runs_counts_compute():
+    """Sizes and tokens of the isoFLOP grid go further than its compute: 4 times the largest is outside."""
+    compute = np.repeat(np.geomspace(1e18, 1e20, 4), 7)
+    log_n = np.log(np.tile(np.geomspace(0.1, 10, 7), 4) * np.sqrt(compute / 120))
+    x = np.stack([log_n, np.log(compute / 6) - log_n], axis=1)
+    theta = np.array([np.log(1.8), np.log(400.0), np.log(900.0), 0.34, 0.34])
+    law = make_law(surface, ("log E", "log A", "log B", "alpha", "beta"), theta, x, surface(theta, x)[0])
+    best = np.log([[c / 120 for c in (1e20, 4e20, 1e17)]]).T / 2 + np.log([1, 20])
+    np.testing.assert_allclose(law.reach(best), [1, 4, 10], rtol=1e-9)
+
+
 def test_seeds_give_the_noise_where_laws_pass_through_every_point():
     two = [make_law(power, POWER, np.array([3.0, 0.1]), U[:2, None], 3 - 0.1 * U[:2]) for _ in range(2)]
     joint = join(*two, SAME[:2], 0.95, (np.array([[4e-4, 0], [0, 4e-4]]), 6))

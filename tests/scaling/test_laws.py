@@ -136,7 +136,64 @@ def test_rising_loss_is_fitted_as_it_is():
     fit = fit_power(SIZES, 2 * SIZES**0.05)
     assert fit.params["alpha"] == pytest.approx(-0.05)
     assert "x^0.05" in fit.summary()
-    assert any("not told from zero" in w for w in fit.warnings)
+    assert fit.warnings == ("the loss rises with x: alpha is negative",)
+
+
+@pytest.mark.parametrize(("slope", "includes"), [(-0.03, True), (-0.2, False), (0.2, False)])
+def test_an_interval_is_said_to_include_zero_only_where_it_does(slope, includes):
+    fit = fit_power(SIZES, 4 * SIZES**slope * [0.98, 1.03, 1.0, 0.99])
+    lo, hi = fit.ci["alpha"]
+    assert (lo <= 0 <= hi) == includes == any("the 95% CI of alpha includes 0" in w for w in fit.warnings)
+    assert (hi < 0) == any("alpha is negative" in w for w in fit.warnings)
+
+
+@pytest.mark.parametrize("floor", [False, True])
+@pytest.mark.parametrize("criterion", ["log", "loss"])
+@pytest.mark.parametrize("interval", ["t", "bootstrap"])
+def test_a_run_of_no_weight_does_not_move_the_law(floor, criterion, interval):
+    x = np.geomspace(1e7, 3e9, 8)
+    loss, weight = 50 * x**-0.15, np.ones(8)
+    loss[0] *= 1.2
+    weight[0] = 1e-9
+    options = {"floor": floor, "criterion": criterion, "interval": interval, "draws": 20}
+    fit = fit_power(x, loss, weight=weight, **options)
+    assert fit.params["alpha"] == pytest.approx(0.15, abs=1e-5) and fit.params.get("E", 0) < 1e-3
+    assert fit_power(x, loss, **options).params["alpha"] > 0.155
+
+
+def test_weights_count_by_their_ratios_as_precisions():
+    """Weighted least squares by hand, and seeds of one size averaged by weight."""
+    loss, weight = np.array([5.2, 4.8, 4.5, 4.2]), np.array([1.0, 4.0, 2.0, 0.5])
+    fit = fit_power(SIZES, loss, weight=weight, delta=1.0)
+    root = np.sqrt(weight)
+    design = np.stack([np.ones(4), -np.log(SIZES)], 1) * root[:, None]
+    theta, rss = np.linalg.lstsq(design, np.log(loss) * root)[:2]
+    half = 4.302653 * np.sqrt(rss[0] / 2 * np.linalg.inv(design.T @ design)[1, 1])
+    assert fit.ci["alpha"] == pytest.approx((theta[1] - half, theta[1] + half), rel=1e-5)
+    tenfold = fit_power(SIZES, loss, weight=10 * weight, delta=1.0)
+    assert tenfold.ci["alpha"] == pytest.approx(fit.ci["alpha"])
+    assert tenfold.objective == pytest.approx(10 * fit.objective)
+    seeds = fit_power(np.append(SIZES, SIZES[0]), np.append(loss, 7.0), weight=np.append(np.ones(4), 1e-12))
+    assert seeds.params["alpha"] == pytest.approx(fit_power(SIZES, loss, weight=[0.5, 1, 1, 1]).params["alpha"])
+
+
+def test_residuals_of_the_loss_are_least_squares_on_it():
+    rng = np.random.default_rng(2)
+    x = np.geomspace(1e5, 1e9, 12)
+    loss = 1.5 + 40 * x**-0.3 + 0.02 * rng.standard_normal(12)
+    fit = fit_power(x, loss, floor=True, criterion="loss")
+    assert fit.objective == pytest.approx(((fit.predict(x)[0] - loss) ** 2).sum() / 2)
+
+    def squares(e, a, alpha):
+        return ((e + a * x**-alpha - loss) ** 2).sum() / 2
+
+    p = fit.params
+    for step in (0.99, 1.01):
+        assert squares(p["E"] * step, p["A"], p["alpha"]) > fit.objective
+        assert squares(p["E"], p["A"] * step, p["alpha"]) > fit.objective
+        assert squares(p["E"], p["A"], p["alpha"] * step) > fit.objective
+    stored = json.loads(json.dumps(fit.to_dict(), allow_nan=False))
+    assert (stored["criterion"], stored["delta"]) == ("loss", None)
 
 
 def test_dictionary_is_json_and_its_curve_is_the_prediction():
@@ -162,6 +219,9 @@ def test_dictionary_is_json_and_its_curve_is_the_prediction():
         ([1, 2], [2, 1], {"floor": True}, "leave the floor out"),
         ([1, 2, 3], [3, 2, 1], {"interval": "bootstrp"}, "Did you mean 'bootstrap'"),
         ([1, 2, 3], [3, 2, 1], {"delta": 0}, "delta > 0"),
+        ([1, 2, 3], [3, 2, 1], {"criterion": "los"}, "Did you mean 'loss'"),
+        ([1, 2, 3], [3, 2, 1], {"weight": [1, 0, 1]}, "weight > 0"),
+        ([1, 2, 3], [3, 2, 1], {"weight": [1, 1]}, "weight 2"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(x, loss, options, says):

@@ -95,6 +95,16 @@ def test_leaving_the_largest_out_predicts_what_the_fit_did_not_see():
         leave_largest_out(runs, "approach3", 6)
 
 
+def test_sizes_that_differ_by_rounding_are_left_out_together():
+    rng = np.random.default_rng(2)
+    n, d = grid()
+    rounded = n * (1 + 0.015 * rng.random(len(n)))
+    held = leave_largest_out(make_runs(rounded, d, law(n, d)), "approach3", 2)
+    assert {r.params for r in held.runs} == set(rounded[n >= np.unique(n)[-2]])
+    with pytest.raises(UserError, match="between 1 and 5 of the 6 sizes"):
+        leave_largest_out(make_runs(rounded, d, law(n, d)), "approach3", 6)
+
+
 def test_a_law_that_bends_is_shown_to_extrapolate_badly():
     n, d = grid()
     bent = law(n, d) * np.where(n > 2e9, 1.1, 1.0)

@@ -9,6 +9,7 @@ from scaling_tables import grid, law, make_runs
 
 from qies.errors import UserError
 from qies.scaling import read_runs, sound
+from qies.scaling.soundness import oddities
 from qies.scaling.table import parse_number
 
 ROWS = [
@@ -32,6 +33,11 @@ def csv_of(rows, separator=","):
         ("t.csv", csv_of(ROWS)),
         ("t.tsv", csv_of(ROWS, "\t")),
         ("semicolons.csv", "\ufeff" + csv_of(ROWS, ";") + "\n\n"),
+        ("excel.csv", "sep=;\n" + csv_of(ROWS, ";")),
+        ("named.csv", "SEP=|\n" + csv_of(ROWS, "|")),
+        ("hash.csv", "# two runs, of two arms\n#" + csv_of(ROWS)),
+        ("hashes.csv", "# from a; b; c; d; e; f; g\n# " + csv_of(ROWS, "\t").replace("\n", "\n\n", 1) + "\n# end"),
+        ("comment.csv", "# two runs, of two arms, as, they, were\n" + csv_of(ROWS, ";")),
         ("t.jsonl", "\n".join(json.dumps(r) for r in ROWS)),
         ("t.json", json.dumps(ROWS)),
         ("runs.json", json.dumps({"runs": ROWS})),
@@ -98,10 +104,56 @@ def test_missing_numbers(cell):
     assert np.isnan(parse_number(cell))
 
 
-@pytest.mark.parametrize("cell", ["1,5", "12,34", "abc", "1.2.3", "M", "3E", "2 Z", "FLOPs", "4 days"])
+@pytest.mark.parametrize("cell", ["1,5", "0,050", "12,34", "abc", "1.2.3", "M", "3E", "2 Z", "FLOPs", "4 days"])
 def test_what_is_no_number(cell):
     with pytest.raises(ValueError):
         parse_number(cell)
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [("0,050", 0.05), ("1,2M", 1.2e6), ("1.234,5", 1234.5), ("1.200.000", 1.2e6), ("6,851", 6.851), ("2,5e9", 2.5e9),
+     ("3,5 %", 0.035), ("12", 12.0)],
+)  # fmt: skip
+def test_numbers_with_decimal_commas(cell, value):
+    assert parse_number(cell, ",") == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "loss", "commas"),
+    [
+        # a group of thousands does not begin with 0, so the whole column has decimal commas
+        ("10000000;0,050;6.851\n20000000;1,250;6.5", [0.05, 1.25], [6.851, 6.5], ["tokens"]),
+        ("10000000;0,5;6,851\n20000000;1.250,5;6,512", [0.5, 1250.5], [6.851, 6.512], ["tokens", "loss"]),
+        ("1,000,000;2,500;6.85\n900,000;9,000;6.512", [2500, 9000], [6.85, 6.512], []),
+        ("10.000.000;2.500;6.85\n9;9.000;6,51", None, None, "'loss' has a decimal comma in '6,51' and a point"),
+        ("10000000;2,500;6,851\n20000000;9,000;6,512", None, None, "comma of '2,500' may mark decimals or thousands"),
+        ("10000000;0,5;6.85\n20000000;9.000;6.5", None, None, "a point in '9.000'"),
+    ],
+)  # fmt: skip
+def test_commas_are_decided_by_the_column_and_then_by_the_table(tmp_path, rows, tokens, loss, commas):
+    path = write(tmp_path / "t.csv", "params;tokens;loss\n" + rows)
+    if tokens is None:
+        with pytest.raises(UserError, match=commas) as error:
+            read_runs(path)
+        assert "\n" not in str(error.value)
+        return
+    runs = read_runs(path, {"tokens": "tokens*1e9"})
+    np.testing.assert_allclose(runs.tokens, np.array(tokens) * 1e9)
+    np.testing.assert_allclose(runs.loss, loss)
+    said = [note for note in oddities(runs) if "decimal commas" in note]
+    assert [note.split("'")[1::2] for note in said] == ([commas] if commas else [])
+
+
+def test_numbers_of_json_have_decimal_points(tmp_path):
+    rows = [{"params": "500,000", "tokens": 2e7, "loss": 4.5}, {"params": "900,000", "tokens": 2e7, "loss": 4.1}]
+    assert read_runs(write(tmp_path / "t.json", json.dumps(rows))).params.tolist() == [5e5, 9e5]
+
+
+def test_unique_tokens_are_read_and_selected(tmp_path):
+    runs = read_runs(write(tmp_path / "t.csv", "params,tokens,unique,loss\n1e6,4e7,1e7,4.5\n2e6,4e7,4e7,4\n"))
+    assert runs.unique.tolist() == [1e7, 4e7] and runs.select([1]).unique.tolist() == [4e7]
+    assert read_runs(write(tmp_path / "u.csv", "params,tokens,loss\n1e6,4e7,4.5\n")).unique is None
 
 
 def test_two_of_params_tokens_and_flops_are_enough(tmp_path):
@@ -154,6 +206,8 @@ def test_flops_conventions(tmp_path):
         ("params,tokens,loss\n1,2,3\n", {"columns": {"params": "parms"}}, "Did you mean 'params'"),
         ("params,tokens,loss\n1,2,3\n", {"columns": {"parms": "params"}}, "'parms' is no column of ours"),
         ("params,tokens,loss\n1,2,three\n", {}, "row 1, column 'loss': 'three' is no number"),
+        ("Step,a - loss,a - loss__MIN,a - loss__MAX\n1,2,3,4\n", {}, "wide export of W&B.*'a - loss', without loss"),
+        ("Step,a - loss\n1,2\n", {"columns": {"loss": "a - loss"}}, "wide export of W&B.*without params"),
         ("params,tokens,loss\n1,200,000,3\n", {}, "row 1 has 4 cells and the head 3; quote"),
         ("params,params,loss\n1,2,3\n", {}, "two columns are called 'params'"),
         ("", {}, "no rows"),

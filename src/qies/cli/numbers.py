@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,22 +145,27 @@ def fit(
     arm: str | None = None,
     flops: str | None = None,
     delta: float | None = None,
+    criterion: Literal["log", "loss"] | None = None,
+    method: Literal["parabola", "akima"] | None = None,
+    floor: float | Literal["free"] | None = None,
+    ceiling: float | Literal["free"] | None = None,
     drop_worst: int | None = None,
-    bootstrap: int = 0,
+    bootstrap: int | None = None,
     resample: str = "runs",
     level: float = 0.95,
     seed: int = 0,
     leave_largest: int = 0,
     beside: tuple[str, ...] = (),
     predict: tuple[str, ...] = (),
+    at_compute: tuple[str, ...] = (),
     json: Path | None = None,
     figures: Path | None = None,
 ) -> None:
     """Fit a scaling law to a table of runs or a folder of run records.
 
-    Forms of N and D: approach3, approach3-gamma, gadre. Of one variable (--axis): power, power+floor. Of the best size:
-    approach1 (envelope), approach2 (isoFLOP parabolas). Of a curve: annealing (columns step, lr, loss), downstream
-    (columns bpb, accuracy).
+    Forms of N and D: approach3, approach3-gamma, gadre; with repeated data: data-constrained (column unique). Of one
+    variable (--axis): power, power+floor. Of the best size: approach1 (envelope), approach2 (isoFLOP parabolas). Of a
+    curve: annealing (columns step, lr, loss), downstream (columns bpb, accuracy).
 
     For example:
 
@@ -168,40 +174,59 @@ def fit(
         qies fit runs.csv --columns params=N,tokens=D "loss=Val Loss" --drop-worst 5 --leave-largest 1
         qies fit runs.csv --columns "params=N (M)*1e6" "tokens=D (B)*1e9" flops=PF-days*8.64e19
         qies fit runs.csv --form gadre --beside approach3 --predict 6.9e9,1.38e11
+        qies fit runs.csv --form approach2 --method akima --at-compute 1e21 1e22
 
     Args:
         runs: CSV, TSV, JSONL, JSON or Parquet with columns params, tokens and loss, or a folder of run records.
         form: The law.
         axis: What a power law runs along: params, tokens or flops.
         columns: The table's names for ours, as OURS=THEIRS, or OURS=THEIRS*FACTOR to change the unit. Ours: params,
-            tokens, loss, flops, arm, seed, weight, status, name, run (rows of one training curve share it).
+            tokens, unique (tokens), loss, flops, arm, seed, weight, status, name, run (rows of one training curve
+            share it).
         arm: Fit the runs of this arm only.
         flops: Convention of C: 6ND or another multiple, or given; by default the table's, and 6ND where it has none.
-        delta: Residual of log loss beyond which a run counts linearly; by default the form's (1e-3 for approach3).
+        delta: Residual beyond which a run counts linearly; by default the form's (1e-3 for approach3).
+        criterion: Residuals of log loss, or of the loss itself (least squares, unless --delta is given); by default the
+            form's.
+        method: Of approach2: parabola, or an Akima spline through the sizes of each budget.
+        floor: Of downstream: the accuracy of chance, or free (default) to fit it.
+        ceiling: Of downstream: the accuracy of a perfect model (default 1), or free to fit it.
         drop_worst: Leave out so many runs, one by one the furthest from the fit, instead of what looks diverged; 0
             keeps every run that has numbers.
-        bootstrap: Draws for the intervals; 0 takes Student's t.
+        bootstrap: Draws for the intervals; 0 takes Student's t. By default Student's t, unless a bootstrap shows it to
+            be too narrow.
         resample: What a draw resamples: runs, or seeds within runs.
         level: Coverage of the intervals.
         seed: Of the bootstrap.
         leave_largest: Also fit without the so many largest sizes and predict them.
         beside: Other forms of N and D to compare with.
         predict: Points N,D to predict the loss at.
+        at_compute: FLOPs, counted as in the table, at which to give the best N and D.
         json: Write the result here as JSON.
         figures: Write the figures into this folder as SVG: loss against N, D and C, residuals, bootstrap.
     """
     from qies import runs as records
+    from qies.scaling.fits import AUTO_DRAWS
     from qies.scaling.pipeline import fit_file
 
     _check_outputs(figures, json=json)
-    with Progress(disable=not bootstrap, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("bootstrap", total=bootstrap)
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task("bootstrap", total=AUTO_DRAWS if bootstrap is None else bootstrap)
+
+    def tell(done: int) -> None:
+        bar.start()
+        bar.update(task, completed=done)
+
+    try:
         outcome = fit_file(
             runs, form, columns=_pairs("columns", columns), flops=flops, arm=arm, axis=axis, delta=delta,
-            drop_worst=drop_worst, bootstrap=bootstrap, resample=resample, level=level, seed=seed,
-            leave_largest=leave_largest, beside=beside, predict=_points(predict),
-            progress=lambda done: bar.update(task, completed=done),
+            criterion=criterion, method=method, floor=floor, ceiling=ceiling, drop_worst=drop_worst,
+            bootstrap=bootstrap, resample=resample, level=level, seed=seed, leave_largest=leave_largest, beside=beside,
+            predict=_points(predict), at_compute=_flops(at_compute), progress=tell,
         )  # fmt: skip
+    finally:
+        if bar.live.is_started:  # stopping one that was not prints an empty line
+            bar.stop()
     if json is not None:
         records.write_json(json, outcome.to_dict())
     if figures is not None:
@@ -247,6 +272,7 @@ def compare(
     from qies.scaling import compare as compare_arms
     from qies.scaling import read_runs
     from qies.scaling.figures import comparison_figures
+    from qies.scaling.pipeline import dropped_table
 
     _check_outputs(figures, json=json)
     result = compare_arms(read_runs(runs, _pairs("columns", columns), flops), *arms, form=form, level=level)
@@ -254,6 +280,8 @@ def compare(
         records.write_json(json, result.to_dict())
     if figures is not None:
         _save(comparison_figures(result), figures)
+    if result.dropped:
+        Console().print(dropped_table(result.dropped))
     print(result.summary())
 
 
@@ -276,9 +304,9 @@ def _save(drawn: dict[str, Figure], folder: Path) -> None:
 
 
 def _pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
-    """OURS=THEIRS, separated by commas or as several words."""
+    """OURS=THEIRS, separated by commas or as several words; a comma without OURS= behind it belongs to THEIRS."""
     found = {}
-    for part in (p for word in words for p in word.split(",")):
+    for part in (p for word in words for p in re.split(r",(?=\s*\w+\s*=)", word)):
         ours, equals, theirs = part.partition("=")
         if not (ours.strip() and equals and theirs.strip()):
             raise UserError(f"--{option} wants OURS=THEIRS, such as params=N,tokens=D; got '{part}'.")
@@ -300,3 +328,18 @@ def _points(words: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
             raise UserError(f"--predict wants N,D such as 6.9e9,1.38e11; got '{word}'.") from None
         points.append((n, d))
     return tuple(points)
+
+
+def _flops(words: tuple[str, ...]) -> tuple[float, ...]:
+    """FLOPs as in a table's cells."""
+    from qies.scaling.table import parse_number
+
+    found = []
+    for word in words:
+        try:
+            found.append(parse_number(word))
+            if not 0 < found[-1] < float("inf"):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"--at-compute wants FLOPs such as 1e21 or 3EFLOPs; got '{word}'.") from None
+    return tuple(found)

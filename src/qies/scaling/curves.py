@@ -21,7 +21,14 @@ from scipy.signal import lfilter
 
 from qies.errors import UserError
 from qies.plotting import Figure
-from qies.scaling.intervals import ILL_CONDITIONED, condition_number, huber_covariance, t_quantile
+from qies.scaling.intervals import (
+    ILL_CONDITIONED,
+    condition_number,
+    huber_covariance,
+    relative,
+    scipy_loss,
+    t_quantile,
+)
 
 Array = NDArray[np.float64]
 Evaluate = Callable[[Array], tuple[Array, Array]]
@@ -88,14 +95,20 @@ def schedule_sums(step: Array, lr: Array, memory: float = MEMORY) -> tuple[Array
 
 
 def fit_annealing(
-    step: ArrayLike, lr: ArrayLike, loss: ArrayLike, *, memory: float = MEMORY, level: float = 0.95
+    step: ArrayLike,
+    lr: ArrayLike,
+    loss: ArrayLike,
+    *,
+    weight: ArrayLike = 1.0,
+    memory: float = MEMORY,
+    level: float = 0.95,
 ) -> CurveFit:
-    """Fit a whole curve of loss under a schedule; step, lr, loss [n], steps from 1, rising.
+    """Fit a whole curve of loss under a schedule; step, lr, loss [n], steps from 1, rising; weight positive.
 
     Rows that are not finite are left out. The rate between two rows is interpolated, so rows must be close where it
     changes. Raises UserError for steps that do not rise, values <= 0 and fewer than five rows.
     """
-    s, rate, y = _finite(step, lr, loss)
+    s, rate, y, w = _finite(step, lr, loss, weight)
     if len(s) < 5:
         raise UserError(f"an annealing curve needs 5 or more rows, found {len(s)}")
     if (np.diff(s) <= 0).any() or s[0] < 1 or (rate < 0).any() or rate[0] <= 0 or (y <= 0).any():
@@ -122,7 +135,7 @@ def fit_annealing(
         starts.append(np.array([max(amplitude[0], 1e-3), math.log(max(amplitude[1], 1e-6)), alpha,
                                 *(max(v, 1e-6) for v in amplitude[2:])]))  # fmt: skip
     low = np.array([0.0, -np.inf, 0.0, 0.0][: len(starts[0])])
-    theta, objective = _best(padded, starts, low, ANNEALING_DELTA)
+    theta, objective = _best(padded, starts, low, ANNEALING_DELTA, w)
     coefficient = math.exp(theta[1] + theta[2] * np.log(s1).mean())
     per_gain = 0.0 if constant else float(theta[3] / s2.max())
     warnings = ["the rate never falls, so C is not identified"] if constant else []
@@ -132,7 +145,7 @@ def fit_annealing(
     scale = np.array([1.0, 1.0, 1.0, 1.0 if constant else 1 / s2.max()])[: len(theta)]
     residual, jacobian = padded(theta)
     ci, scatter, condition, doubts = _certainty(
-        residual, jacobian, theta, shifted, names, logged, scale, ANNEALING_DELTA, level
+        residual, jacobian, w, theta, shifted, names, logged, scale, ANNEALING_DELTA, level
     )
     params: dict[str, float] = {"E": float(theta[0]), "A": coefficient, "alpha": float(theta[2]), "C": per_gain}
 
@@ -147,14 +160,20 @@ def fit_annealing(
 
 
 def fit_downstream(
-    bpb: ArrayLike, accuracy: ArrayLike, *, floor: float | None = None, ceiling: float | None = 1.0, level: float = 0.95
+    bpb: ArrayLike,
+    accuracy: ArrayLike,
+    *,
+    weight: ArrayLike = 1.0,
+    floor: float | None = None,
+    ceiling: float | None = 1.0,
+    level: float = 0.95,
 ) -> CurveFit:
-    """Fit accuracy against bits per byte by a falling sigmoid; bpb, accuracy [n], accuracy in [0, 1].
+    """Fit accuracy against bits per byte by a falling sigmoid; bpb, accuracy [n], accuracy in [0, 1]; weight positive.
 
     floor, ceiling: the accuracy of chance and of a perfect model where known; None fits them within [0, 1]. Rows that
     are not finite are left out. Raises UserError for accuracies outside [0, 1] and too few rows.
     """
-    x, y = _finite(bpb, accuracy)
+    x, y, w = _finite(bpb, accuracy, weight)
     if (y < 0).any() or (y > 1).any():
         raise UserError("accuracy must lie between 0 and 1; divide percentages by 100")
     free = [i for i, known in enumerate((floor, ceiling)) if known is None]
@@ -185,7 +204,7 @@ def fit_downstream(
         for mid in np.linspace(x.min() - spread, x.max() + spread, 7)
     ]
     low, high = np.array([-12.0, -np.inf, 0.0, 0.0])[where], np.array([12.0, np.inf, 1.0, 1.0])[where]
-    theta, objective = _best(evaluate, starts, low, math.inf, high)
+    theta, objective = _best(evaluate, starts, low, math.inf, w, high)
     residual, jacobian = evaluate(theta)
     values = full(theta)
     names = ("slope", "midpoint", "floor", "ceiling")
@@ -194,7 +213,7 @@ def fit_downstream(
     scale = np.array([1 / spread, 1.0, 1.0, 1.0])[where]
     logged = tuple(name == "slope" for name in chosen)
     ci, scatter, condition, doubts = _certainty(
-        residual, jacobian, theta, np.eye(len(theta)), chosen, logged, scale, math.inf, level
+        residual, jacobian, w, theta, np.eye(len(theta)), chosen, logged, scale, math.inf, level
     )
 
     def predict(bpb: Array) -> Array:
@@ -207,28 +226,32 @@ def fit_downstream(
 
 
 def _finite(*columns: ArrayLike) -> list[Array]:
-    values = np.stack([np.asarray(c, np.float64) for c in columns])
-    return list(values[:, np.isfinite(values).all(axis=0)])
+    """The columns, the last of them weights, without the rows that are not finite."""
+    values = np.stack(np.broadcast_arrays(*(np.asarray(c, np.float64) for c in columns)))
+    values = values[:, np.isfinite(values).all(axis=0)]
+    if (values[-1] <= 0).any():
+        raise UserError("weight must be positive; leave the rows without weight out")
+    return list(values)
 
 
 def _best(
-    evaluate: Evaluate, starts: list[Array], low: Array, delta: float, high: Array | float = np.inf
+    evaluate: Evaluate, starts: list[Array], low: Array, delta: float, weight: Array, high: Array | float = np.inf
 ) -> tuple[Array, float]:
-    """The lowest minimum of the Huber sum (least squares where delta is infinite) over the starts."""
-    loss: dict[str, Any] = {} if math.isinf(delta) else {"loss": "huber", "f_scale": delta}
+    """The lowest minimum of the weighted Huber sum (least squares where delta is infinite) over the starts."""
+    root = np.sqrt(weight)
 
     def run(start: Array) -> Any:
         return least_squares(
-            lambda theta: evaluate(theta)[0],
+            lambda theta: evaluate(theta)[0] * root,
             np.clip(start, low + 1e-9, high - 1e-9),
-            lambda theta: evaluate(theta)[1],
+            lambda theta: evaluate(theta)[1] * root[:, None],
             bounds=(low, high),
             x_scale="jac",
             ftol=1e-14,
             xtol=1e-14,
             gtol=1e-14,
             max_nfev=500,
-            **loss,
+            loss=scipy_loss(delta, weight),
         )
 
     found = [run(start) for start in starts]
@@ -237,8 +260,8 @@ def _best(
 
 
 def _certainty(
-    residual: Array, jacobian: Array, theta: Array, rows: Array, names: tuple[str, ...], logged: tuple[bool, ...],
-    scale: Array, delta: float, level: float,
+    residual: Array, jacobian: Array, weight: Array, theta: Array, rows: Array, names: tuple[str, ...],
+    logged: tuple[bool, ...], scale: Array, delta: float, level: float,
 ) -> tuple[dict[str, tuple[float, float] | None], float | None, float, tuple[str, ...]]:  # fmt: skip
     """Interval of each public parameter (rows @ theta, exponentiated where logged, times scale), scatter, condition
     number, and what the data do not determine."""
@@ -249,7 +272,9 @@ def _certainty(
         doubts.append(f"parameters are not identified (condition number {condition:.2g}): they trade off")
     if dof < 1:
         return dict.fromkeys(names), None, condition, (*doubts, "as many parameters as points: no interval")
-    _, covariance = huber_covariance(jacobian, residual, delta)
+    root = relative(weight)
+    residual = residual * root
+    _, covariance = huber_covariance(jacobian * root[:, None], residual, delta)
     half = t_quantile(level, dof) * np.sqrt(np.maximum(np.diag(rows @ covariance @ rows.T), 0.0))
     ci: dict[str, tuple[float, float] | None] = {}
     for i, name in enumerate(names):

@@ -12,17 +12,18 @@ powers is steeper on one side, so approach 2 is biased on wide grids, which is m
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import Akima1DInterpolator
+from scipy.optimize import minimize_scalar
 
 from qies.errors import UserError, nearest
 from qies.plotting import Figure
 from qies.scaling.fits import fit_surface
-from qies.scaling.intervals import t_quantile
+from qies.scaling.intervals import relative, t_quantile
 from qies.scaling.table import Runs
 
 Array = NDArray[np.float64]
@@ -48,7 +49,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class EnvelopeFit:
-    """N = k C^a and D = C / (6 k C^a) through `points`.
+    """N = k_N C^a and D = k_D C^b through `points`, with the FLOPs and tokens of the table.
 
     `params` {"k_N", "a", "k_D", "b"}; `exponents` {"a", "b"}; `ci` by Student's t over the points, or None;
     `objective` half the sum of squared residuals of log N; `bias` (approach 2, where runs allow it) the factor by which
@@ -65,17 +66,30 @@ class EnvelopeFit:
     bias: tuple[float, ...]
     level: float
     warnings: tuple[str, ...]
+    # Mean log C of the optima, and of log N and log D the half widths of the interval there and a unit of log C away.
+    _middle: float = field(repr=False)
+    _half: dict[str, tuple[float, float]] = field(repr=False)
 
     def optimum(self, compute: ArrayLike) -> tuple[Array, Array]:
         """(N, D) at each C, by the regressions."""
         c = np.asarray(compute, np.float64)
         return self.params["k_N"] * c ** self.params["a"], self.params["k_D"] * c ** self.params["b"]
 
+    def optimum_band(self, compute: float) -> tuple[tuple[float, float], tuple[float, float]] | None:
+        """Intervals (lo, hi) of N and of D on the regressions at C; None with two optima."""
+        if not self._half:
+            return None
+        away = math.log(compute) - self._middle
+        half = {name: math.hypot(at, slope * away) for name, (at, slope) in self._half.items()}
+        n, d = (float(v) for v in self.optimum(compute))
+        return (n * math.exp(-half["N"]), n * math.exp(half["N"])), (d * math.exp(-half["D"]), d * math.exp(half["D"]))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         ci = {k: None if v is None else list(v) for k, v in self.ci.items()}
         points = [vars(p) for p in self.points]
-        return {**vars(self), "ci": ci, "points": points, "bias": list(self.bias), "warnings": list(self.warnings)}
+        public = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return {**public, "ci": ci, "points": points, "bias": list(self.bias), "warnings": list(self.warnings)}
 
     def summary(self) -> str:
         """Exponents, what they rest on, and every warning, as one paragraph."""
@@ -116,7 +130,9 @@ def fit_approach1(runs: Runs, *, level: float = 0.95) -> EnvelopeFit:
     sizes = len({p.params for p in points})
     if sizes < 4:
         warnings.append(f"only {sizes} sizes are on the envelope: the exponent follows the grid's steps")
-    return _regress("approach1", len(runs), points, (), level, warnings)
+    if np.ptp(runs.weight):
+        warnings.append("weights count in the regression; which runs are on the envelope is decided by loss alone")
+    return _regress("approach1", len(runs), points, runs.weight[front], (), level, warnings)
 
 
 def fit_approach2(runs: Runs, *, method: str = "parabola", level: float = 0.95) -> EnvelopeFit:
@@ -127,17 +143,18 @@ def fit_approach2(runs: Runs, *, method: str = "parabola", level: float = 0.95) 
     """
     if method not in METHODS:
         raise UserError(f"method '{method}' is unknown; choose from {', '.join(METHODS)}.{nearest(method, METHODS)}")
-    points, used, widest = [], [], 0.0
+    points, used, weight, widest = [], [], list[float](), 0.0
     left_out: dict[str, list[float]] = {}
     for group in isoflop_groups(runs.flops):
         compute = float(np.exp(np.log(runs.flops[group]).mean()))
-        found = _minimum(np.log(runs.params[group]), runs.loss[group], method)
+        found = _minimum(np.log(runs.params[group]), runs.loss[group], runs.weight[group], method)
         if isinstance(found, str):
             left_out.setdefault(found, []).append(compute)
             continue
         log_n, loss = found
-        points.append(Optimum(compute, math.exp(log_n), compute / 6 / math.exp(log_n), loss))
+        points.append(Optimum(compute, math.exp(log_n), float(_tokens(runs.select(group), compute, log_n)), loss))
         used.append(group)
+        weight.append(float(runs.weight[group].mean()))
         widest = max(widest, float(np.abs(np.log(runs.params[group]) - log_n).max()))
     warnings = [_budgets(computes, reason) for reason, computes in left_out.items()]
     if len(points) < 2:
@@ -145,7 +162,9 @@ def fit_approach2(runs: Runs, *, method: str = "parabola", level: float = 0.95) 
         raise UserError(f"approach 2 needs 2 budgets with a minimum inside, found {len(points)}{why}")
     bias = _bias(runs, used, method)
     warnings += _bias_warnings(bias, widest, method)
-    return _regress("approach2", len(runs), tuple(points), bias, level, warnings)
+    if method == "akima" and np.ptp(runs.weight):
+        warnings.append("weights count among seeds of one size and among budgets; the spline passes through every size")
+    return _regress("approach2", len(runs), tuple(points), np.array(weight), bias, level, warnings)
 
 
 def isoflop_groups(flops: Array) -> list[NDArray[np.int64]]:
@@ -154,20 +173,20 @@ def isoflop_groups(flops: Array) -> list[NDArray[np.int64]]:
     return np.split(order, np.flatnonzero(np.diff(np.log(flops[order])) > BUDGET_GAP) + 1)
 
 
-def _minimum(log_n: Array, loss: Array, method: str) -> tuple[float, float] | str:
+def _minimum(log_n: Array, loss: Array, weight: Array, method: str) -> tuple[float, float] | str:
     """(log N, loss) of the minimum of one budget, or why there is none."""
     sizes, member = np.unique(log_n, return_inverse=True)
     if len(sizes) < FEWEST_SIZES[method]:
         return f"fewer than {FEWEST_SIZES[method]} sizes"
     if method == "parabola":
         middle = log_n.mean()
-        c2, c1, c0 = np.polyfit(log_n - middle, loss, 2)
+        c2, c1, c0 = np.polyfit(log_n - middle, loss, 2, w=np.sqrt(weight))
         if c2 <= 0:
             return "its parabola bends downwards"
         at = middle - c1 / (2 * c2)
         value = c0 - c1**2 / (4 * c2)
     else:
-        spline = Akima1DInterpolator(sizes, np.bincount(member, loss) / np.bincount(member))
+        spline = Akima1DInterpolator(sizes, np.bincount(member, weight * loss) / np.bincount(member, weight))
         roots = spline.derivative().roots(extrapolate=False)
         candidates = np.concatenate([roots[np.isfinite(roots)], sizes])
         at = candidates[np.argmin(spline(candidates))]
@@ -175,6 +194,16 @@ def _minimum(log_n: Array, loss: Array, method: str) -> tuple[float, float] | st
     if not sizes[0] < at < sizes[-1]:
         return "its minimum lies outside the sizes tried"
     return float(at), float(value)
+
+
+def _tokens(budget: Runs, compute: float, log_n: ArrayLike) -> Array:
+    """Tokens that `compute` pays for at log N [...]: C / (k N), with FLOPs a parameter and token k from the runs of the
+    budget, which grows or falls with N where the table's FLOPs are not 6ND."""
+    sizes, member = np.unique(np.log(budget.params), return_inverse=True)
+    log_k = np.log(budget.flops / (budget.params * budget.tokens))
+    at = np.asarray(log_n, np.float64)
+    log_tokens = math.log(compute) - at - np.interp(at, sizes, np.bincount(member, log_k) / np.bincount(member))
+    return np.asarray(np.exp(log_tokens))
 
 
 def _budgets(compute: list[float], reason: str) -> str:
@@ -188,14 +217,23 @@ def _bias(runs: Runs, used: list[NDArray[np.int64]], method: str) -> tuple[float
     if len(set(zip(runs.params, runs.tokens, strict=True))) < CELLS_FOR_BIAS:
         return ()
     law = fit_surface(runs, "approach3")
+    if min(law.params["alpha"], law.params["beta"]) <= 0:
+        return ()
     found = []
     for group in used:
-        compute = np.exp(np.log(runs.flops[group]).mean())
-        tokens = compute / 6 / runs.params[group]
-        minimum = _minimum(np.log(runs.params[group]), law.predict(runs.params[group], tokens), method)
-        if isinstance(minimum, str) or min(law.params["alpha"], law.params["beta"]) <= 0:
+        budget = runs.select(group)
+        compute = float(np.exp(np.log(budget.flops).mean()))
+        log_n = np.log(budget.params)
+
+        def loss(at: ArrayLike, budget: Runs = budget, compute: float = compute) -> Array:
+            return law.predict(np.exp(at), _tokens(budget, compute, at))
+
+        minimum = _minimum(log_n, loss(log_n), budget.weight, method)
+        if isinstance(minimum, str):
             return ()
-        found.append(math.exp(minimum[0]) / law.optimum(float(compute))[0])
+        bounds = (log_n.min() - WIDE, log_n.max() + WIDE)
+        true = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+        found.append(math.exp(minimum[0] - float(true.x)))
     return tuple(found)
 
 
@@ -213,23 +251,32 @@ def _bias_warnings(bias: tuple[float, ...], widest: float, method: str) -> list[
 
 
 def _regress(
-    form: str, n: int, points: tuple[Optimum, ...], bias: tuple[float, ...], level: float, warnings: list[str]
+    form: str,
+    n: int,
+    points: tuple[Optimum, ...],
+    weight: Array,
+    bias: tuple[float, ...],
+    level: float,
+    warnings: list[str],
 ) -> EnvelopeFit:
-    """Straight lines through log N and log D against log C."""
-    c = np.log([p.compute for p in points])
-    centered = c - c.mean()
+    """Straight lines through log N and log D against log C, by weighted least squares."""
+    root, c = relative(weight), np.log([p.compute for p in points])
+    middle = float(np.average(c, weights=weight))
+    centered = (c - middle) * root
     lines = {}
     for name, y in (("N", np.log([p.params for p in points])), ("D", np.log([p.tokens for p in points]))):
-        slope = float(centered @ y / (centered @ centered))
-        residual = y - y.mean() - slope * centered
-        lines[name] = (slope, float(y.mean() - slope * c.mean()), residual)
+        mean = float(np.average(y, weights=weight))
+        slope = float(centered @ ((y - mean) * root) / (centered @ centered))
+        lines[name] = (slope, mean - slope * middle, (y - mean) * root - slope * centered)
     dof = len(points) - 2
     ci: dict[str, tuple[float, float] | None] = {"a": None, "b": None}
+    half: dict[str, tuple[float, float]] = {}
     if dof:
         for key, name in (("a", "N"), ("b", "D")):
             slope, _, residual = lines[name]
-            half = t_quantile(level, dof) * math.sqrt(float(residual @ residual) / dof / float(centered @ centered))
-            ci[key] = (slope - half, slope + half)
+            spread = t_quantile(level, dof) * math.sqrt(float(residual @ residual) / dof)
+            half[name] = spread / math.sqrt(len(c)), spread / math.sqrt(float(centered @ centered))
+            ci[key] = (slope - half[name][1], slope + half[name][1])
     else:
         warnings.append("two optima give a line and no interval")
     a, b = lines["N"][0], lines["D"][0]
@@ -244,4 +291,6 @@ def _regress(
         bias=bias,
         level=level,
         warnings=tuple(warnings),
+        _middle=middle,
+        _half=half,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from qies.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+SEPARATORS = ";\t,"  # of equally many in the head, the first
+SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # the first line that Excel writes and reads
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -53,11 +56,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _separated(text: str, path: Path) -> list[dict[str, Any]]:
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    if not lines:
+    lines = [line for line in text.splitlines() if line.strip()]
+    named = SEPARATOR.fullmatch(lines[0].strip()) if lines else None
+    if named:
+        del lines[0]
+    plain = [line for line in lines if not line.lstrip().startswith("#")]
+    if not plain:
         return []
-    separator = max(",\t;", key=lines[0].count)
-    head, *body = csv.reader(lines, delimiter=separator, skipinitialspace=True)
+
+    def split(some: list[str], names: str) -> list[list[str]]:
+        separator = named[1] if named else max(SEPARATORS, key=names.count)
+        return list(csv.reader(some, delimiter=separator, skipinitialspace=True))
+
+    above = lines.index(plain[0]) - 1
+    if above >= 0 and any(_numeric(cell) for cell in re.split(f"[{SEPARATORS}]", plain[0])):
+        names = lines[above].lstrip().removeprefix("#")
+        if len(split([names], names)[0]) == len(split(plain[:1], names)[0]):
+            plain = [names, *plain]
+    head, *body = split(plain, plain[0])
     head = [h.strip() for h in head]
     if twice := [h for h in head if head.count(h) > 1 and h]:
         raise UserError(f"{path}: two columns are called '{twice[0]}'; rename one.")
@@ -66,6 +82,14 @@ def _separated(text: str, path: Path) -> list[dict[str, Any]]:
             counts = f"row {i + 1} has {len(row)} cells and the head {len(head)}"
             raise UserError(f"{path}: {counts}; quote numbers with commas.")
     return [dict(zip(head, row, strict=True)) for row in body if any(cell.strip() for cell in row)]
+
+
+def _numeric(cell: str) -> bool:
+    try:
+        float(cell.replace(",", "."))
+    except ValueError:
+        return False
+    return True
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:

@@ -5,9 +5,10 @@ arXiv:2203.15556; why the sum: Besiroglu et al. 2024, arXiv:2404.10102), from a 
 
 Runs that share N and D (the seeds of one configuration) are one cell. Cells are what intervals rest on: four
 configurations are four observations, whatever the seeds. Without a bootstrap the interval is Student's t with the
-covariance of the Huber estimate; with one, cells are resampled with all their seeds, and with all other points of
-their training curves where `run` names these ("runs"), or seeds within their cell ("seeds", how far another choice of
-seeds would move the law), and the draws' one-sigma percentiles are stretched to the level
+covariance of the Huber estimate, which takes the scatter to be the same everywhere and is too narrow where the runs
+that decide an exponent scatter more than the rest. With a bootstrap, cells are resampled with all their seeds, and with
+all other points of their training curves where `run` names these ("runs"), or seeds within their cell ("seeds", how
+far another choice of seeds would move the law), and the draws' one-sigma percentiles are stretched to the level
 (`intervals.stretched_percentiles`).
 """
 
@@ -26,21 +27,23 @@ from qies.scaling.intervals import (
     condition_number,
     huber_covariance,
     independent_groups,
+    relative,
     resampled_counts,
     stretched_percentiles,
     t_quantile,
 )
-from qies.scaling.solver import best, minimise, residuals
-from qies.scaling.surface import Residual, SurfaceFit
+from qies.scaling.solver import best, check_criterion, minimise, residuals
+from qies.scaling.surface import Residual, SurfaceFit, log_repeats
 from qies.scaling.table import Dropped, Runs
 
 Array = NDArray[np.float64]
 
 DELTA = 1e-3
 RESAMPLE = ("runs", "seeds")
-CRITERIA = ("log", "loss")
 OUTLIER_SIGMAS = 4.0  # robust standard deviations of log loss from which a run is named
 FEWEST_GROUPS = 5  # independent ones, below which a bootstrap says nothing
+# Without a number of draws: so many, from so many groups on, and the ratio of widths from which t is too narrow.
+AUTO_DRAWS, AUTO_GROUPS, TOO_NARROW = 200, 20, 1.5
 # |correlation| of log N and log D beyond which tokens follow size.
 COLLINEAR = 0.98
 DRAWS_A_BATCH = 50  # between two calls of `progress`
@@ -51,7 +54,7 @@ def fit_surface(
     form: str = "approach3",
     *,
     delta: float | None = None,
-    bootstrap: int = 0,
+    bootstrap: int | None = 0,
     resample: str = "runs",
     level: float = 0.95,
     drop_worst: int = 0,
@@ -63,7 +66,9 @@ def fit_surface(
 
     delta: residual beyond which a run counts linearly; by default 1e-3 on log L, and least squares on L for
     `gadre`, as each was published. criterion: residuals of "log" L or the "loss" L; giving delta means log L.
-    bootstrap: draws, of whole cells (`resample` "runs") or of seeds within cells ("seeds"), from `seed`. level:
+    bootstrap: draws, of whole cells (`resample` "runs") or of seeds within cells ("seeds"), from `seed`; 0 takes
+    Student's t, and None takes it unless 200 draws (from 20 independent cells or curves on) show it to be too narrow:
+    then the intervals are the bootstrap's, and `warnings` says so. level:
     coverage of the intervals. drop_worst: leave out so many runs, each time the one with the largest residual of log
     loss, and fit again; `dropped` lists them. progress: called with the number of draws done. Raises UserError for
     runs that are not finite (pass them through `sound` first), an unknown option, or fewer cells than parameters.
@@ -73,27 +78,27 @@ def fit_surface(
         criterion = "log" if delta is not None else law.criterion
     if delta is None:
         delta = DELTA if criterion == "log" else math.inf
-    _check(runs, law, delta, bootstrap, resample, level, drop_worst, criterion)
+    _check(runs, law, delta, bootstrap or 0, resample, level, drop_worst, criterion)
     dropped: tuple[Dropped, ...] = ()
     if drop_worst:
         runs, dropped = _without_worst(runs, law, delta, criterion, drop_worst)
-    logs = np.log(np.stack([runs.params, runs.tokens], axis=1))
-    center = logs.mean(axis=0)
-    x = logs - center
+    x, center = _inputs(runs, law)
     theta, objective = best(law, x, runs.loss, runs.weight, delta, criterion)
-    cells, member = np.unique(logs, axis=0, return_inverse=True)
+    cells, member = np.unique(x, axis=0, return_inverse=True)
     member = member.reshape(-1)
     dof = len(cells) - len(law.names)
     draws = np.empty((0, len(law.names)))
-    if dof and bootstrap:
-        drawn = independent_groups(member, runs.run) if resample == "runs" else member
-        if (curves := int(drawn.max()) + 1) < FEWEST_GROUPS:
+    drawn = independent_groups(member, runs.run) if resample == "runs" else member
+    curves = int(drawn.max()) + 1
+    count = (AUTO_DRAWS if curves >= AUTO_GROUPS else 0) if bootstrap is None else bootstrap
+    if dof and count:
+        if curves < FEWEST_GROUPS:
             raise UserError(
                 f"the rows belong to {curves} runs, too few to resample; train more, or fit without bootstrap"
             )
-        weight = resampled_counts(drawn, resample, bootstrap, seed) * runs.weight
+        weight = resampled_counts(drawn, resample, count, seed) * runs.weight
         parts = []
-        for i in range(0, bootstrap, DRAWS_A_BATCH):
+        for i in range(0, count, DRAWS_A_BATCH):
             part = weight[i : i + DRAWS_A_BATCH]
             parts.append(minimise(law, np.tile(theta, (len(part), 1)), x, runs.loss, part, delta, criterion)[0])
             progress(i + len(part))
@@ -102,7 +107,13 @@ def fit_surface(
     residual = np.log(runs.loss) - log_loss
     scatter, covariance = _covariance(law, theta, x, runs, member, delta, criterion) if dof else (None, None)
     params = dict(zip(law.names, law.public(theta, center).tolist(), strict=True))
-    ci = _intervals(law, theta, center, covariance, draws, level, len(cells), dof)
+    ci = _intervals(law, theta, center, covariance, draws, level, dof)
+    narrow: list[str] = []
+    if bootstrap is None and len(draws):
+        student = _intervals(law, theta, center, covariance, draws[:0], level, dof)
+        narrow = _too_narrow(law, student, ci)
+        if not narrow:
+            ci, draws = student, draws[:0]
     condition = condition_number(jacobian)
     table = _table(runs, np.exp(log_loss), residual)
     return SurfaceFit(
@@ -114,14 +125,14 @@ def fit_surface(
         exponents=_exponents(law, params),
         ci=ci,
         dropped=dropped,
-        warnings=tuple(_doubts(law, theta, runs, condition, dof, table)),
+        warnings=(*narrow, *_doubts(law, theta, runs, condition, dof, table)),
         condition=condition,
         residuals=table,
         scatter=scatter,
         delta=delta,
         criterion=criterion,
         level=level,
-        interval="none" if not dof else f"bootstrap of {resample}" if bootstrap else "t",
+        interval="none" if not dof else f"bootstrap of {resample}" if len(draws) else "t",
         convention=runs.convention,
         _law=law,
         _theta=theta,
@@ -131,13 +142,22 @@ def fit_surface(
     )
 
 
+def _inputs(runs: Runs, law: Form) -> tuple[Array, Array]:
+    """Inputs x [n, 2 or 3] of the law, and what log N, log D and, where the law counts repeats, log(D/U) were centred
+    by."""
+    logs = np.log(np.stack([runs.params, runs.tokens], axis=1))
+    center = logs.mean(axis=0)
+    if not law.repeats:
+        return logs - center, center
+    return np.column_stack([logs - center, log_repeats(runs.tokens, runs.unique)]), np.append(center, 0.0)
+
+
 def _without_worst(runs: Runs, law: Form, delta: float, criterion: str, count: int) -> tuple[Runs, tuple[Dropped, ...]]:
     """The runs without the `count` worst: the one furthest from the law goes and the law is fitted again, each time.
 
     One at a time, because outliers that stand together pull a fit to them and push good runs away from it.
     """
-    logs = np.log(np.stack([runs.params, runs.tokens], axis=1))
-    x = logs - logs.mean(axis=0)
+    x, _ = _inputs(runs, law)
     kept, named = np.arange(len(runs)), []
     for rank in range(count):
         theta, _ = best(law, x[kept], runs.loss[kept], runs.weight[kept], delta, criterion)
@@ -152,16 +172,17 @@ def _without_worst(runs: Runs, law: Form, delta: float, criterion: str, count: i
 def _covariance(
     law: Form, theta: Array, x: Array, runs: Runs, member: NDArray[np.int64], delta: float, criterion: str
 ) -> tuple[float, Array]:
-    """Scatter of log loss over cells, covariance of theta: seeds of a cell are averaged first."""
+    """Scatter of log loss over cells, covariance of theta: seeds of a cell are averaged first, by their weights."""
     size = np.bincount(member)
     log_loss, jacobian = (part[0] for part in law.evaluate(theta[None], x))
     residual = residuals(law, theta[None], x, runs.loss, criterion)[0]
     level = np.exp(log_loss) if criterion == "loss" else np.ones_like(log_loss)
     first = np.unique(member, return_index=True)[1]
-    weight = np.sqrt(np.bincount(member, runs.weight) / size)
-    scaled = (jacobian * level[:, None])[first] * weight[:, None]
-    _, covariance = huber_covariance(scaled, np.bincount(member, residual) / size, delta)
-    off = np.bincount(member, log_loss - np.log(runs.loss)) / size
+    total = np.bincount(member, runs.weight)
+    root = relative(total / size)
+    scaled = (jacobian * level[:, None])[first] * root[:, None]
+    _, covariance = huber_covariance(scaled, np.bincount(member, runs.weight * residual) / total * root, delta)
+    off = np.bincount(member, runs.weight * (log_loss - np.log(runs.loss))) / total * root
     return math.sqrt(float(off @ off) / (len(size) - len(theta))), covariance
 
 
@@ -173,7 +194,7 @@ def _exponents(law: Form, params: dict[str, float]) -> dict[str, float]:
 
 
 def _intervals(
-    law: Form, theta: Array, center: Array, covariance: Array | None, draws: Array, level: float, cells: int, dof: int
+    law: Form, theta: Array, center: Array, covariance: Array | None, draws: Array, level: float, dof: int
 ) -> dict[str, tuple[float, float] | None]:
     """Interval of every parameter and of the exponents a and b."""
     # Under one exponent for both (gadre, whose amplitudes are called a and b) the optimum is C^1/2 by assumption.
@@ -199,6 +220,26 @@ def _intervals(
     if free:
         low, high = np.append(low, [a_low, 1 - a_high]), np.append(high, [a_high, 1 - a_low])
     return {name: (float(lo), float(hi)) for name, lo, hi in zip(names, low, high, strict=True)}
+
+
+def _too_narrow(
+    law: Form, student: dict[str, tuple[float, float] | None], drawn: dict[str, tuple[float, float] | None]
+) -> list[str]:
+    """A sentence where the bootstrap's interval of an exponent is much wider than Student's t."""
+    wider = []
+    for name, pair in student.items():
+        other = drawn[name]
+        # b = 1 - a; the amplitudes follow from the exponents.
+        if pair is None or other is None or name == "b" or name in law.logged:
+            continue
+        if other[1] - other[0] > TOO_NARROW * (pair[1] - pair[0]):
+            wider.append(f"{name} {pair[0]:.3g} to {pair[1]:.3g}, not {other[0]:.3g} to {other[1]:.3g}")
+    if not wider:
+        return []
+    return [
+        f"Student's t is too narrow here ({'; '.join(wider)}), as where the runs that decide an exponent lie off the "
+        "law or rows are not independent: the intervals are the bootstrap's"
+    ]
 
 
 def _exponent_error(law: Form, theta: Array, covariance: Array) -> float:
@@ -242,7 +283,8 @@ def _doubts(law: Form, theta: Array, runs: Runs, condition: float, dof: int, tab
         said.append("the floor E is not identified (the best floor is 0): do not quote E")
     for i, name in enumerate(law.names):
         if name != "E" and (theta[i] <= low[i] or theta[i] >= high[i] or abs(theta[i]) == STEEPEST):
-            said.append(f"{name} ran to its bound: its term does not follow a power law in these data")
+            why = "no run shows its worth" if name in ("R_N", "R_D") else "its term does not follow a power law"
+            said.append(f"{name} ran to its bound: {why} in these data")
     far = sorted((r for r in table if r.outlier), key=lambda r: -abs(r.residual))
     if far:
         named = ", ".join(f"{r.name} ({100 * math.expm1(r.residual):+.1f} %)" for r in far[:5])
@@ -258,21 +300,23 @@ def _check(
         raise UserError(
             f"resample '{resample}' is unknown; choose from {', '.join(RESAMPLE)}.{nearest(resample, RESAMPLE)}"
         )
-    if criterion not in CRITERIA:
-        raise UserError(
-            f"criterion '{criterion}' is unknown; choose from {', '.join(CRITERIA)}.{nearest(criterion, CRITERIA)}"
-        )
+    check_criterion(criterion)
     if not (delta > 0 and 0 < level < 1 and bootstrap >= 0 and bootstrap != 1 and drop_worst >= 0):
         raise UserError("delta > 0, 0 < level < 1, drop_worst >= 0 and bootstrap 0 or at least 2 are needed")
     values = np.stack([runs.params, runs.tokens, runs.loss, runs.weight])
     if not (np.isfinite(values).all() and (values > 0).all()):
         raise UserError("params, tokens, loss and weight must be finite and positive; leave the other runs out (sound)")
+    if law.repeats and (runs.unique is None or not (np.isfinite(runs.unique) & (runs.unique > 0)).all()):
+        raise UserError(
+            f"{law.name} needs the unique tokens of every run (all tokens where none repeat); name their column with "
+            "--columns unique=THEIR_NAME"
+        )
     for what, axis, values in (("size", "tokens", runs.params), ("token count", "params", runs.tokens)):
         if len(set(values)) == 1:
             raise UserError(
                 f"{law.name} needs runs of more than one {what}; train others, or use --form power+floor --axis {axis}"
             )
-    cells = len(set(zip(runs.params, runs.tokens, strict=True)))
+    cells = len(np.unique(_inputs(runs, law)[0], axis=0))
     if cells - drop_worst < len(law.names):
         raise UserError(
             f"{law.name} has {len(law.names)} parameters and needs as many distinct (N, D); found {cells}"

@@ -3,8 +3,12 @@
     approach3        L = E + A N^-alpha + B D^-beta                          Hoffmann et al. 2022, arXiv:2203.15556
     approach3-gamma  L = E + (A N^-alpha + B D^-beta)^gamma                  after Kaplan et al. 2020, arXiv:2001.08361
     gadre            L = E + a N^eta + b 6^(eta/2) (M N)^eta, M = D/N        Gadre et al. 2024, arXiv:2403.08540
+    data-constrained L = E + A N'^-alpha + B D'^-beta                        Muennighoff et al. 2023, arXiv:2305.16264
+                     D' = U (1 + R_D (1 - exp(-(D/U - 1) / R_D))) with U unique tokens, and N' likewise of
+                     U_N = min(N, the compute-optimal size for U tokens) and R_N
 
-In `gadre` M N is D: it is approach 3 with both exponents equal to -eta, one parameter less, meant for few runs.
+`data-constrained` is approach 3 where no token is repeated and no model larger than optimal for its unique tokens. In
+`gadre` M N is D: it is approach 3 with both exponents equal to -eta, one parameter less, meant for few runs.
 
 Internally every law is written in theta, where log L is smooth and amplitudes are logarithms of the terms at
 the geometric centre of the data (u = log N and v = log D minus their means). All but the exponents are then of
@@ -32,6 +36,9 @@ LOG6 = float(np.log(6.0))
 # A floor a million times below the losses is none; an exponent beyond 8 is a step, no power law.
 LEAST_FLOOR, STEEPEST = float(np.log(1e-6)), 8.0
 EXPONENTS = np.geomspace(0.03, 6, 9)
+# log R_N and log R_D: repeats that are worth nothing, and as much as fresh data.
+REPEATS = float(np.log(1e-2)), float(np.log(1e4))
+LEAST_EXPONENT = 1e-3  # of `data-constrained`, whose optimal size has no meaning at an exponent of zero
 
 
 @dataclass(frozen=True)
@@ -39,13 +46,15 @@ class Form(ABC):
     """A law of the loss, a sum of terms exp(x_k . theta) unless a subclass says otherwise.
 
     `names` of the public parameters in order; `logged` those whose logarithm is linear in theta (E and amplitudes);
-    `criterion`: what the published fits of this law take residuals of, "log" L or the "loss" itself.
+    `criterion`: what the published fits of this law take residuals of, "log" L or the "loss" itself. `repeats`: x has
+    a third column, log(D/U) with U the unique tokens, not centred.
     """
 
     name: str
     names: tuple[str, ...]
     logged: tuple[str, ...]
     criterion: str = "log"
+    repeats: bool = False
 
     @abstractmethod
     def features(self, x: Array) -> Array:
@@ -82,6 +91,7 @@ class Form(ABC):
         """Lower and upper bounds of theta, [p] each."""
         low, high = np.log(loss.min()), np.log(loss.max())
         of = {"E": (low + LEAST_FLOOR, high), "eta": (-STEEPEST, 0.0), "gamma": (0.02, 50.0)}
+        of |= {"R_N": REPEATS, "R_D": REPEATS}
         of |= {k: (low - 30, high + 30) for k in "ABab"} | {k: (0.0, STEEPEST) for k in ("alpha", "beta")}
         return np.array([of[k][0] for k in self.names]), np.array([of[k][1] for k in self.names])
 
@@ -112,7 +122,7 @@ class Approach3(Form):
 
     def rows(self, center: Array) -> Array:
         rows = np.eye(len(self.names))
-        rows[1, 3], rows[2, 4] = center
+        rows[1, 3], rows[2, 4] = center[:2]
         return rows
 
     def reducible(self, params: Mapping[str, float]) -> tuple[float, float, float, float]:
@@ -184,9 +194,120 @@ class Gamma(Approach3):
         return np.concatenate(found)
 
 
+class DataConstrained(Approach3):
+    """L = E + A N'^-alpha + B D'^-beta; theta = (E, A, B, alpha, beta, R_N, R_D), logarithms but for the exponents."""
+
+    def log_loss(self, theta: Array, x: Array) -> Array:
+        return self.expand(theta, x)[0]
+
+    def expand(self, theta: Array, x: Array) -> tuple[Array, Array, Curvature]:
+        u, v, repeat = x.T
+        s, n = len(theta), len(x)
+        a, b, alpha, beta, r_n, r_d = (theta[:, i, None] for i in range(1, 7))
+        # log N - log U_N, where the compute-optimal size for U tokens has alpha A N^-alpha = beta B U^-beta.
+        excess = u - (a - b + np.log(alpha / beta) + beta * (v - repeat)) / alpha
+        over = excess > 0
+        z = np.zeros((s, 5, n))  # gradient of `excess` by (A, B, alpha, beta): its second derivatives are below
+        z[:, 1], z[:, 2] = -1 / alpha, 1 / alpha
+        z[:, 3] = (u - excess - 1 / alpha) / alpha
+        z[:, 4] = (1 / beta - v + repeat) / alpha
+        size, dsize, d2size = _worth(np.where(over, excess, 0.0), r_n)
+        data, ddata, d2data = _worth(np.broadcast_to(repeat, (s, n)), r_d)
+        size_term, data_term = a - alpha * (u + size), b - beta * (v + data)
+        terms = np.stack([np.broadcast_to(theta[:, 0, None], (s, n)), size_term, data_term], axis=1)
+        top = terms.max(axis=1)
+        share = np.exp(terms - top[:, None])
+        total = share.sum(axis=1)
+        share /= total[:, None]
+        first = np.zeros((s, 3, 7, n))  # gradients of the three terms
+        first[:, 0, 0] = first[:, 1, 1] = first[:, 2, 2] = 1
+        by_excess = np.where(over, dsize[0], 0.0)
+        first[:, 1, :5] -= (alpha * by_excess)[:, None] * z
+        first[:, 1, 3] -= u + size
+        first[:, 1, 5] = -alpha * dsize[1]
+        first[:, 2, 4] = -(v + data)
+        first[:, 2, 6] = -beta * ddata[1]
+        slope = (share[:, :, None] * first).sum(axis=1)
+
+        def curvature(c: Array) -> Array:
+            weighted = (c[:, None] * share)[:, :, None] * first
+            found = np.einsum("skpn,skqn->spq", weighted, first) - np.einsum("spn,sqn->spq", c[:, None] * slope, slope)
+            # Second derivatives of the size's term, -alpha N' by alpha and through the excess, and of the data's term.
+            w = c * share[:, 1]
+            full = np.zeros((s, 7, n))
+            full[:, :5] = z
+            bend = np.where(over, d2size[0], 0.0)
+            found -= np.einsum("spn,sqn->spq", (w * alpha * bend)[:, None] * full, full)
+            mixed = np.zeros((s, 7, 7))
+            pull = w * by_excess
+            mixed[:, 3, :5] -= (pull[:, None] * z).sum(axis=2)
+            mixed[:, 5, :5] -= ((w * alpha * np.where(over, d2size[1], 0.0))[:, None] * z).sum(axis=2)
+            mixed[:, 3, 5] -= (w * dsize[1]).sum(axis=1)
+            # Of the excess itself: by (alpha, each of A, B, alpha, beta), and by beta twice.
+            for i, sign in ((1, 1.0), (2, -1.0)):
+                mixed[:, 3, i] -= (pull * sign / alpha).sum(axis=1)
+            mixed[:, 3, 4] -= (pull * -z[:, 4]).sum(axis=1)
+            found += mixed + np.swapaxes(mixed, 1, 2)
+            found[:, 3, 3] -= (pull * (1 / alpha**2 - 2 * z[:, 3])).sum(axis=1)
+            found[:, 4, 4] -= (pull * -1 / beta**2).sum(axis=1)
+            found[:, 5, 5] -= (w * alpha * d2size[2]).sum(axis=1)
+            w = c * share[:, 2]
+            found[:, 6, 6] -= (w * beta * d2data[2]).sum(axis=1)
+            cross = (w * ddata[1]).sum(axis=1)
+            found[:, 4, 6] -= cross
+            found[:, 6, 4] -= cross
+            return found
+
+        return top + np.log(total), np.swapaxes(slope, 1, 2), curvature
+
+    def bounds(self, loss: Array) -> tuple[Array, Array]:
+        low, high = super().bounds(loss)
+        low[3:5] = LEAST_EXPONENT
+        return low, high
+
+    def starts(self, x: Array, loss: Array) -> Array:
+        """Those of approach 3 on D' for a grid of R_D, with N' = N, beside a grid of R_N."""
+        alpha, beta = (g.reshape(-1) for g in np.meshgrid(EXPONENTS[1::2], EXPONENTS[1::2]))
+        found = []
+        for r_d in (1.0, 2.5, 4.5):
+            data = x[:, 1] + _worth(x[None, :, 2], np.array([[r_d]]))[0][0]
+            log_terms = np.stack([-alpha[:, None] * x[:, 0], -beta[:, None] * data], axis=2)
+            for amplitudes in _amplitudes(log_terms, loss):
+                for r_n in (1.0, 4.5):
+                    fixed = np.tile([r_n, r_d], (len(alpha), 1))
+                    found.append(np.column_stack([amplitudes, alpha, beta, fixed]))
+        return np.concatenate(found)
+
+
+def _worth(repeat: Array, log_r: Array) -> tuple[Array, tuple[Array, Array], tuple[Array, Array, Array]]:
+    """log(1 + R (1 - exp(-(e^repeat - 1) / R))) - repeat: what repeating lets D' lag behind D, at most 0; [S, n].
+
+    With its derivatives by `repeat` and log R, and the second ones (twice repeat, both, twice log R).
+    """
+    r = np.exp(log_r)
+    times = np.expm1(np.minimum(repeat, 300.0))
+    q = times / r
+    e = np.exp(-q)
+    # f = 1 + R (1 - e); a, b its derivatives by repeat and log R.
+    f = 1 - r * np.expm1(-q)
+    a = e * (times + 1)
+    b = r * (-np.expm1(-q) - q * e)
+    aa = a * (1 - (times + 1) / r)
+    ab = a * q
+    bb = b - r * q**2 * e
+    fa, fb = a / f, b / f
+    return np.log(f) - repeat, (fa - 1, fb), (aa / f - fa**2, ab / f - fa * fb, bb / f - fb**2)
+
+
 FORMS: dict[str, Form] = {
     "approach3": Approach3("approach3", ("E", "A", "B", "alpha", "beta"), ("E", "A", "B")),
     "approach3-gamma": Gamma("approach3-gamma", ("E", "A", "B", "alpha", "beta", "gamma"), ("E", "A", "B")),
+    "data-constrained": DataConstrained(
+        "data-constrained",
+        ("E", "A", "B", "alpha", "beta", "R_N", "R_D"),
+        ("E", "A", "B", "R_N", "R_D"),
+        repeats=True,
+    ),
     "gadre": Gadre("gadre", ("E", "a", "b", "eta"), ("E", "a", "b"), criterion="loss"),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,32 @@ def huber_moments(residual: Array, delta: float, p: int) -> tuple[float, float]:
     return inside, float((np.clip(residual, -delta, delta) ** 2).sum()) / (n - p)
 
 
+def scipy_loss(delta: float, weight: Array) -> str | Callable[[Array], Array]:
+    """`loss` of scipy's least_squares by which residuals [n] scaled by sqrt(weight) sum up to weight times Huber's
+    loss of the residuals, and to least squares where delta is infinite."""
+    if math.isinf(delta):
+        return "linear"
+    edge = weight * delta**2
+
+    def rho(z: Array) -> Array:  # and its two derivatives, [3, n], at the squares of the scaled residuals
+        far = z > edge
+        beyond = np.where(far, z, 1.0)
+        return np.stack(
+            [
+                np.where(far, 2 * np.sqrt(edge * beyond) - edge, z),
+                np.where(far, np.sqrt(edge / beyond), 1.0),
+                np.where(far, -0.5 * np.sqrt(edge) * beyond**-1.5, 0.0),
+            ]
+        )
+
+    return rho
+
+
+def relative(weight: Array) -> Array:
+    """Square roots of weights [n] of mean 1; with them intervals depend on ratios of weights alone."""
+    return np.asarray(np.sqrt(weight / weight.mean()))
+
+
 def stretched_percentiles(estimate: Array, draws: Array, level: float) -> tuple[Array, Array]:
     """Interval of estimate [...] from bootstrap draws [S, ...]: their one-sigma percentiles, stretched to `level`.
 
@@ -90,6 +116,17 @@ def resampled_counts(member: NDArray[np.int64], resample: str, draws: int, seed:
         seeds = np.flatnonzero(member == cell)
         counts[:, seeds] = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), draws)
     return counts
+
+
+def reach(x: Array, runs: Array) -> Array:
+    """[n]: how many times beyond the range of the runs [m, k] the points x [n, k] lie, both logs; 1 inside.
+
+    The worst of the k coordinates and of their sum: that of log N and log D is compute, in which isoFLOP runs end
+    before they end in N and D.
+    """
+    points, known = (np.column_stack([v, v.sum(axis=1)]) for v in (x, runs))
+    beyond = np.maximum(known.min(axis=0) - points, points - known.max(axis=0))
+    return np.asarray(np.exp(np.maximum(beyond, 0.0).max(axis=1)))
 
 
 def t_quantile(level: float, dof: int) -> float:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from qies.scaling.intervals import ROUNDING
+from qies.scaling.intervals import ROUNDING, reach
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -60,9 +60,8 @@ class Law:
         return {name.removeprefix("log "): float(np.exp(v) if name.startswith("log ") else v) for name, v in pairs}
 
     def reach(self, x: Array) -> Array:
-        """[n]: how many times beyond the cells' range x [n, k] lies, in its worst coordinate; 1 inside."""
-        low, high = self.x.min(axis=0), self.x.max(axis=0)
-        return np.exp(np.maximum(np.maximum(low - x, x - high), 0.0).max(axis=1))
+        """[n]: how many times beyond the cells x [n, k] lies; 1 inside."""
+        return reach(x, self.x)
 
 
 def make_law(evaluate: Evaluate, names: tuple[str, ...], theta: Array, x: Array, log_loss: Array) -> Law:

@@ -8,7 +8,8 @@ L (Hoffmann et al. 2022, arXiv:2203.15556), from several starts, with analytic J
 
 Which interval, and why. Runs that share x (the seeds of one size) share that size's deviation from the law,
 so they are averaged (in log L) and every distinct x counts once: four sizes are four observations, whatever
-the seeds.
+the seeds. A weight multiplies the Huber loss of its point, which has the mean weight of its runs; only ratios of
+weights matter to the intervals.
 
 - `t`: covariance of the Huber estimate (Huber 1973) and Student's t with `sizes - parameters` degrees of
   freedom. Inside `delta` this is least squares, and the interval of a power law without floor is exact at any
@@ -24,8 +25,7 @@ says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,12 +39,15 @@ from qies.scaling.intervals import (
     bootstrap_tails,
     condition_number,
     huber_covariance,
+    relative,
+    scipy_loss,
     t_quantile,
 )
+from qies.scaling.solver import check_criterion, huber
 
 Array = NDArray[np.float64]
-Evaluate = Callable[[Array, Array], tuple[Array, Array]]
 
+DELTA = 0.05
 INTERVALS = ("auto", "t", "bootstrap")
 BOOTSTRAP_FROM = 20
 
@@ -54,9 +57,9 @@ class PowerLaw:
     """A fitted power law; `summary()` says it in words, `predict(x)` draws it, `to_dict()` stores it.
 
     `n` runs at `sizes` distinct x; `params` {"A", "alpha"} and with a floor "E"; `ci` the interval of each or
-    None; `objective` the Huber sum; `scatter` the residual standard deviation of log loss (0.01 is about 1
-    %), None without degrees of freedom; `condition` of the Jacobian with unit columns; `dropped` indices of
-    inputs left out.
+    None; `objective` the Huber sum of residuals of log L (of L where `criterion` is "loss"); `scatter` the residual
+    standard deviation of log loss (0.01 is about 1 %), None without degrees of freedom; `condition` of the Jacobian
+    with unit columns; `dropped` indices of inputs left out.
     """
 
     form: str
@@ -66,6 +69,7 @@ class PowerLaw:
     ci: dict[str, tuple[float, float] | None]
     objective: float
     delta: float
+    criterion: str
     level: float
     interval: str
     dof: int
@@ -111,7 +115,8 @@ class PowerLaw:
         public = {k: getattr(self, k) for k in self.__dataclass_fields__ if not k.startswith("_")}
         listed = {k: list(v) if isinstance(v, tuple) else v for k, v in public.items()}
         ci = {name: None if pair is None else list(pair) for name, pair in self.ci.items()}
-        return {**listed, "ci": ci, "curve": self.curve(), "draws": self.draws.tolist()}
+        delta = self.delta if math.isfinite(self.delta) else None
+        return {**listed, "delta": delta, "ci": ci, "curve": self.curve(), "draws": self.draws.tolist()}
 
     @property
     def draws(self) -> Array:
@@ -153,8 +158,10 @@ def fit_power(
     x: ArrayLike,
     loss: ArrayLike,
     *,
+    weight: ArrayLike | None = None,
     floor: bool = False,
-    delta: float = 0.05,
+    delta: float | None = None,
+    criterion: str = "log",
     level: float = 0.95,
     interval: str = "auto",
     draws: int = 400,
@@ -163,14 +170,18 @@ def fit_power(
     """Fit L = A x^-alpha, or L = E + A x^-alpha with `floor`, to runs.
 
     x, loss: [n] positive; runs whose x or loss is not finite are left out, as `dropped` and `warnings` say.
-    delta: residual of log loss beyond which a point counts linearly. The default, 5 %, is far above what
-    seeds do and below what a broken run does: clean data give least squares and a broken run cannot drag the
-    law along. level: coverage of the intervals. interval: "auto", "t" or "bootstrap" (`draws` resamples from
-    `seed`). Raises UserError for unequal lengths, values <= 0, an unknown option, or fewer distinct x than
-    parameters.
+    weight: [n] positive, of each run; 1 by default. criterion: residuals of "log" L or of the "loss" L.
+    delta: residual beyond which a point counts linearly. The default on log L, 5 %, is far above what seeds do and
+    below what a broken run does: clean data give least squares and a broken run cannot drag the law along. On L
+    the default is least squares. level: coverage of the intervals. interval: "auto", "t" or "bootstrap" (`draws`
+    resamples from `seed`). Raises UserError for unequal lengths, values <= 0, an unknown option, or fewer distinct x
+    than parameters.
     """
     xs, losses = np.asarray(x, np.float64).reshape(-1), np.asarray(loss, np.float64).reshape(-1)
-    _check(xs, losses, delta, level, interval, draws)
+    weights = np.ones_like(losses) if weight is None else np.asarray(weight, np.float64).reshape(-1)
+    if delta is None:
+        delta = DELTA if criterion == "log" else math.inf
+    _check(xs, losses, weights, delta, criterion, level, interval, draws)
     keep = np.isfinite(xs) & np.isfinite(losses)
     dropped = tuple(int(i) for i in np.flatnonzero(~keep))
     warnings = [f"{len(dropped)} of {len(xs)} runs left out: not finite"] if dropped else []
@@ -182,20 +193,28 @@ def fit_power(
         raise UserError(
             f"a power law{form} needs {len(names)} or more distinct x, found {len(sizes)}; train more sizes{advice}"
         )
-    y = np.bincount(member, np.log(losses[keep])) / np.bincount(member)
-    center = float(np.log(sizes).mean())
-    u = np.log(sizes) - center
+    total = np.bincount(member, weights[keep])
+    points = _Points(
+        u=np.log(sizes) - (center := float(np.log(sizes).mean())),
+        y=np.bincount(member, weights[keep] * np.log(losses[keep])) / total,
+        weight=total / np.bincount(member),
+        delta=delta,
+        criterion=criterion,
+    )
 
-    theta, objective = _fit(u, y, delta, floor)
-    predicted, jacobian = _power(theta, u)
-    residual = predicted - y
+    theta, objective = _fit(points, floor)
+    residual, jacobian = points.evaluate(theta)
+    off = _power(theta, points.u)[0] - points.y
     scatter, covariance, resampled = None, None, None
     if dof:
-        scatter, covariance = huber_covariance(jacobian, residual, delta)
+        root = relative(points.weight)
+        scatter, covariance = huber_covariance(jacobian * root[:, None], residual * root, delta)
+        if criterion == "loss":
+            scatter = math.sqrt(float((root * off) @ (root * off)) / dof)
         if interval == "auto":
             interval = "bootstrap" if len(sizes) >= BOOTSTRAP_FROM else "t"
         if interval == "bootstrap":
-            resampled = _bootstrap(u, y, theta, delta, draws, seed)
+            resampled = _bootstrap(points, theta, draws, seed)
     else:
         interval = "none"
         warnings.append(
@@ -204,7 +223,7 @@ def fit_power(
         )
     ends = _ends(theta, covariance, resampled, level, len(sizes), dof, center)
     condition = condition_number(jacobian)
-    warnings += _doubts(ends, residual, delta, condition, sizes, dof, theta, floor)
+    warnings += _doubts(ends, level, off, np.abs(residual) > delta, condition, sizes, dof, theta, floor)
     values = {"A": math.exp(theta[0] + theta[1] * center), "alpha": float(theta[1])} | (
         {"E": float(theta[2])} if floor else {}
     )
@@ -216,6 +235,7 @@ def fit_power(
         ci=ends,
         objective=objective,
         delta=delta,
+        criterion=criterion,
         level=level,
         interval=interval,
         dof=dof,
@@ -231,6 +251,28 @@ def fit_power(
     )
 
 
+@dataclass(frozen=True)
+class _Points:
+    """What is fitted: log loss y [n] at centred log x u [n], a weight [n] each, and what residuals are taken of."""
+
+    u: Array
+    y: Array
+    weight: Array
+    delta: float
+    criterion: str
+
+    def evaluate(self, theta: Array) -> tuple[Array, Array]:
+        """Residuals [n] (law minus loss) by the criterion, and their Jacobian [n, p]."""
+        log_loss, jacobian = _power(theta, self.u)
+        if self.criterion == "log":
+            return log_loss - self.y, jacobian
+        loss = np.exp(np.minimum(log_loss, 300.0))  # far from any loss a start may overflow
+        return loss - np.exp(self.y), jacobian * loss[:, None]
+
+    def pick(self, which: NDArray[np.int64]) -> _Points:
+        return replace(self, u=self.u[which], y=self.y[which], weight=self.weight[which])
+
+
 def _power(theta: Array, u: Array) -> tuple[Array, Array]:
     """log L [n], Jacobian [n, p] at centred log x `u` [n]; theta = (log A x^-alpha at u = 0, alpha[, E])."""
     term = theta[0] - theta[1] * u
@@ -242,51 +284,51 @@ def _power(theta: Array, u: Array) -> tuple[Array, Array]:
     return log_loss, np.stack([share, -u * share, np.exp(-log_loss)], axis=1)
 
 
-def _fit(u: Array, y: Array, delta: float, floor: bool, warm: Array | None = None) -> tuple[Array, float]:
+def _fit(points: _Points, floor: bool, warm: Array | None = None) -> tuple[Array, float]:
     """Best (theta, Huber sum) over the starts, or from `warm` alone."""
+    u, y = points.u, points.y
     slope = float((u - u.mean()) @ y / ((u - u.mean()) @ u))
-    best = _minimise(_power, np.array([y.mean() - slope * u.mean(), -slope]), u, y, delta)
+    best = _minimise(points, np.array([y.mean() - slope * u.mean(), -slope]))
     if not floor:
         return best
     # No floor is the edge of the parameter space, which an interior method only creeps up to, so it is offered.
     best = (np.append(best[0], 0.0), best[1])
-    for start in _floor_starts(u, y, delta) if warm is None else [warm]:
+    for start in _floor_starts(points) if warm is None else [warm]:
         # alpha >= 0: a law with a floor falls towards it; "E + a spike at the largest x" is no such law.
-        found = _minimise(_power, start, u, y, delta, lower=[-np.inf, 0.0, 0.0])
+        found = _minimise(points, start, lower=[-np.inf, 0.0, 0.0])
         if found[1] < best[1] * (1 - 1e-9):
             best = found
     return best
 
 
-def _floor_starts(u: Array, y: Array, delta: float) -> list[Array]:
+def _floor_starts(points: _Points) -> list[Array]:
     """A start in every valley: at a given alpha the law is linear in E and A, so alpha is scanned, from a term that
     hardly changes over the data to one that only the smallest x feel, and every minimum of the scan is kept."""
+    u, y, delta = points.u, points.y, points.delta if points.criterion == "log" else math.inf
     scan: list[tuple[float, Array]] = []
     for alpha in np.geomspace(0.05, 60, 40) / np.ptp(u):
         term = np.exp(-alpha * (u - u.min()))
         design = np.stack([np.ones_like(u), term], axis=1) * np.exp(-y)[:, None]  # relative residuals
-        weight = np.ones_like(u)
+        weight = np.sqrt(points.weight)
         for _ in range(3):  # least squares, then twice with the weights that make it a Huber fit
             e, amplitude = np.linalg.lstsq(design * weight[:, None], weight, rcond=None)[0]
             theta = np.array([math.log(max(amplitude, 1e-300)) + alpha * u.min(), alpha, max(e, 0.0)])
             residual = np.abs(_power(theta, u)[0] - y)
-            weight = np.sqrt(np.minimum(1, delta / np.maximum(residual, 1e-300)))
-        scan.append((float(np.where(residual <= delta, residual**2 / 2, delta * (residual - delta / 2)).sum()), theta))
+            weight = np.sqrt(points.weight * np.minimum(1, delta / np.maximum(residual, 1e-300)))
+        scan.append((float(points.weight @ huber(residual, delta)), theta))
     costs = [math.inf, *(cost for cost, _ in scan), math.inf]
     return [theta for i, (cost, theta) in enumerate(scan) if cost <= min(costs[i], costs[i + 2])]
 
 
-def _minimise(
-    evaluate: Evaluate, start: Array, u: Array, y: Array, delta: float, lower: list[float] | float = -np.inf
-) -> tuple[Array, float]:
-    """Minimise sum Huber_delta(log L(u; theta) - y) from one start, any form with an analytic Jacobian."""
+def _minimise(points: _Points, start: Array, lower: list[float] | float = -np.inf) -> tuple[Array, float]:
+    """Minimise the weighted Huber sum of the residuals from one start."""
+    root = np.sqrt(points.weight)
     found = least_squares(
-        lambda theta: evaluate(theta, u)[0] - y,
+        lambda theta: points.evaluate(theta)[0] * root,
         start,
-        lambda theta: evaluate(theta, u)[1],
+        lambda theta: points.evaluate(theta)[1] * root[:, None],
         bounds=(lower, np.inf),
-        loss="huber",
-        f_scale=delta,
+        loss=scipy_loss(points.delta, points.weight),
         x_scale="jac",
         ftol=1e-15,
         xtol=1e-15,
@@ -296,14 +338,14 @@ def _minimise(
     return found.x, float(found.cost)
 
 
-def _bootstrap(u: Array, y: Array, theta: Array, delta: float, draws: int, seed: int) -> Array:
+def _bootstrap(points: _Points, theta: Array, draws: int, seed: int) -> Array:
     """[draws, p] fits to resampled points; those with fewer points than parameters are drawn again."""
     rng = np.random.default_rng(seed)
     fits: list[Array] = []
     while len(fits) < draws:
-        pick = rng.integers(0, len(u), len(u))
+        pick = rng.integers(0, len(points.u), len(points.u))
         if len(np.unique(pick)) >= len(theta):
-            fits.append(_fit(u[pick], y[pick], delta, len(theta) == 3, warm=theta)[0])
+            fits.append(_fit(points.pick(pick), len(theta) == 3, warm=theta)[0])
     return np.stack(fits)
 
 
@@ -329,19 +371,24 @@ def _ends(
 
 def _doubts(
     ci: dict[str, tuple[float, float] | None],
+    level: float,
     residual: Array,
-    delta: float,
+    beyond: NDArray[np.bool_],
     condition: float,
     sizes: Array,
     dof: int,
     theta: Array,
     floor: bool,
 ) -> list[str]:
-    """Plain sentences on what the data do not determine."""
+    """Plain sentences on what the data do not determine; `residual` of log L, `beyond` those further than delta."""
     said: list[str] = []
     alpha, e = ci["alpha"], ci.get("E")
     if not floor and alpha is not None and alpha[0] <= 0:
-        said.append("alpha is not told from zero: the data do not show that the loss falls as a power of x")
+        said.append(
+            "the loss rises with x: alpha is negative"
+            if alpha[1] < 0
+            else f"the {100 * level:g}% CI of alpha includes 0: the data do not show that the loss falls with x"
+        )
     if floor and (dof < 3 or condition > ILL_CONDITIONED or theta[2] == 0.0 or e is None or e[0] == 0.0):
         why = (
             "the best floor is 0"
@@ -355,7 +402,7 @@ def _doubts(
         said.append(
             f"the floor E is not identified ({why}): do not quote E, and show the form without a floor beside it"
         )
-    far = np.flatnonzero(np.abs(residual) > delta)
+    far = np.flatnonzero(beyond)
     if len(far):
         where = ", ".join(f"x = {sizes[i]:.3g} ({100 * math.expm1(-residual[i]):+.1f} %)" for i in far[:5])
         said.append(f"{len(far)} of {len(sizes)} points lie further than delta from the law and count less: " + where)
@@ -364,11 +411,14 @@ def _doubts(
     return said
 
 
-def _check(x: Array, loss: Array, delta: float, level: float, interval: str, draws: int) -> None:
-    if len(x) != len(loss):
-        raise UserError(f"x has {len(x)} values and loss {len(loss)}; give one loss for every x")
-    if (x <= 0).any() or (loss <= 0).any():
-        raise UserError("a power law needs x > 0 and loss > 0; leave the other runs out")
+def _check(
+    x: Array, loss: Array, weight: Array, delta: float, criterion: str, level: float, interval: str, draws: int
+) -> None:
+    if not len(x) == len(loss) == len(weight):
+        raise UserError(f"x has {len(x)} values, loss {len(loss)}, weight {len(weight)}; give one loss for every x")
+    if (x <= 0).any() or (loss <= 0).any() or not (np.isfinite(weight) & (weight > 0)).all():
+        raise UserError("a power law needs x > 0, loss > 0 and weight > 0; leave the other runs out")
+    check_criterion(criterion)
     if interval not in INTERVALS:
         raise UserError(
             f"interval '{interval}' is unknown; choose from {', '.join(INTERVALS)}." + nearest(interval, INTERVALS)

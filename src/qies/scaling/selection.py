@@ -25,6 +25,7 @@ from qies.errors import UserError
 from qies.scaling.fits import DELTA, fit_surface
 from qies.scaling.forms import surface_form
 from qies.scaling.intervals import ROUNDING, huber_moments
+from qies.scaling.matching import levels
 from qies.scaling.surface import SurfaceFit
 from qies.scaling.table import Runs
 
@@ -170,7 +171,8 @@ def compare_forms(runs: Runs, forms: tuple[str, ...], *, delta: float | None = N
 
 def _average_seeds(runs: Runs) -> Runs:
     """One entry for each distinct (N, D): the weighted mean of log loss over its seeds, with their mean weight."""
-    points = np.stack([runs.params, runs.tokens], axis=1)
+    unique = runs.tokens if runs.unique is None else runs.unique
+    points = np.stack([runs.params, runs.tokens, unique], axis=1)
     _, first, member = np.unique(points, axis=0, return_index=True, return_inverse=True)
     member = member.reshape(-1)
     total = np.bincount(member, runs.weight)
@@ -189,20 +191,24 @@ def _ratio_test(narrow: SurfaceFit, wide: SurfaceFit) -> RatioTest:
     )
 
 
-def leave_largest_out(runs: Runs, form: str, k: int, *, delta: float | None = None) -> HeldOut:
+def leave_largest_out(
+    runs: Runs, form: str, k: int, *, delta: float | None = None, criterion: str | None = None
+) -> HeldOut:
     """Fit without the runs of the k largest N, and predict them: what an extrapolation is worth.
 
-    Raises UserError when k sizes are not to be spared.
+    Sizes within 2 % of each other are one (`matching.levels`), as embeddings and rounding make them differ. Raises
+    UserError when k sizes are not to be spared.
     """
-    sizes = np.unique(runs.params)
-    if not 1 <= k < len(sizes):
-        raise UserError(f"leave out between 1 and {len(sizes) - 1} of the {len(sizes)} sizes, not {k}")
-    largest = np.isin(runs.params, sizes[-k:])
-    fit = fit_surface(runs.select(~largest), form, delta=delta)
+    size = levels(runs.params)
+    sizes = int(size.max()) + 1
+    if not 1 <= k < sizes:
+        raise UserError(f"leave out between 1 and {sizes - 1} of the {sizes} sizes (those within 2 % are one), not {k}")
+    largest = size >= sizes - k
+    fit = fit_surface(runs.select(~largest), form, delta=delta, criterion=criterion)
     held = runs.select(largest)
-    predicted = fit.predict(held.params, held.tokens)
+    predicted = fit.predict(held.params, held.tokens, held.unique)
     error = predicted / held.loss - 1
     columns = (held.params, held.tokens, held.loss, predicted, error)
     rows = tuple(HeldOutRun(*row) for row in zip(held.name, *(c.tolist() for c in columns), strict=True))
-    size = np.abs(error)
-    return HeldOut(form, k, fit.n, rows, float(size.mean()), float(size.max()))
+    off = np.abs(error)
+    return HeldOut(form, k, fit.n, rows, float(off.mean()), float(off.max()))

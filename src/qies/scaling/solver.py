@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from qies.errors import UserError, nearest
 from qies.scaling.forms import Form
 
 Array = NDArray[np.float64]
@@ -25,6 +26,15 @@ APART = 0.5  # in theta, whose entries are logarithms and exponents
 FARTHEST = 10.0  # in theta, along a direction that the runs hardly determine
 EXACT = 1e-20  # objective a run below which the law passes through the runs
 BATCH = 2_000_000  # numbers of one Jacobian [S, n, p] held at once
+CRITERIA = ("log", "loss")  # what residuals are taken of: log L, or L
+
+
+def check_criterion(criterion: str) -> None:
+    """Raise UserError for one that is none of `CRITERIA`."""
+    if criterion not in CRITERIA:
+        raise UserError(
+            f"criterion '{criterion}' is unknown; choose from {', '.join(CRITERIA)}.{nearest(criterion, CRITERIA)}"
+        )
 
 
 def huber(residual: Array, delta: float) -> Array:

@@ -135,7 +135,7 @@ def oddities(runs: Runs) -> list[str]:
     rows = list(zip(runs.arm, runs.params, runs.tokens, runs.seed, runs.loss, runs.run, strict=True))
     if repeats := len(rows) - len(set(rows)):
         said.append(f"{repeats} rows repeat another's arm, params, tokens, seed and loss, and count as further seeds")
-    return said + _curves(runs)
+    return [*runs.notes, *said, *_curves(runs)]
 
 
 def _curves(runs: Runs) -> list[str]:

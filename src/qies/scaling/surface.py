@@ -68,14 +68,17 @@ class SurfaceFit:
         """Bootstrap parameters [bootstrap, p] in the order of `params`; [0, p] without a bootstrap."""
         return self._law.public(self._draws, self._center)
 
-    def predict(self, params: ArrayLike, tokens: ArrayLike) -> Array:
-        """Loss at N and D, which broadcast; float64."""
-        x, shape = self._logs(params, tokens)
+    def predict(self, params: ArrayLike, tokens: ArrayLike, unique: ArrayLike | None = None) -> Array:
+        """Loss at N and D, which broadcast; float64. unique: distinct tokens among D, by default all, which
+        `data-constrained` alone heeds."""
+        x, shape = self._logs(params, tokens, unique)
         return np.exp(self._law.evaluate(self._theta[None], x)[0][0]).reshape(shape)
 
-    def predict_band(self, params: ArrayLike, tokens: ArrayLike) -> tuple[Array, Array, Array]:
-        """(loss, lo, hi) at N and D: the law's own uncertainty at `level`; NaN where there is no interval."""
-        x, shape = self._logs(params, tokens)
+    def predict_band(
+        self, params: ArrayLike, tokens: ArrayLike, unique: ArrayLike | None = None
+    ) -> tuple[Array, Array, Array]:
+        """(loss, lo, hi) as in `predict`: the law's own uncertainty at `level`; NaN where there is no interval."""
+        x, shape = self._logs(params, tokens, unique)
         log_loss, jacobian = (part[0] for part in self._law.evaluate(self._theta[None], x))
         if len(self._draws):
             drawn = self._law.evaluate(self._draws, x)[0]
@@ -97,6 +100,32 @@ class SurfaceFit:
         n = math.exp((log_ratio + beta * math.log(compute / 6)) / (alpha + beta))
         d = compute / 6 / n
         return n, d, float(self.predict(n, d))
+
+    def optimum_band(self, compute: float) -> tuple[tuple[float, float], tuple[float, float]] | None:
+        """Intervals (lo, hi) of N and of D of the optimum at C = 6ND FLOPs; None where there are none."""
+
+        def log_n(theta: Array) -> float:
+            public = dict(zip(self._law.names, self._law.public(theta, self._center).tolist(), strict=True))
+            a_amp, alpha, b_amp, beta = self._law.reducible(public)
+            if not min(a_amp, alpha, b_amp, beta) > 0:
+                return math.nan
+            return (math.log(alpha * a_amp / (beta * b_amp)) + beta * math.log(compute / 6)) / (alpha + beta)
+
+        best = log_n(self._theta)
+        if len(self._draws):
+            drawn = np.array([log_n(theta) for theta in self._draws])
+            lo, hi = (float(v) for v in stretched_percentiles(np.array(best), drawn, self.level))
+        elif self._covariance is not None:
+            steps = 1e-5 * np.eye(len(self._theta))
+            gradient = np.array([(log_n(self._theta + e) - log_n(self._theta - e)) / 2e-5 for e in steps])
+            error = math.sqrt(max(float(gradient @ self._covariance @ gradient), 0.0))
+            half = t_quantile(self.level, self.cells - len(self.params)) * error
+            lo, hi = best - half, best + half
+        else:
+            return None
+        if not (math.isfinite(lo) and math.isfinite(hi) and max(-lo, hi) < 300):
+            return None
+        return (math.exp(lo), math.exp(hi)), (compute / 6 / math.exp(hi), compute / 6 / math.exp(lo))
 
     def frontier(self, compute: ArrayLike) -> Array:
         """Lowest loss at each C = 6ND FLOPs."""
@@ -132,11 +161,6 @@ class SurfaceFit:
             + ("" if self.scatter is None else f"; scatter {100 * self.scatter:.2g} %"),
             f"FLOPs {self.convention}",
         ]
-        if self.dropped:
-            parts.append(
-                f"{len(self.dropped)} run{'s' if len(self.dropped) > 1 else ''} left out: "
-                + "; ".join(f"{d.name} ({d.reason})" for d in self.dropped)
-            )
         return ". ".join([*parts, *(w[0].upper() + w[1:] for w in self.warnings)]) + "."
 
     def plot(self, runs: Runs | None = None, axis: str = "flops") -> Any:
@@ -145,9 +169,18 @@ class SurfaceFit:
 
         return figures.residual_figure(self) if runs is None else figures.surface_figure(self, runs, axis)
 
-    def _logs(self, params: ArrayLike, tokens: ArrayLike) -> tuple[Array, tuple[int, ...]]:
-        n, d = np.broadcast_arrays(np.asarray(params, np.float64), np.asarray(tokens, np.float64))
-        return np.log(np.stack([n.reshape(-1), d.reshape(-1)], axis=1)) - self._center, n.shape
+    def _logs(self, params: ArrayLike, tokens: ArrayLike, unique: ArrayLike | None) -> tuple[Array, tuple[int, ...]]:
+        given = (params, tokens, tokens if unique is None else unique)
+        n, d, u = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in given))
+        columns = [np.log(n.reshape(-1)), np.log(d.reshape(-1))]
+        if self._law.repeats:
+            columns.append(log_repeats(d.reshape(-1), u.reshape(-1)))
+        return np.stack(columns, axis=1) - self._center, n.shape
+
+
+def log_repeats(tokens: Array, unique: Array | None) -> Array:
+    """log(D/U) [n], 0 where no token repeats."""
+    return np.zeros_like(tokens) if unique is None else np.maximum(np.log(tokens / unique), 0.0)
 
 
 def _range(pair: tuple[float, float] | None) -> str:

@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 
 # Our names, and where a run record (DESIGN, section 3) keeps the same thing.
 RECORD = {"params": "params.non_embedding", "loss": "metrics.val_loss"}
-NUMBERS = ("params", "tokens", "flops", "loss", "weight", "wall_seconds", "seed")
+NUMBERS = ("params", "tokens", "unique", "flops", "loss", "weight", "wall_seconds", "seed")
 TEXTS = ("arm", "status", "name", "run", "flops_convention")
 COLUMNS = NUMBERS + TEXTS
 MISSING = {"", "nan", "na", "n/a", "none", "null", "-"}
@@ -32,11 +32,14 @@ SCALES |= {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 FLOPS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15, "e": 1e18, "z": 1e21, "y": 1e24}
 DAY = 86400.0
 NUMBER = re.compile(
-    r"([+-]?(?:\d{1,3}(?:[,_]\d{3})+|\d+)?(?:\.\d*)?(?:e[+-]?\d+)?)\s*"
+    r"([+-]?(?:[1-9]\d{0,2}(?:[,_]\d{3})+|\d+)?(?:\.\d*)?(?:e[+-]?\d+)?)\s*"
     r"(?:(%|k|m|b|g|t|thousand|million|billion|trillion|)\s*(?:tokens?|params?|parameters?|s|sec|seconds?)?"
     r"|([kmgtpezy]?)flops?|([kmgtpezy])(?:f|flops?(?:/s)?)[- ]?days?)",
     re.IGNORECASE,
 )
+# The digits of a cell, which decide whether its comma or its point marks decimals (`_mark`), and its exponent.
+DIGITS = re.compile(r"[+-]?([\d.,]+)(e[+-]?\d+)?", re.IGNORECASE)
+POINT, COMMA = ".", ","
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Runs:
     `wall_seconds` (NaN where unknown) are float64 [n]; `seed` int64 [n]; `arm`, `status` ("" where unknown) and
     `name` n words each. `run` ("" where unknown): entries of one run are points of one training curve and not
     independent. `convention` says how the FLOPs were counted: "6ND", a named convention, or "given".
+    `unique` (float64 [n], NaN where missing) counts the distinct tokens among `tokens`; None without such a column.
+    `notes`: sentences on how the table was read.
     """
 
     params: Array
@@ -61,6 +66,8 @@ class Runs:
     name: tuple[str, ...]
     run: tuple[str, ...]
     convention: str
+    unique: Array | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -90,6 +97,8 @@ class Runs:
             name=words(self.name),
             run=words(self.run),
             convention=self.convention,
+            unique=None if self.unique is None else self.unique[pick],
+            notes=self.notes,
         )
 
     def of_arm(self, arm: str) -> Runs:
@@ -107,8 +116,9 @@ def read_runs(path: str | Path, columns: Mapping[str, str] | None = None, flops:
     case. Needed are loss and two of params, tokens and flops: the third follows from C = 6ND.
     flops: None takes the table's FLOPs and 6ND where there are none; "6ND" or another multiple, such as "8ND" for
     recomputed activations, counts all runs so; "given" insists on the table's. Numbers may read 1,200,000 or 1.2M or
-    3.5 % (`parse_number`). Values that are missing or not finite are kept as NaN, for `sound` to report. Raises
-    UserError for an unreadable file, an unknown or missing column, and a cell that is no number.
+    3.5 % (`parse_number`), and 0,05 in a column with decimal commas, which `notes` say. Values that are missing or not
+    finite are kept as NaN, for `sound` to report. Raises UserError for an unreadable file, an unknown or missing
+    column, a cell that is no number, and commas of which the table does not show what they mark.
     """
     path = Path(path)
     rows = read_rows(path)
@@ -120,7 +130,7 @@ def read_runs(path: str | Path, columns: Mapping[str, str] | None = None, flops:
         raise _missing("loss", known, path)
     if len(names.keys() & {"params", "tokens", "flops"}) < 2:
         raise _missing("params" if "params" not in names else "tokens", known, path)
-    number = {k: _numbers(rows, names[k], path) for k in NUMBERS if k in names}
+    number, notes = _numbers(rows, {k: names[k] for k in NUMBERS if k in names}, path)
     text = {k: tuple(_text(row.get(names[k][0])) for row in rows) for k in TEXTS if k in names}
     n = len(rows)
     params, tokens, compute, convention = _compute(number, text.get("flops_convention", ()), flops, n, path)
@@ -138,22 +148,28 @@ def read_runs(path: str | Path, columns: Mapping[str, str] | None = None, flops:
         name=text.get("name", tuple(f"row {i + 1}" for i in range(n))),
         run=text.get("run", ("",) * n),
         convention=convention,
+        unique=number.get("unique"),
+        notes=notes,
     )
 
 
 def read_columns(path: str | Path, needed: Iterable[str], columns: Mapping[str, str] | None = None) -> dict[str, Array]:
-    """The needed columns of any table of numbers, float64 [n] each (NaN where missing), for fits that are not of runs.
+    """The needed columns of any table of numbers, float64 [n] each (NaN where missing), for fits that are not of runs;
+    and the column `weight` where there is one.
 
     Files, `columns` and errors as in `read_runs`.
     """
     path, needed = Path(path), tuple(needed)
     rows = read_rows(path)
     known = list(dict.fromkeys(key for row in rows for key in row))
-    names = _resolve(columns or {}, known, path, needed)
+    names = _resolve(columns or {}, known, path, (*needed, "weight"))
     for need in needed:
         if need not in names:
             raise _missing(need, known, path)
-    return {need: _numbers(rows, names[need], path) for need in needed}
+    number = _numbers(rows, {**{need: names[need] for need in needed}, **names}, path)[0]
+    if "weight" in number:
+        number["weight"] = np.where(np.isnan(number["weight"]), 1.0, number["weight"])
+    return number
 
 
 @dataclass(frozen=True)
@@ -204,6 +220,12 @@ def _factor(word: str, ours: str) -> float:
 
 
 def _missing(need: str, known: list[str], path: Path) -> UserError:
+    wide = [k for k in known if " - " in k]
+    if wide and len(known) - len(wide) <= 1:
+        return UserError(
+            f"{path} is a wide export of W&B, one column a run such as '{wide[0]}', without {need}; export the table "
+            "of runs instead (one row a run), or name the columns of one run for --form annealing"
+        )
     hint = nearest(need, known) or _listed(known)
     return UserError(f"{path} has no column '{need}'; name it with --columns {need}=THEIR_NAME.{hint}")
 
@@ -212,18 +234,78 @@ def _listed(known: Iterable[str]) -> str:
     return f" It has: {', '.join(list(known)[:12])}."
 
 
-def _numbers(rows: list[dict[str, Any]], source: tuple[str, float], path: Path) -> Array:
-    (column, factor), values = source, np.empty(len(rows))
-    for i, row in enumerate(rows):
-        try:
-            values[i] = parse_number(row.get(column))
-        except ValueError:
-            raise UserError(f"{path}: row {i + 1}, column '{column}': '{row.get(column)}' is no number.") from None
-    return values * factor
+def _numbers(
+    rows: list[dict[str, Any]], sources: Mapping[str, tuple[str, float]], path: Path
+) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """The columns [n] of our names in `sources` (the table's name, a factor), and what is decided about commas."""
+    decimal, notes = _decimal_marks(rows, [column for column, _ in sources.values()], path)
+    found = {}
+    for ours, (column, factor) in sources.items():
+        values = np.empty(len(rows))
+        for i, row in enumerate(rows):
+            try:
+                values[i] = parse_number(row.get(column), decimal[column])
+            except ValueError:
+                raise UserError(f"{path}: row {i + 1}, column '{column}': '{row.get(column)}' is no number.") from None
+        found[ours] = values * factor
+    return found, notes
 
 
-def parse_number(cell: Any) -> float:
-    """A number from a table's cell; NaN where missing. Raises ValueError.
+def _decimal_marks(
+    rows: list[dict[str, Any]], columns: list[str], path: Path
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """What marks decimals in each column, POINT or COMMA, and a note that names the columns of commas.
+
+    A column is decided by its own cells (0,05 and 1.234,5 have decimal commas, 1,200,000 and 1,234.5 have not), or
+    else by those of the other columns. Raises UserError for a column of both kinds, and where nothing decides.
+    """
+    # By column and mark, the first cell that has it.
+    cells: dict[str, dict[str, str]] = {column: {} for column in columns}
+    for row in rows:
+        for column in columns:
+            cells[column].setdefault(_mark(row.get(column)), str(row.get(column)).strip())
+    marks, commas = dict.fromkeys(columns, POINT), []
+    for column, found in cells.items():
+        if COMMA in found and (other := found.get(POINT) or found.get("?.")):
+            raise UserError(
+                f"{path}: column '{column}' has a decimal comma in '{found[COMMA]}' and a point in '{other}'; write "
+                "decimals with points, and no separators of thousands"
+            )
+        decided = {COMMA, POINT} & found.keys()
+        if "?," in found and not decided:
+            decided = {COMMA, POINT} & {mark for other in cells.values() for mark in other}
+            if len(decided) != 1:
+                raise UserError(
+                    f"{path}: column '{column}': the comma of '{found['?,']}' may mark decimals or thousands; write "
+                    "decimals with points, and no separators of thousands"
+                )
+        if COMMA in decided:
+            example = found.get(COMMA) or found["?,"]
+            commas.append(f"'{column}' ({example})")
+            marks[column] = COMMA
+    return marks, (f"commas are read as decimal commas in {', '.join(commas)}",) if commas else ()
+
+
+def _mark(cell: Any) -> str:
+    """What a cell shows of the decimal mark: POINT, COMMA, "?," or "?." (decimals or thousands) or "" (nothing)."""
+    if isinstance(cell, float):
+        return POINT if math.isfinite(cell) else ""
+    match = DIGITS.match(cell.strip()) if isinstance(cell, str) else None
+    if match is None:
+        return ""
+    digits, exponent = match.groups()
+    if not exponent and (thousand := re.fullmatch(r"[1-9]\d{0,2}([.,])\d{3}", digits)):
+        return f"?{thousand[1]}"
+    for mark, other in ((POINT, COMMA), (COMMA, POINT)):
+        thousands = rf"[1-9]\d{{0,2}}(\{other}\d{{3}})"
+        if re.fullmatch(rf"{thousands}{{2,}}|{thousands}+\{mark}\d*|\d*\{mark}\d*", digits):
+            return mark
+    return ""
+
+
+def parse_number(cell: Any, decimal: str = POINT) -> float:
+    """A number from a table's cell; NaN where missing. `decimal` marks decimals, and the other of point and comma
+    thousands. Raises ValueError.
 
     1,200,000 or 1e9; with k, M, B (or G), T or the words thousand to trillion: 1.2M, 300 billion tokens; 3.5 %;
     FLOPs from kFLOPs to YFLOPs, and PF-days.
@@ -235,6 +317,8 @@ def parse_number(cell: Any) -> float:
     word = str(cell).strip()
     if word.lower() in MISSING:
         return math.nan
+    if decimal == COMMA:
+        word = word.translate(str.maketrans(".,", ",."))
     match = NUMBER.fullmatch(word)
     if match is None or not any(c.isdigit() for c in match[1]):
         return float(word)  # "inf" and what else Python reads
