@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from qies.errors import UserError, nearest
 from qies.scaling.comparison import Comparison, Crossing, FrontierPoint, Gain
+from qies.scaling.intervals import t_quantile
 from qies.scaling.joint import LIMIT, Joint, bisect, crossings, multipliers
-from qies.scaling.matching import Cells, Paired, cells_of, match, paired_tests, seed_noise
+from qies.scaling.matching import Cells, Paired, cells_of, paired_tests, seed_noise
 from qies.scaling.power import TARGET, Power, cells_needed, detectable_effect, size_power
 from qies.scaling.shared import shared_fit
 from qies.scaling.soundness import oddities, sound
@@ -65,7 +66,7 @@ def compare(
     crossed: tuple[Crossing, ...] = ()
     if view is not None:
         warnings += _band_warnings(view.joint)
-        shared = shared_fit(view.joint, match(ca, cb), SHARED[views.form], (candidate, baseline))
+        shared = shared_fit(view.joint, SHARED[views.form], (candidate, baseline))
         crossed = _crossings(view, candidate, baseline)
         power = _power(view, ca, cb, paired)
     verdict, reason = _verdict(gains.get("compute", ()), paired, candidate, baseline, level)
@@ -200,21 +201,22 @@ def _power(view: View, ca: Cells, cb: Cells, paired: tuple[Paired, ...]) -> Powe
         return None
     level = joint.level
     x = np.array([view.high])
-    effect, error = (float(v[0]) for v in joint.difference(view.path_a(x), view.path_b(x)))
+    effect, half, dof = (float(v[0]) for v in joint.difference(view.path_a(x), view.path_b(x)))
+    error = half / t_quantile(level, dof)
     cells = min(len(ca), len(cb))
     scatter = None
-    if joint.basis == "cells":
+    if joint.measured:
         spread = joint.sigma[0, 0] + joint.sigma[1, 1] - 2 * joint.sigma[0, 1]
         scatter = math.sqrt(max(float(spread), 0.0)) * math.exp(float(np.mean(cb.log_loss)))
     detectable = None
     if error > 0:
         # The compute by which the baseline's own loss falls as far as the smallest difference that shows.
-        goal = joint.b.evaluate(joint.b.theta, view.path_b(x))[0] - detectable_effect(error, joint.dof, level)
+        goal = joint.b.evaluate(joint.b.theta, view.path_b(x))[0] - detectable_effect(error, dof, level)
         moved = bisect(
             lambda v: joint.b.evaluate(joint.b.theta, view.path_b(x + v))[0] - goal, np.zeros(1), np.full(1, LIMIT)
         )
         detectable = _number(math.exp(moved[0]))
-    needed = cells_needed(effect, error, cells, joint.dof, level) if joint.basis == "cells" and effect else None
+    needed = cells_needed(effect, error, cells, dof, level) if joint.measured and effect else None
     return Power(TARGET, level, cells, needed, detectable, size_power(paired, scatter, level))
 
 

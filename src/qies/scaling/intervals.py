@@ -92,7 +92,7 @@ def resampled_counts(member: NDArray[np.int64], resample: str, draws: int, seed:
     return counts
 
 
-def t_quantile(level: float, dof: int) -> float:
+def t_quantile(level: float, dof: float) -> float:
     return float(student.ppf(0.5 + level / 2, dof))
 
 
