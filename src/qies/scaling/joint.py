@@ -82,8 +82,8 @@ class Joint:
     """Both arms' laws and how well they are known.
 
     `covariance` [2p, 2p] of (theta_A, theta_B) is `by_cell`, from the cells' own scatter, plus what the deviations of
-    whole sizes add; `floor`, where seeds repeat: the covariance by the cells' scatter pooled with the noise of seeds,
-    with its dof. `cells` [na + nb, na + nb] is the covariance of both arms' cell means, `sigma` [2, 2] that of one cell in
+    whole sizes add; `floor`, where seeds repeat, is that by the cells' scatter pooled with the noise of seeds, with
+    its dof. `cells` [na + nb, na + nb] is the covariance of both arms' cell means, `sigma` [2, 2] that of one cell in
     both arms; `matched` as for `join`. `basis`: what measured the noise, "cells", "cells and seeds", "seeds" or "none".
     """
 

@@ -129,6 +129,7 @@ def fit_file(
     leave_largest: int = 0,
     beside: tuple[str, ...] = (),
     predict: tuple[tuple[float, float], ...] = (),
+    best: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Outcome:
     """Fit `form` to the runs of a file or folder (`table.read_runs`).
@@ -136,7 +137,7 @@ def fit_file(
     With `drop_worst` the user says how many runs lie off, 0 for none, so the search for diverged runs against a fit is
     left out; runs that did not finish or hold no number are left out always. `leave_largest`: also fit without the so
     many largest model sizes and predict them. `beside`: other forms to compare this one with. `predict`: pairs of N and
-    D. `axis` is what `power` and `power+floor` run along. Raises UserError for an unknown form or axis, and what the
+    D. `best`: of the rows of one arm, N and D take the lowest loss alone. `axis` is what `power` and `power+floor` run along. Raises UserError for an unknown form or axis, and what the
     parts raise.
     """
     if form not in ALL_FORMS:
