@@ -176,7 +176,7 @@ def test_a_sweep_is_named_and_its_best_runs_are_taken_on_request():
     n, d, loss = hyperparameter_sweep(np.random.default_rng(0))
     runs = make_runs(n, d, loss, arm=("a", "b") * (len(n) // 2))
     assert "at 24 (N, D) several rows have one seed" in oddities(runs)[0]
-    best = best_per_cell(runs)
+    best = runs.select(best_per_cell(runs))
     assert len(best) == 24 and oddities(best) == []
     for arm in "ab":
         own, left = runs.of_arm(arm), best.of_arm(arm)

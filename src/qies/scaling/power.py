@@ -44,7 +44,7 @@ class SizePower:
 @dataclass(frozen=True)
 class Power:
     """`sizes`: what a paired test needs at each matched size. `cells` and `cells_needed`: matched (size, tokens)
-    points at hand, and how many like them the gain's interval needs to leave 1 out; None: over 1,000.
+    points at hand, and how many like them the gain's interval needs to exclude 1; None: over 1,000.
     `detectable`: the smallest gain (above 1) that the present runs would show at the largest shared compute.
     All at `level` two-sided and with probability `target`.
     """

@@ -64,12 +64,12 @@ def sound(runs: Runs, *, against_fit: bool = True) -> tuple[Runs, list[Dropped]]
     return runs.select(keep), [Dropped(i, runs.name[i], reasons[i]) for i in sorted(reasons)]
 
 
-def best_per_cell(runs: Runs) -> Runs:
-    """Of every arm's runs at one (N, D) the one with the lowest loss, in the runs' order."""
+def best_per_cell(runs: Runs) -> NDArray[np.int64]:
+    """Indices, in order, of the run with the lowest loss at every arm's (N, D)."""
     _, cell = _cells(runs)
     order = np.lexsort((np.arange(len(runs)), runs.loss, cell))
     first = np.unique(cell[order], return_index=True)[1]
-    return runs.select(np.sort(order[first]))
+    return np.sort(order[first])
 
 
 def _cells(runs: Runs) -> tuple[Array, NDArray[np.int64]]:
