@@ -49,7 +49,8 @@ def test_crossing_is_where_the_lines_meet_and_says_who_is_lower_beyond():
 
 def test_difference_of_matched_laws_is_the_regression_of_the_differences():
     a, b, joint = two_noisy(shared=0.05)
-    value, error = joint.difference(column(U), column(U))
+    value, half, dof = joint.difference(column(U), column(U))
+    error = half / student.ppf(0.975, dof)
     design = np.stack([np.ones_like(U), U], axis=1)
     coefficients, *_ = np.linalg.lstsq(design, a - b, rcond=None)
     residual = a - b - design @ coefficients
@@ -117,7 +118,8 @@ def test_reach_of_isoflop_runs_counts_compute():
 def test_seeds_give_the_noise_where_laws_pass_through_every_point():
     two = [make_law(power, POWER, np.array([3.0, 0.1]), U[:2, None], 3 - 0.1 * U[:2]) for _ in range(2)]
     joint = join(*two, SAME[:2], 0.95, (np.array([[4e-4, 0], [0, 4e-4]]), 6))
-    _, error = joint.difference(column(U[:2]), column(U[:2]))
+    _, half, dof = joint.difference(column(U[:2]), column(U[:2]))
+    error = half / student.ppf(0.975, dof)
     np.testing.assert_allclose(error, np.sqrt(8e-4), rtol=1e-6)  # at a cell the law is the cell's mean
     assert (joint.dof, joint.basis) == (6, "seeds")
     assert join(*two, SAME[:2], 0.95).basis == "none"

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from scipy.stats import linregress
-from two_arms import ALPHA, A, E, chinchilla, grid, ladder, noisy, table
+from two_arms import ALPHA, A, E, chinchilla, grid, ladder, noisy, runs_of, table
 
-from qies.scaling.matching import cells_of, match
+from qies.scaling.matching import cells_of
 from qies.scaling.shared import shared_fit
 from qies.scaling.views import SHARED, make_views
 
@@ -14,7 +14,7 @@ def shared_test(runs):
     a, b = runs.of_arm("q"), runs.of_arm("t")
     ca, cb = cells_of(a, b)
     views = make_views(ca, cb, (a, b), "auto", 0.95, None)
-    return shared_fit(views.of["compute"].joint, match(ca, cb), SHARED[views.form], ("q", "t"))
+    return shared_fit(views.of["compute"].joint, SHARED[views.form], ("q", "t"))
 
 
 def rejections(law, cells, count, seed, **noise):
@@ -55,8 +55,42 @@ def test_exact_surfaces_that_differ_in_amplitude_alone_share_the_rest():
     )
 
 
+SIX = np.geomspace(1e6, 3e7, 6)  # four sizes leave one degree of freedom to see how sizes deviate, and little power
+
+
+def with_lone_cells(rng, share, sd=0.005):
+    """The null: 6 sizes x 5 budgets in both arms and 6 cells more in one; `share` of the noise's variance is shared."""
+    cells, lone = grid(SIX), np.array([(n, d) for n in (1.5e6, 9e6, 6e7) for d in (5e7, 3e8)])
+    base = chinchilla(*cells.T)
+    loss = noisy(rng, {"q": base, "t": base}, 1, seed_sd=sd * (1 - share) ** 0.5, shared_sd=sd * share**0.5)
+    extra = noisy(rng, {"q": chinchilla(*lone.T)}, 1, seed_sd=sd)["q"]
+    rows = [(n, d, loss[arm][i, 0], arm) for arm in loss for i, (n, d) in enumerate(cells)]
+    rows += [(n, d, extra[i, 0], "q") for i, (n, d) in enumerate(lone)]
+    n, d, y, arm = zip(*rows, strict=True)
+    return runs_of(n, d, 6 * np.array(n) * np.array(d), y, arm, [0] * len(n), [np.nan] * len(n))
+
+
+def test_noise_that_the_arms_share_is_no_difference_where_one_arm_has_further_cells(quick_fits):
+    """The covariance over matched cells, taken over the variances of all cells, gave a correlation above 1 and
+    F = 7.6e7."""
+    rng = np.random.default_rng(0)
+    found = [shared_test(with_lone_cells(rng, 0.9)) for _ in range(40)]
+    assert max(fit.statistic for fit in found) < 10
+    assert np.mean([fit.p < 0.05 for fit in found]) <= 0.125
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_size_is_five_percent_where_one_arm_has_further_cells(quick_fits):
+    """400 tables have a binomial standard error of 1.1 %."""
+    rng = np.random.default_rng(1)
+    rejected = np.mean([shared_test(with_lone_cells(rng, 0.9)).p < 0.05 for _ in range(400)])
+    print(f"rejected {100 * rejected:.1f} %")
+    assert 0.02 <= rejected <= 0.075
+
+
 def test_size_and_power_quickly():
-    cells = grid()
+    cells = grid(SIX)
     n, d = cells.T
     base = chinchilla(n, d)
     assert rejections({"q": base, "t": base}, cells, 30, 0, seed_sd=0.003, shared_sd=0.003) <= 0.15
@@ -79,7 +113,7 @@ def test_size_is_five_percent(shared):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_power_for_an_exponent_that_differs_by_0_025_is_at_least_80_percent():
-    cells = grid()
+    cells = grid(SIX)
     n, d = cells.T
     law = {"q": chinchilla(n, d, alpha=ALPHA + 0.025, a=A * 1e7**0.025), "t": chinchilla(n, d)}
     found = rejections(law, cells, 200, 4, seed_sd=0.003, shared_sd=0.003)

@@ -7,7 +7,7 @@ import pytest
 from scaling_tables import grid, law, make_runs, noisy
 
 from qies.scaling import sound
-from qies.scaling.soundness import oddities
+from qies.scaling.soundness import best_per_cell, oddities
 
 
 def test_unfinished_and_impossible_runs_are_left_out_with_the_reason():
@@ -119,3 +119,75 @@ def test_many_budgets_a_size_may_be_curves():
     n, d = grid(4, 8)
     assert "--columns run=COLUMN" in oddities(make_runs(n, d, law(n, d)))[0]
     assert oddities(make_runs(n, d, law(n, d), run=tuple(map(str, range(32))))) == []
+
+
+def too_large_for_their_tokens(rng):
+    """Ten sizes at twelve budgets: models with far more parameters than tokens are worse than smaller ones."""
+    n, d = (v.reshape(-1) for v in np.meshgrid(np.geomspace(1e6, 1e9, 10), np.geomspace(1e7, 1e11, 12)))
+    return n, d, noisy(rng, law(n, d) * (1 + n / d / 5) ** 0.3, 0.005)
+
+
+def repeated_data(rng):
+    """Eight sizes, three amounts of unique tokens, 1 to 256 epochs: beyond some epochs the larger models overfit."""
+    n, unique, epochs = (
+        v.reshape(-1) for v in np.meshgrid(np.geomspace(1e7, 4e9, 8), [1e8, 3e8, 1.5e9], 2.0 ** np.arange(9))
+    )
+    worth = unique * (1 + 15 * (1 - np.exp(-(epochs - 1) / 15)))
+    overfit = (1 + epochs / 40 * (n / unique) ** 0.5) ** 0.25
+    return n, unique * epochs, noisy(rng, law(n, worth) * overfit, 0.005)
+
+
+def hyperparameter_sweep(rng):
+    """Twelve (N, D) with 60 learning rates and batch sizes each, of which the worst double the loss."""
+    n, d = (np.repeat(v, 60) for v in grid(4, 3))
+    off = np.abs(rng.standard_normal(len(n))) * 1.2
+    return n, d, noisy(rng, law(n, d) * (1 + 0.03 * off**2 + 0.02 * off**4), 0.003)
+
+
+UNUSUAL = [too_large_for_their_tokens, repeated_data, hyperparameter_sweep]
+
+
+@pytest.mark.parametrize("table", UNUSUAL)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_healthy_runs_of_unusual_tables_stay(table, seed):
+    n, d, loss = table(np.random.default_rng(seed))
+    assert loss.max() / law(n, d)[loss.argmax()] > 1.5
+    assert sound(make_runs(n, d, loss))[1] == []
+
+
+@pytest.mark.parametrize("table", UNUSUAL[:2])
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.8])
+def test_a_run_that_diverged_in_such_a_table_is_found(table, place):
+    n, d, loss = table(np.random.default_rng(2))
+    usual = np.flatnonzero(loss < 1.05 * law(n, d))
+    bad = int(usual[np.argsort((n * d)[usual], kind="stable")[int(place * len(usual))]])
+    loss[bad] *= 2
+    assert [run.index for run in sound(make_runs(n, d, loss))[1]] == [bad]
+
+
+def test_a_cell_of_a_sweep_whose_best_run_diverged_is_found():
+    n, d, loss = hyperparameter_sweep(np.random.default_rng(3))
+    last = np.flatnonzero((n == n.max()) & (d == d[n == n.max()].max()))
+    loss[last] *= 2
+    assert [run.index for run in sound(make_runs(n, d, loss))[1]] == [last[loss[last].argmin()]]
+
+
+def test_a_sweep_is_named_and_its_best_runs_are_taken_on_request():
+    n, d, loss = hyperparameter_sweep(np.random.default_rng(0))
+    runs = make_runs(n, d, loss, arm=("a", "b") * (len(n) // 2))
+    assert "at 24 (N, D) several rows have one seed" in oddities(runs)[0]
+    best = runs.select(best_per_cell(runs))
+    assert len(best) == 24 and oddities(best) == []
+    for arm in "ab":
+        own, left = runs.of_arm(arm), best.of_arm(arm)
+        for i in range(12):
+            assert left.loss[i] == own.loss[(own.params == left.params[i]) & (own.tokens == left.tokens[i])].min()
+
+
+def test_seeds_are_no_sweep_unless_they_differ_too_much():
+    n, d = (np.repeat(v, 3) for v in grid())
+    seed = np.tile([0, 1, 2], 30)
+    rng = np.random.default_rng(0)
+    assert oddities(make_runs(n, d, noisy(rng, law(n, d), 0.005), seed=seed)) == []
+    [said] = oddities(make_runs(n, d, noisy(rng, law(n, d), 0.1), seed=seed))
+    assert "more than seeds do" in said

@@ -38,14 +38,23 @@ def table(cells, losses, seeds=1, flops=None, seconds=None):
     return runs_of(n, d, c, loss, arm, seed, t)
 
 
-def noisy(rng, law, seeds, seed_sd=0.0, shared_sd=0.0, cell_sd=0.0):
-    """Two arms' losses [cells, seeds] from their noise-free ones {arm: [cells]}: `shared_sd` (log) moves both arms of a
-    cell and seed alike, `cell_sd` each arm's cell, `seed_sd` each run."""
+def noisy(rng, law, seeds, seed_sd=0.0, shared_sd=0.0, cell_sd=0.0, size_sd=0.0, cells=None):
+    """Two arms' losses [cells, seeds] from their noise-free ones {arm: [cells]}, with deviations in log loss.
+
+    `shared_sd` moves both arms of a cell and seed alike, `seed_sd` each run, `cell_sd` each arm's (size, tokens) cell,
+    `size_sd` all cells of an arm's size in `cells` [cells, 2] alike.
+    """
     shape = (len(next(iter(law.values()))), seeds)
+    size = np.arange(shape[0]) if cells is None else np.unique(cells[:, 0], return_inverse=True)[1]
     common = shared_sd * rng.standard_normal(shape)
     return {
         arm: values[:, None]
-        * np.exp(common + cell_sd * rng.standard_normal((shape[0], 1)) + seed_sd * rng.standard_normal(shape))
+        * np.exp(
+            common
+            + size_sd * rng.standard_normal(shape[0])[size][:, None]
+            + cell_sd * rng.standard_normal((shape[0], 1))
+            + seed_sd * rng.standard_normal(shape)
+        )
         for arm, values in law.items()
     }
 

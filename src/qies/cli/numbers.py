@@ -158,6 +158,7 @@ def fit(
     beside: tuple[str, ...] = (),
     predict: tuple[str, ...] = (),
     at_compute: tuple[str, ...] = (),
+    best_per_cell: bool = False,
     json: Path | None = None,
     figures: Path | None = None,
 ) -> None:
@@ -202,6 +203,7 @@ def fit(
         beside: Other forms of N and D to compare with.
         predict: Points N,D to predict the loss at.
         at_compute: FLOPs, counted as in the table, at which to give the best N and D.
+        best_per_cell: Fit only the lowest loss at every arm, N and D: for sweeps of hyperparameters.
         json: Write the result here as JSON.
         figures: Write the figures into this folder as SVG: loss against N, D and C, residuals, bootstrap.
     """
@@ -222,7 +224,7 @@ def fit(
             runs, form, columns=_pairs("columns", columns), flops=flops, arm=arm, axis=axis, delta=delta,
             criterion=criterion, method=method, floor=floor, ceiling=ceiling, drop_worst=drop_worst,
             bootstrap=bootstrap, resample=resample, level=level, seed=seed, leave_largest=leave_largest, beside=beside,
-            predict=_points(predict), at_compute=_flops(at_compute), progress=tell,
+            predict=_points(predict), at_compute=_flops(at_compute), best=best_per_cell, progress=tell,
         )  # fmt: skip
     finally:
         if bar.live.is_started:  # stopping one that was not prints an empty line
@@ -247,6 +249,8 @@ def compare(
     flops: str | None = None,
     form: Literal["auto", "surface", "power"] = "auto",
     level: float = 0.95,
+    best_per_cell: bool = False,
+    power: bool = False,
 ) -> None:
     """What one arm gains over another: gains in compute, parameters, data and time, paired tests, a verdict.
 
@@ -267,6 +271,9 @@ def compare(
         flops: How FLOPs are counted: 6ND, another multiple of ND, or given. By default the table's, else 6ND.
         form: surface (L(N, D) an arm), power (power laws along the runs) or auto.
         level: Coverage of every interval.
+        best_per_cell: Compare only the lowest loss at every arm, N and D: for sweeps of hyperparameters.
+        power: Also print how often studies of 3 to 8 sizes and 1 to 8 seeds, with the noise of these runs, would find a
+            gain of 1.1, 1.2 or 1.3; `plan` in the JSON.
     """
     from qies import runs as records
     from qies.scaling import compare as compare_arms
@@ -275,7 +282,14 @@ def compare(
     from qies.scaling.pipeline import dropped_table
 
     _check_outputs(figures, json=json)
-    result = compare_arms(read_runs(runs, _pairs("columns", columns), flops), *arms, form=form, level=level)
+    result = compare_arms(
+        read_runs(runs, _pairs("columns", columns), flops),
+        *arms,
+        form=form,
+        level=level,
+        best=best_per_cell,
+        plan=power,
+    )
     if json is not None:
         records.write_json(json, result.to_dict())
     if figures is not None:
@@ -283,6 +297,8 @@ def compare(
     if result.dropped:
         Console().print(dropped_table(result.dropped))
     print(result.summary())
+    if result.plan is not None:
+        Console().print(result.plan.table())
 
 
 def _check_outputs(figures: Path | None, **files: Path | None) -> None:

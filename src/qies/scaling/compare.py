@@ -4,7 +4,7 @@ Compute-equivalent gain (Davidson et al. 2023, arXiv:2312.07413): how many times
 baseline needs for the same loss; likewise parameters, data and time.
 
 The rule of the verdict, the only one: an arm wins if the interval of the compute gain at the largest compute
-both arms have leaves 1 out on its side, unless a paired test over seeds, at the largest matched size and at
+both arms have excludes 1 on its side, unless a paired test over seeds, at the largest matched size and at
 FLOPs equal to 10 %, speaks against it (p below 1 - level). Where no law in compute can be fitted (one size),
 that paired test decides. Otherwise: no difference. Under the null either test is wrong in 1 - level of cases.
 """
@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qies.errors import UserError, nearest
 from qies.scaling.comparison import Comparison, Crossing, FrontierPoint, Gain
+from qies.scaling.intervals import t_quantile
 from qies.scaling.joint import LIMIT, Joint, bisect, crossings, multipliers
 from qies.scaling.matching import Cells, Paired, cells_of, match, paired_tests, seed_noise
+from qies.scaling.planning import make_plan
 from qies.scaling.power import TARGET, Power, cells_needed, detectable_effect, size_power
 from qies.scaling.shared import shared_fit
-from qies.scaling.soundness import oddities, sound
+from qies.scaling.soundness import best_per_cell, oddities, sound
 from qies.scaling.table import Runs
 from qies.scaling.views import SHARED, View, Views, make_views
 
@@ -33,21 +36,34 @@ FORMS = ("auto", "surface", "power")
 EQUAL_FLOPS = 0.1
 # Crossings are looked for this many times below and above the shared compute.
 CROSSING_REACH = 1000.0
+# Degrees of freedom between sizes below which the two levels of scatter are hardly known.
+FEW_BETWEEN = 1.5
 
 
 def compare(
-    runs: Runs, candidate: str, baseline: str, *, form: str = "auto", level: float = 0.95, points: int = 13
+    runs: Runs,
+    candidate: str,
+    baseline: str,
+    *,
+    form: str = "auto",
+    level: float = 0.95,
+    points: int = 13,
+    best: bool = False,
+    plan: bool = False,
 ) -> Comparison:
     """Compare `candidate` with `baseline` on their runs.
 
     form: "surface" (approach3 an arm), "power" (a power law an arm and variable) or "auto": surfaces where both
-    arms vary size and tokens apart from each other. level of every interval; points of every curve. Diverged
+    arms vary size and tokens apart from each other. level of every interval; points of every curve. best: take only the
+    lowest loss at every arm's (N, D). plan: add the power of further studies (`planning`). Diverged
     and non-finite runs are left out and named in `dropped`. Raises UserError for an arm that is not there, the
     same arm twice, an unknown form, or an arm without a sound run.
     """
     _check(runs, candidate, baseline, form, level, points)
     where = np.flatnonzero(np.isin(runs.arm, [candidate, baseline]))
     kept, left_out = sound(runs.select(where))
+    if best:
+        kept = kept.select(best_per_cell(kept))
     dropped = tuple(replace(run, index=int(where[run.index])) for run in left_out)
     for arm in (candidate, baseline):
         if arm not in kept.arms:
@@ -65,7 +81,7 @@ def compare(
     crossed: tuple[Crossing, ...] = ()
     if view is not None:
         warnings += _band_warnings(view.joint)
-        shared = shared_fit(view.joint, match(ca, cb), SHARED[views.form], (candidate, baseline))
+        shared = shared_fit(view.joint, SHARED[views.form], (candidate, baseline))
         crossed = _crossings(view, candidate, baseline)
         power = _power(view, ca, cb, paired)
     verdict, reason = _verdict(gains.get("compute", ()), paired, candidate, baseline, level)
@@ -84,6 +100,8 @@ def compare(
         frontier={} if view is None else _frontiers(view, views, candidate, baseline, points),
         losses={candidate: _points(ca), baseline: _points(cb)},
         power=power,
+        plan=make_plan(ca, cb, noise, level) if plan else None,
+        regime=_regime(ca, cb),
         verdict=verdict,
         reason=reason,
         dropped=dropped,
@@ -115,8 +133,8 @@ def _data_warnings(paired: tuple[Paired, ...], ca: Cells, cb: Cells, candidate: 
     if lone_seeds:
         where = "every matched size" if lone_seeds == len(paired) else f"{lone_seeds} of {len(paired)} matched sizes"
         said.append(
-            f"one seed at {where}: one seed says nothing on how much seeds move the loss, so a difference at one such "
-            "size is not shown to be more than chance, and the bands rest on the scatter of the sizes around the laws"
+            f"one seed at {where}: one seed does not measure how much seeds move the loss, so a difference at one such "
+            "size is not significant by itself, and the intervals rest on the scatter of the sizes around the laws"
         )
     if not paired:
         said.append("the arms have no size and token budget in common, so nothing is paired")
@@ -127,10 +145,36 @@ def _band_warnings(joint: Joint) -> list[str]:
     if joint.basis == "none":
         return ["the laws pass through every point, so no interval can be given; train more sizes or seeds"]
     if joint.basis == "seeds":
-        return ["the laws pass through every point, so the bands hold the noise of seeds alone, not the laws' misfit"]
+        return ["the laws pass through every point, so the intervals carry the noise of seeds alone, not size noise"]
+    if joint.basis == "cells and seeds":
+        return [
+            "three sizes: the intervals pool the sizes' scatter (1 degree of freedom) with the noise of seeds, and are "
+            "too narrow if sizes deviate by more than about twice the noise of a size's mean; train a fourth size"
+        ]
+    said = []
     if joint.dof < 3:
-        return [f"few sizes: the bands rest on {joint.dof} degree{'s' if joint.dof > 1 else ''} of freedom"]
-    return []
+        said.append(f"few sizes: the intervals rest on {joint.dof} degree{'s' if joint.dof > 1 else ''} of freedom")
+    if joint.strata.clustered and joint.strata.between < FEW_BETWEEN:
+        said.append(
+            f"few sizes: {max(joint.strata.between, 0.0):.1f} degrees of freedom measure how sizes deviate from the "
+            "surface, so the intervals may be too narrow if sizes deviate as much as seeds; train more sizes"
+        )
+    return said
+
+
+def _regime(a: Cells, b: Cells) -> dict[str, Any]:
+    """Where the comparison holds: of the matched cells, or of both arms' where none match."""
+    rows = match(a, b)
+    sides = ((a, rows[:, 0]), (b, rows[:, 1])) if len(rows) else ((a, slice(None)), (b, slice(None)))
+    params, tokens = (np.concatenate([getattr(cells, what)[i] for cells, i in sides]) for what in ("params", "tokens"))
+    sizes = {size for cells, i in sides for size in cells.sizes[i].tolist()}
+    ratio = tokens / params
+    return {
+        "sizes": [float(params.min()), float(params.max())],
+        "tokens_per_parameter": [float(ratio.min()), float(ratio.max())],
+        "seeds": min(len(cells.runs[j]) for cells, i in sides for j in np.arange(len(cells))[i]),
+        "sizes_count": len(sizes),
+    }
 
 
 def _number(value: float) -> float | None:
@@ -200,21 +244,22 @@ def _power(view: View, ca: Cells, cb: Cells, paired: tuple[Paired, ...]) -> Powe
         return None
     level = joint.level
     x = np.array([view.high])
-    effect, error = (float(v[0]) for v in joint.difference(view.path_a(x), view.path_b(x)))
+    effect, half, dof = (float(v[0]) for v in joint.difference(view.path_a(x), view.path_b(x)))
+    error = half / t_quantile(level, dof)
     cells = min(len(ca), len(cb))
     scatter = None
-    if joint.basis == "cells":
+    if joint.measured:
         spread = joint.sigma[0, 0] + joint.sigma[1, 1] - 2 * joint.sigma[0, 1]
         scatter = math.sqrt(max(float(spread), 0.0)) * math.exp(float(np.mean(cb.log_loss)))
     detectable = None
     if error > 0:
         # The compute by which the baseline's own loss falls as far as the smallest difference that shows.
-        goal = joint.b.evaluate(joint.b.theta, view.path_b(x))[0] - detectable_effect(error, joint.dof, level)
+        goal = joint.b.evaluate(joint.b.theta, view.path_b(x))[0] - detectable_effect(error, dof, level)
         moved = bisect(
             lambda v: joint.b.evaluate(joint.b.theta, view.path_b(x + v))[0] - goal, np.zeros(1), np.full(1, LIMIT)
         )
         detectable = _number(math.exp(moved[0]))
-    needed = cells_needed(effect, error, cells, joint.dof, level) if joint.basis == "cells" and effect else None
+    needed = cells_needed(effect, error, cells, dof, level) if joint.measured and effect else None
     return Power(TARGET, level, cells, needed, detectable, size_power(paired, scatter, level))
 
 
@@ -222,7 +267,7 @@ def _verdict(
     gain: tuple[Gain, ...], paired: tuple[Paired, ...], candidate: str, baseline: str, level: float
 ) -> tuple[str, str]:
     """The module's rule: (verdict, reason)."""
-    percent = f"{100 * level:g} %"
+    percent = f"{100 * level:g}%"
     largest = paired[-1] if paired else None
     shown = largest is not None and largest.p is not None and largest.p < 1 - level
     if not gain:
@@ -235,7 +280,7 @@ def _verdict(
     where = f"the compute gain of {candidate} over {baseline} at {last.x:.3g} FLOPs is {last.words()}"
     side = last.excludes_one()
     if side == 0:
-        why = "there is no interval" if last.lo is None else f"its {percent} interval holds 1"
+        why = "there is no interval" if last.lo is None else f"its {percent} CI includes 1"
         return "no difference", f"{where}, and {why}"
     winner = candidate if side > 0 else baseline
     # The lower loss has the sign opposite to a gain.
@@ -245,4 +290,4 @@ def _verdict(
             f"{where}, but the paired test at N = {largest.params:.3g} and equal FLOPs says the opposite "
             f"(p = {largest.p:.2g}): the laws do not hold there"
         )
-    return f"{winner} wins", f"{where}, and its {percent} interval leaves 1 out"
+    return f"{winner} wins", f"{where}, and its {percent} CI excludes 1"

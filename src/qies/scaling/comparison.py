@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qies.scaling.matching import Paired
+from qies.scaling.planning import Plan
 from qies.scaling.power import Power
 from qies.scaling.shared import SharedFit
 from qies.scaling.table import Dropped
@@ -34,7 +35,7 @@ class Gain:
     reach: float
 
     def excludes_one(self) -> int:
-        """+1: the interval lies above 1; -1: below; 0: it holds 1, or there is none."""
+        """+1: the interval lies above 1; -1: below; 0: it includes 1, or there is none."""
         if self.lo is None:
             return 0
         if self.lo > 1 + 1e-6:  # arms that are the same run differ by rounding
@@ -46,7 +47,7 @@ class Gain:
 
     def words(self) -> str:
         if self.gain is None and self.lo is None:
-            return "not to be told (the baseline's law does not reach that loss)"
+            return "unknown (the baseline's law does not reach that loss)"
         if self.lo is None:
             return f"{self.gain:.3g} (no interval)"
         end = "unbounded" if self.hi is None else f"{self.hi:.3g}"
@@ -56,8 +57,8 @@ class Gain:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where the arms' losses are equal: FLOPs, the range in which they are not told apart (None: open on that
-    side), the arm that is lower beyond, and `reach`, how many times beyond the runs that is (1: inside)."""
+    """Where the arms' losses are equal: FLOPs, the range in which they are not significantly different (None: open on
+    that side), the arm that is lower beyond, and `reach`, how many times beyond the runs that is (1: inside)."""
 
     compute: float
     lo: float | None
@@ -101,10 +102,12 @@ class Comparison:
     frontier: dict[str, tuple[FrontierPoint, ...]]
     losses: dict[str, tuple[tuple[float, float, float, float], ...]]
     power: Power | None
+    regime: dict[str, Any]
     verdict: str
     reason: str
     dropped: tuple[Dropped, ...] = ()
     warnings: tuple[str, ...] = ()
+    plan: Plan | None = None
 
     @property
     def at_largest(self) -> Gain | None:
@@ -129,6 +132,7 @@ class Comparison:
             "reason": self.reason,
             "form": self.form,
             "level": self.level,
+            "regime": self.regime,
             "flops_convention": self.flops_convention,
             "runs": self.runs,
             "cells": self.cells,
@@ -139,6 +143,7 @@ class Comparison:
             "frontier": {arm: [vars(point) for point in points] for arm, points in self.frontier.items()},
             "losses": {arm: [list(point) for point in points] for arm, points in self.losses.items()},
             "power": None if self.power is None else self.power.to_dict(),
+            "plan": None if self.plan is None else self.plan.to_dict(),
             "dropped": [asdict(run) for run in self.dropped],
             "warnings": list(self.warnings),
             "summary": self.summary(),
@@ -157,13 +162,30 @@ class Comparison:
     def summary(self) -> str:
         """The verdict, the gains with their intervals, what they rest on and every warning, as one paragraph."""
         head = self.verdict[0].upper() + self.verdict[1:] if self.verdict == "no difference" else self.verdict
-        said = [f"{head}: {self.reason}", *self._gains(), *self._paired(), *self._shared(), *self._crossings()]
+        said = [
+            f"{head}: {self.reason} ({self._regime()})",
+            *self._gains(),
+            *self._paired(),
+            *self._shared(),
+            *self._crossings(),
+        ]
         said += self._power()
         said.append(f"FLOPs: {self.flops_convention}")
         if self.dropped:
             said.append(f"{len(self.dropped)} run{'s' if len(self.dropped) > 1 else ''} left out, see dropped")
         said += [w[0].upper() + w[1:] for w in self.warnings]
         return ". ".join(said) + "."
+
+    def _regime(self) -> str:
+        """Where the verdict holds: "4 sizes of 5e+04 to 4e+05 parameters, 10 to 82 tokens per parameter, 2 seeds"."""
+        r = self.regime
+        low, high = (f"{v:.2g}" for v in r["tokens_per_parameter"])
+        sizes = " to ".join(dict.fromkeys(f"{v:.3g}" for v in r["sizes"]))
+        return (
+            f"{r['sizes_count']} size{'s' if r['sizes_count'] > 1 else ''} of {sizes} parameters, "
+            f"{low if low == high else f'{low} to {high}'} tokens per parameter, "
+            f"{r['seeds']} seed{'s' if r['seeds'] > 1 else ''}"
+        )
 
     def _gains(self) -> list[str]:
         """The other gains (the verdict's reason has that in compute), and how far the laws were read."""
@@ -192,15 +214,19 @@ class Comparison:
         if fit is None or fit.p is None:
             return []
         names, plural = ", ".join(fit.shared), len(fit.shared) > 1
-        shown = f"differ{'' if plural else 's'} between the arms"
-        finding = shown if fit.p < 1 - self.level else f"{'are' if plural else 'is'} not shown to differ"
-        return [f"{names} {finding} (F({fit.restrictions}, {fit.dof}) = {fit.statistic:.3g}, p = {fit.p:.2g})"]
+        shown = f"differ{'' if plural else 's'} significantly between the arms"
+        finding = (
+            shown
+            if fit.p < 1 - self.level
+            else f"{'do' if plural else 'does'} not differ significantly between the arms"
+        )
+        return [f"{names} {finding} (F({fit.restrictions}, {fit.dof:.3g}) = {fit.statistic:.3g}, p = {fit.p:.2g})"]
 
     def _crossings(self) -> list[str]:
         said = []
         for c in self.crossings:
             ends = [f"{word} {end:.3g}" for word, end in (("from", c.lo), ("to", c.hi)) if end is not None]
-            range_ = f"not told apart {' '.join(ends) or 'at any compute'}"
+            range_ = f"not significantly different {' '.join(ends) or 'at any compute'}"
             where = "inside the runs" if c.reach <= INSIDE else f"{c.reach:.2g} times beyond the runs"
             said.append(
                 f"The laws cross at {c.compute:.3g} FLOPs, {where} ({range_}); beyond it {c.lower_beyond} is lower"

@@ -129,7 +129,7 @@ def reach(x: Array, runs: Array) -> Array:
     return np.asarray(np.exp(np.maximum(beyond, 0.0).max(axis=1)))
 
 
-def t_quantile(level: float, dof: int) -> float:
+def t_quantile(level: float, dof: float) -> float:
     return float(student.ppf(0.5 + level / 2, dof))
 
 

@@ -40,6 +40,11 @@ class Cells:
     def __len__(self) -> int:
         return len(self.key)
 
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """[n] number of each cell's size, alike in both arms."""
+        return np.array([size for size, _ in self.key], np.int64)
+
 
 @dataclass(frozen=True)
 class Paired:

@@ -21,7 +21,7 @@ from qies.scaling.forms import FORMS
 from qies.scaling.intervals import reach
 from qies.scaling.laws import PowerLaw, fit_power
 from qies.scaling.selection import Comparison, HeldOut, HeldOutRun, compare_forms, leave_largest_out
-from qies.scaling.soundness import oddities, sound
+from qies.scaling.soundness import best_per_cell, oddities, sound
 from qies.scaling.surface import Residual, SurfaceFit
 from qies.scaling.table import Dropped, Runs, read_columns, read_runs
 
@@ -150,6 +150,7 @@ def fit_file(
     beside: tuple[str, ...] = (),
     predict: tuple[tuple[float, float], ...] = (),
     at_compute: tuple[float, ...] = (),
+    best: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Outcome:
     """Fit `form` to the runs of a file or folder (`table.read_runs`).
@@ -161,7 +162,8 @@ def fit_file(
     With `drop_worst` the user says how many runs lie off, 0 for none, so the search for diverged runs against a fit is
     left out; runs that did not finish or hold no number are left out always. `leave_largest`: also fit without the so
     many largest model sizes and predict them. `beside`: other forms to compare this one with. `predict`: pairs of N and
-    D. `axis` is what `power` and `power+floor` run along. Raises UserError for an unknown form or axis, and what the
+    D. `best`: of the rows of one arm, N and D take the lowest loss alone. `axis` is what `power` and `power+floor` run
+    along. Raises UserError for an unknown form or axis, and what the
     parts raise.
     """
     if form not in ALL_FORMS:
@@ -194,6 +196,9 @@ def fit_file(
             f"{path}: every loss is {runs.loss[0]:g}, so no law can be fitted; check the column of the loss."
         )
     kept = np.delete(index, [d.index for d in unsound])
+    if best:
+        rows = best_per_cell(runs)
+        runs, kept = runs.select(rows), kept[rows]
     mixed = [] if len(runs.arms) < 2 else [f"runs of {len(runs.arms)} arms are fitted as one; choose with --arm"]
     repeated = 0 if runs.unique is None else int((runs.unique < runs.tokens).sum())
     if repeated and form != "data-constrained":

@@ -44,7 +44,7 @@ class SizePower:
 @dataclass(frozen=True)
 class Power:
     """`sizes`: what a paired test needs at each matched size. `cells` and `cells_needed`: matched (size, tokens)
-    points at hand, and how many like them the gain's interval needs to leave 1 out; None: over 1,000.
+    points at hand, and how many like them the gain's interval needs to exclude 1; None: over 1,000.
     `detectable`: the smallest gain (above 1) that the present runs would show at the largest shared compute.
     All at `level` two-sided and with probability `target`.
     """
@@ -91,14 +91,16 @@ def pairs_needed(effect: float, sd: float, level: float, target: float = TARGET)
     return _smallest(lambda n: t_power(effect, sd / math.sqrt(n), n - 1, level) >= target, 2)
 
 
-def cells_needed(effect: float, error: float, cells: int, dof: int, level: float, target: float = TARGET) -> int | None:
+def cells_needed(
+    effect: float, error: float, cells: int, dof: float, level: float, target: float = TARGET
+) -> int | None:
     """Cells at which a contrast `effect`, now known to `error` from `cells` cells with `dof`, shows; the design
     is taken to be repeated, so that the error falls as 1 / sqrt(cells)."""
     p = cells - dof
-    return _smallest(lambda n: t_power(effect, error * math.sqrt(cells / n), n - p, level) >= target, p + 1)
+    return _smallest(lambda n: t_power(effect, error * math.sqrt(cells / n), n - p, level) >= target, math.ceil(p) + 1)
 
 
-def detectable_effect(error: float, dof: int, level: float, target: float = TARGET) -> float:
+def detectable_effect(error: float, dof: float, level: float, target: float = TARGET) -> float:
     """The effect that a t test with this standard error and dof shows with probability `target`."""
     low, high = 0.0, error
     while t_power(high, error, dof, level) < target:

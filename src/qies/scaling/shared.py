@@ -1,10 +1,10 @@
 """Do two arms share their floor and exponents? One fit with them shared against two separate ones.
 
-Both models are fitted to both arms at once by least squares on log loss, whitened by the 2 x 2 covariance of
-the separate fits' residuals (Zellner 1962), so that noise which matched runs share is used and not counted
-twice. F = (S_shared - S_separate) / restrictions, against F with as many denominator degrees of freedom as the
-arm with fewer cells has left. Exact for matched designs and laws linear in their parameters; otherwise as good
-as the law is near its optimum.
+Both models are fitted to both arms at once by least squares on log loss, whitened by the covariance of the cell means
+(`joint`), so that noise which matched runs or cells of one size share is used and not counted twice.
+F = (S_shared - S_separate) / restrictions, against F with the fewest degrees of freedom that any of the shared
+parameters' differences has. Exact for matched designs with one budget a size and laws linear in their parameters;
+otherwise as good as the law is near its optimum.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from scipy.optimize import least_squares
 from scipy.stats import f as fisher
 
 from qies.scaling.intervals import ROUNDING
-from qies.scaling.joint import Joint
+from qies.scaling.joint import Joint, covariance
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
-CORRELATED = 1 - 1e-9  # the closest that the noise of two arms' matched cells is taken to be
+CORRELATED = 1 - 1e-9  # the largest correlation that two arms' matched cells are taken to have
+ROUNDS = 3  # of estimating the arms' covariance again from the joint fit
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class SharedFit:
     statistic: float | None
     p: float | None
     restrictions: int
-    dof: int
+    dof: float
     params: dict[str, dict[str, float]]
     separate: dict[str, dict[str, float]]
 
@@ -47,42 +48,57 @@ class SharedFit:
         return values | {"shared": list(self.shared)}
 
 
-def shared_fit(joint: Joint, matched: Rows, shared: tuple[str, ...], arms: tuple[str, str]) -> SharedFit:
-    """Test that both laws have the same `shared` parameters; `matched` [m, 2] as for `join`."""
+def shared_fit(joint: Joint, shared: tuple[str, ...], arms: tuple[str, str]) -> SharedFit:
+    """Test that both laws have the same `shared` parameters."""
     p = len(joint.a.theta)
     common = np.array([name.removeprefix("log ") in shared for name in joint.a.names])
     apart = np.arange(p), p + np.arange(p)
     # Arm A's parameters come first; B points at A's where they are shared and at its own, behind them, elsewhere.
     together = np.arange(p), np.where(common, np.arange(p), p - 1 + np.cumsum(~common))
     mean = np.where(common, (joint.a.theta + joint.b.theta) / 2, joint.a.theta)
-    root = _covariance_root(joint, matched)
+    root = _root(joint, joint.cells)
     separate, s_separate = _fit(joint, apart, np.concatenate([joint.a.theta, joint.b.theta]), root)
+    # Cells that do not match pull the separate laws apart and hide how much noise the arms share; a joint fit shows it.
+    for _ in range(ROUNDS if joint.measured and 0 < len(joint.matched) < max(map(len, (joint.a.x, joint.b.x))) else 0):
+        root = _root(joint, _reweighted(joint, separate))
+        separate, s_separate = _fit(joint, apart, separate, root)
     one, s_shared = _fit(joint, together, np.concatenate([mean, joint.b.theta[~common]]), root)
     statistic = probability = None
-    if joint.basis == "cells":
+    dof = joint.dof
+    if joint.measured:
+        contrasts = np.concatenate([np.eye(p), -np.eye(p)], axis=1)[common]
+        dof = float(joint.spread(contrasts)[1].min())
         statistic = max(s_shared - s_separate, 0.0) / int(common.sum())
-        probability = float(fisher.sf(statistic, int(common.sum()), joint.dof))
+        probability = float(fisher.sf(statistic, int(common.sum()), dof))
 
     def named(theta: Array, places: tuple[Rows, Rows]) -> dict[str, dict[str, float]]:
         return {arm: joint.a.natural(theta[place]) for arm, place in zip(arms, places, strict=True)}
 
     return SharedFit(
-        shared, statistic, probability, int(common.sum()), joint.dof, named(one, together), named(separate, apart)
+        shared, statistic, probability, int(common.sum()), dof, named(one, together), named(separate, apart)
     )
 
 
-def _covariance_root(joint: Joint, matched: Rows) -> Array:
-    """Lower Cholesky factor of the residuals' covariance, arm A's cells before arm B's; unit without one."""
-    na, nb = len(joint.a.residual), len(joint.b.residual)
-    if joint.basis != "cells":
-        return np.eye(na + nb)
-    sigma = joint.sigma + ROUNDING**2 * np.eye(2)
-    omega = np.diag(np.repeat(np.diag(sigma), [na, nb]))
-    # Arms that are the same runs share all of their noise, and few cells may be estimated to share more than that.
-    most = CORRELATED * np.sqrt(sigma[0, 0] * sigma[1, 1])
-    shared = np.clip(sigma[0, 1], -most, most)
-    omega[matched[:, 0], na + matched[:, 1]] = omega[na + matched[:, 1], matched[:, 0]] = shared
-    return cholesky(omega, lower=True)
+def _root(joint: Joint, cells: Array) -> Array:
+    """Lower Cholesky factor of the cell means' covariance, arm A's cells before arm B's; unit where it is unknown."""
+    if not joint.measured:
+        return np.eye(len(cells))
+    # Arms that are the same runs share all of their noise, and exact laws have none.
+    own = np.diag(np.diag(cells))
+    return cholesky(cells + (1 - CORRELATED) * own + ROUNDING**2 * np.eye(len(own)), lower=True)
+
+
+def _reweighted(joint: Joint, theta: Array) -> Array:
+    """`joint.cells` with the noise that the laws theta [2p] leave: its size in each arm, and its correlation."""
+    residual = [
+        law.residual + law.evaluate(law.theta, law.x)[0] - law.evaluate(own, law.x)[0]
+        for law, own in zip((joint.a, joint.b), np.split(theta, 2), strict=True)
+    ]
+    before = covariance([joint.a.residual, joint.b.residual], joint.matched)
+    after = covariance(residual, joint.matched)
+    arm = np.repeat([0, 1], [len(r) for r in residual])
+    factor = np.divide(after, before, out=np.ones_like(after), where=before != 0)
+    return joint.cells * factor[arm[:, None], arm]
 
 
 def _fit(joint: Joint, places: tuple[Rows, Rows], start: Array, root: Array) -> tuple[Array, float]:

@@ -117,7 +117,7 @@ def _power_views(a: Cells, b: Cells, level: float, noise: Noise, said: tuple[str
             warnings.append(f"no gain in {variable}: an arm has one value of it")
             continue
         laws = [_power_law(x, cells.log_loss) for x, cells in zip(xs, (a, b), strict=True)]
-        joint = join(laws[0], laws[1], match(a, b), level, noise)
+        joint = join(laws[0], laws[1], match(a, b), level, noise, (a.sizes, b.sizes))
         _add(of, warnings, variable, joint, (_column, _column), xs)
     return Views("power", of, None, tuple(warnings))
 
@@ -130,7 +130,7 @@ def _power_law(x: Array, log_loss: Array) -> Law:
 
 def _surface_views(a: Cells, b: Cells, runs: tuple[Runs, Runs], level: float, noise: Noise) -> Views:
     laws = [_surface_law(cells, arm) for cells, arm in zip((a, b), runs, strict=True)]
-    joint = join(laws[0], laws[1], match(a, b), level, noise)
+    joint = join(laws[0], laws[1], match(a, b), level, noise, (a.sizes, b.sizes))
     of: dict[str, View] = {}
     warnings: list[str] = []
     flops: tuple[Cost, Cost] | None = None
