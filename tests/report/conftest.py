@@ -1,18 +1,60 @@
-"""A synthetic but complete study folder, as a finished study leaves it."""
+"""A synthetic but complete study folder, as a finished study leaves it, and a reader of its page."""
 
 import json
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import yaml
 
+from qies.report import build_report
 from qies.scaling import compare, fit_power, read_runs
 
 ARMS = ("transformer", "qies", "no_phase")
 SIZES = {"50k": 5e4, "100k": 1e5, "200k": 2e5, "400k": 4e5}
 MODELS = {"transformer": {"position": "rope", "rope_theta": 1e6, "attention_conv": "keys"}}
 CONVENTION = "matmul FLOPs, forward and backward, attention scores included"
+
+
+class Page(HTMLParser):
+    """Elements, attributes, JSON of the charts and visible text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.attributes, self.charts, self.words, self.inside = [], [], [], [], None
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        self.attributes += attrs
+        self.inside = dict(attrs).get("type", "code") if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside == "application/json":
+            self.charts.append(json.loads(data))
+        elif self.inside is None:
+            self.words.append(data)
+
+
+def page_of(folder):
+    return Page(build_report(folder).read_text())
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def runs_of(folder, arm, size="400k"):
+    """The run.json files of an arm at a size, in the order of their folders."""
+    records = [(p, json.loads(p.read_text())) for p in sorted(folder.glob("runs/*/run.json"))]
+    return [path for path, record in records if record["arm"] == arm and record["size"] == size]
 
 
 def write(path, value):

@@ -5,50 +5,16 @@ import re
 import subprocess
 import sys
 from html import unescape
-from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from plotly.offline import get_plotlyjs
 
-from conftest import make_study
+from conftest import Page, edit, make_study, page_of, runs_of
 from qies.errors import UserError
 from qies.report import build_report, write_summary_svg
 from qies.report.records import read_study
 from qies.report.verdict import verdict
-
-
-class Page(HTMLParser):
-    """Elements, attributes, JSON of the charts and visible text of a page."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.attributes, self.charts, self.words, self.inside = [], [], [], [], None
-        self.feed(text)
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append(tag)
-        self.attributes += attrs
-        self.inside = dict(attrs).get("type", "code") if tag in ("script", "style") else None
-
-    def handle_endtag(self, tag):
-        self.inside = None
-
-    def handle_data(self, data):
-        if self.inside == "application/json":
-            self.charts.append(json.loads(data))
-        elif self.inside is None:
-            self.words.append(data)
-
-
-def page_of(folder):
-    return Page(build_report(folder).read_text())
-
-
-def edit(path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 def record_of(study, arm, size):
@@ -219,6 +185,59 @@ def test_verdict_says_when_the_baseline_wins_or_ties(study):
     assert "transformer has the lowest validation loss" in said[0] and "lower at 3 of 4 sizes" in said[1]
     edit(path, lambda r: r["metrics"].update(val_loss=base))
     assert "have the same validation loss to four digits" in verdict(read_study(study))[0]
+
+
+def test_training_curves_of_all_arms_have_the_same_seed(tmp_path):
+    study = make_study(tmp_path / "seeds", seeds=(7, 0, 1))
+    for seed, path in enumerate(runs_of(study, "qies")):  # folders in another order than for the other arms
+        path.parent.rename(path.parent.with_name(f"a{9 - seed}"))
+
+    def shown(seed):
+        title = f"Training loss at 400k, seed {seed}"
+        page = page_of(study)
+        assert title in page.text
+        last = [c for c in page.charts if c["layout"]["yaxis"]["title"]["text"].startswith("training loss")][-1]
+        return {t["name"]: t["y"] for t in last["data"] if t["x"] != [None]}
+
+    def trained(arm, seed):
+        [path] = [p for p in runs_of(study, arm) if json.loads(p.read_text())["seed"] == seed]
+        return [json.loads(line)["loss"] for line in path.with_name("metrics.jsonl").read_text().splitlines()]
+
+    first = {arm: trained(arm, 7) for arm in ("transformer", "qies", "no_phase")}
+    for arm, losses in shown(7).items():  # the study's first; windows of 2 of the 120 steps
+        assert losses == pytest.approx([first[arm][0], *((x + y) / 2 for x, y in pairwise(first[arm]))])
+    [path] = [p for p in runs_of(study, "qies") if json.loads(p.read_text())["seed"] == 7]
+    path.with_name("metrics.jsonl").unlink()
+    assert set(shown(0)) == {"transformer", "qies", "no_phase"}  # the first that every arm has
+
+
+def test_hover_names_the_run_and_the_law_with_its_ci_there(whole):
+    law = json.loads((whole[0] / "fits.json").read_text())["arms"]["qies"]["params"]
+    chart = next(c for c in Page(whole[1]).charts if "non-embedding" in c["layout"]["xaxis"]["title"]["text"])
+    [runs] = [t for t in chart["data"] if t["mode"] == "markers" and t["name"] == "qies"]
+    record = json.loads(record_of(whole[0], "qies", "400k").read_text())
+    at = runs["text"].index(next(text for text in runs["text"] if text.startswith("qies, 400k, seed 0; law ")))
+    assert runs["y"][at] == record["metrics"]["val_loss"]
+    predicted, low, high = map(float, re.search(r"law (\S+) \(95% CI (\S+) to (\S+)\)", runs["text"][at]).groups())
+    params = law["params"]
+    assert predicted == pytest.approx(params["A"] * runs["x"][at] ** -params["alpha"], rel=2e-4)
+    assert low < predicted < high
+    [line] = [t for t in chart["data"] if t["mode"] == "lines" and t.get("name") == "qies" and t.get("customdata")]
+    assert line["customdata"][0] == f" ({law['curve']['lo'][0]:.4g} to {law['curve']['hi'][0]:.4g})"
+
+
+def test_static_figures_stand_where_the_charts_are_without_scripts(whole):
+    static = re.findall(r'<div class="static">(<svg.*?</svg>)', whole[1], re.S)
+    titles = [re.search("<title>(.*?)</title>", svg)[1] for svg in static]
+    assert titles == re.findall(r'<div class="chart" role="group" aria-label="(.*?)">', whole[1])
+    assert all("<path" in svg and "xmlns" not in svg for svg in static)
+    ids = re.findall(r'<clipPath id="(.*?)">', whole[1])
+    assert len(ids) == len(set(ids)) >= len(static)
+
+
+def test_settings_that_differ_within_an_arm_are_told(study):
+    edit(record_of(study, "qies", "100k"), lambda r: r["config"].update(model={"position": "rope"}))
+    assert "qies was trained with 2 different settings (variants)" in page_of(study).text
 
 
 def test_verdict_pairs_seeds(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 from qies.config import INDUCTION_ONSET
 from qies.report.induction import Copying, copying
 from qies.report.records import Cell, Study, listed, mapping
-from qies.report.text import estimate, number, sentence, si
+from qies.report.text import estimate, fixed, number, si
 from qies.scaling.figures import INSIDE
 
 Pair = dict[str, Any]
@@ -34,15 +34,14 @@ def answer(study: Study) -> Answer | None:
     if not cells:
         return None
     measured = [copying(study, arm, cells[-1]) for arm in arms]
-    candidate, baseline = arms
     return Answer(
         _headline(pair, measured),
         [
-            (f"Does {candidate} scale better?", _exponents(study, pair)),
+            (f"Does {arms[0]} scale better?", _exponents(study, pair)),
             ("By how much?", _gains(pair)),
             ("How sure is it?", _certainty(study, pair, cells)),
             ("In which regime?", _regime(study, pair)),
-            (f"Against which {baseline}?", _settings(study, arms)),
+            ("Which baseline?", _settings(study, arms)),
             ("Had in-context copying set in?", _copied(study, measured, cells[-1])),
         ],
     )
@@ -96,9 +95,11 @@ def _gains(pair: Pair) -> str:
     if not last:
         return "Unknown: the arms' laws share no range of compute."
     candidate, baseline = pair["candidate"], pair["baseline"]
-    said = [f"Compute gain {_gain(pair, last)} at {si(last.get('compute'))} FLOPs, the largest compute of both arms"]
+    said = [
+        f"Compute gain {_gain(pair, last)} at {_plain(last.get('compute'), 3)} FLOPs, the largest compute of both arms"
+    ]
     if (value := number(last.get("gain"))) is not None:
-        said.append(f"for the same loss {baseline} needs {value:.3g} times the FLOPs of {candidate}")
+        said.append(f"for the same loss {baseline} needs {fixed(value)} times the FLOPs of {candidate}")
     params = mapping(gain.get("params"))
     if params:
         said.append(f"parameter gain {_gain(pair, params)} at {si(params.get('params'))} parameters")
@@ -112,17 +113,18 @@ def _gain(pair: Pair, point: dict[str, Any]) -> str:
     value = number(point.get("gain"))
     if value is None:
         return "undefined (the baseline's law does not reach that loss)"
-    return estimate(value, point.get("lo"), point.get("hi"), ".3g", _level(pair))
+    return estimate(value, point.get("lo"), point.get("hi"), "#.3g", _level(pair))
 
 
 def _certainty(study: Study, pair: Pair, cells: list[Cell]) -> str:
     arms = (pair["candidate"], pair["baseline"])
     counts = [len(study.of(arm, cell)) for arm in arms for cell in cells]
     sizes, dof = len({cell.size for cell in cells}), [number(study.fit(arm, "flops").get("dof")) for arm in arms]
-    design = [_range(counts, "seed"), f"{sizes} size{'s' * (sizes > 1)}"]
+    design = [f"{_range(counts, 'seed')} per arm and size", f"{sizes} size{'s' * (sizes > 1)}", f"{sum(counts)} runs"]
     if known := [d for d in dof if d is not None]:
         design.append(f"{_plain(min(known))} degrees of freedom per law")
-    return " ".join([sentence(f"{pair['verdict']}: {pair['reason']}"), sentence(", ".join(design)), *_power(pair)])
+    said = "No difference" if pair["verdict"] == "no difference" else pair["verdict"]
+    return " ".join([f"{said}: {pair['reason'].rstrip('.')}.", f"{', '.join(design)}.", *_power(pair)])
 
 
 def _power(pair: Pair) -> list[str]:
@@ -137,11 +139,10 @@ def _power(pair: Pair) -> list[str]:
     if need is None:
         ways = ["more than 1,000 matched sizes and budgets"]
     else:
-        ways = [f"{need:.0f} matched sizes and budgets (has {_plain(power.get('cells'))})"]
+        ways = [f"{need:.0f} matched sizes and budgets (have {_plain(power.get('cells'))})"]
     if best:
-        ways.append(
-            f"{_plain(best.get('need'))} seeds per arm at N = {si(best.get('params'))} (has {best.get('have')})"
-        )
+        seeds, have = _plain(best.get("need")), _plain(best.get("have"))
+        ways.append(f"{seeds} seeds per arm at N = {si(best.get('params'))} (have {have})")
     return [*said, f"To detect a gain as large as the one observed: {' or '.join(ways)}."]
 
 
@@ -173,7 +174,7 @@ def _regime(study: Study, pair: Pair) -> str:
 
 
 def _settings(study: Study, arms: Iterable[str]) -> str:
-    """How the attention layers of the arms know positions, the baseline first."""
+    """Positions and convolutions of the arms, the baseline first."""
     return " ".join(f"{arm}: {' or '.join(_positions(study, arm)) or 'not recorded'}." for arm in reversed([*arms]))
 
 
@@ -183,7 +184,7 @@ def _positions(study: Study, arm: str) -> list[str]:
 
 
 def positions(model: dict[str, Any]) -> str:
-    """The attention layers' positions and short convolution in words, from a run record's `model`."""
+    """Positions and short convolutions of an arm's layers in words, from a run record's `model`."""
     kind = model.get("position")
     words = {"none": "no position embedding (NoPE)", "learned": "learned position embedding"}.get(str(kind), str(kind))
     if kind == "rope":
@@ -193,13 +194,19 @@ def positions(model: dict[str, Any]) -> str:
             words += f" on {100 * fraction:.3g}% of each head"
         if every:
             words += f", NoPE in every {every:.0f}th layer"
-    taps = number(model.get("attention_conv_size"))
-    if taps:
-        place = {"keys": "the keys", "input": "the input"}.get(str(model.get("attention_conv", "input")), "the input")
-        words += f", short convolution on {place} ({taps:.0f} taps)"
-    elif taps == 0:
-        words += ", no short convolution"
-    return words + (", value residuals" if model.get("value_residual") is True else "")
+    words += _convolution(model, "attention_conv")
+    if model.get("value_residual") is True:
+        words += ", value residuals"
+    if "linear_attention" in listed(model.get("layer_types")):
+        words += f"; entanglement layers{_convolution(model, 'conv').replace(',', ' with', 1)}"
+    return words
+
+
+def _convolution(model: dict[str, Any], field: str) -> str:
+    taps = number(model.get(f"{field}_size"))
+    if not taps:
+        return "" if taps is None else ", no short convolution"
+    return f", short convolution on the {model.get(field, 'input')} ({taps:.0f} taps)"
 
 
 def _copied(study: Study, measured: list[Copying], cell: Cell) -> str:
@@ -223,10 +230,10 @@ def _power_of_ten(value: Any) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _plain(value: Any) -> str:
-    """A number without needless digits, anything else as it is."""
+def _plain(value: Any, significant: int = 6) -> str:
+    """A number without trailing zeros, anything else as it is."""
     n = number(value)
-    return str(value) if n is None else f"{n:.6g}"
+    return str(value) if n is None else f"{n:.{significant}g}".replace("e+", "e")
 
 
 def _level(pair: Pair) -> float:

@@ -28,10 +28,6 @@ def comparison(study: Study) -> Section | None:
         "by those of the first; above 1 the first arm needs less. Bands and ranges in parentheses are 95% CIs; lines "
         "are faint where a law is extrapolated. The chart of the compute gain is at the top of the page.",
         *_summaries(pairs),
-        *(
-            f"Not compared: {m.get('candidate')} with {m.get('baseline')} ({m.get('reason')})."
-            for m in map(mapping, listed(mapping(study.parts.get("comparison")).get("not_compared")))
-        ),
     ]
     blocks: list[Table | Chart | Passage] = [_largest(pairs)]
     if any(pair["gain"]["curves"].get("time") for pair in pairs):

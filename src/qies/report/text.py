@@ -41,9 +41,14 @@ def estimate(value: Any, lo: Any, hi: Any, places: str = ".3g", level: float | N
     """1.21 (95% CI 1.15 to 1.27); without "95% CI" for level None. An unknown upper end beside a lower one is open."""
     n, low, high = number(value), number(lo), number(hi)
     if n is None or low is None:
-        return NONE if n is None else f"{n:{places}}"
+        return NONE if n is None else fixed(n, places)
     ci = "" if level is None else f"{100 * level:g}% CI "
-    return f"{n:{places}} ({ci}{low:{places}} to {'unbounded' if high is None else f'{high:{places}}'})"
+    return f"{fixed(n, places)} ({ci}{fixed(low, places)} to {'unbounded' if high is None else fixed(high, places)})"
+
+
+def fixed(value: float, places: str = "#.3g") -> str:
+    """Three significant digits with trailing zeros, 1.20, or another format."""
+    return f"{value:{places}}".rstrip(".")
 
 
 def si(value: Any, significant: int = 3) -> str:

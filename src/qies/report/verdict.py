@@ -22,6 +22,8 @@ def verdict(study: Study, answered: bool = False) -> list[str]:
     if not compared:
         return ["No size has finished in more than one arm, so there is nothing to compare yet."]
     said = [_largest(study, compared[-1])]
+    refused = [mapping(m) for m in listed(mapping(study.parts.get("comparison")).get("not_compared"))]
+    said += [f"Not compared: {m.get('candidate')} with {m.get('baseline')} ({m.get('reason')})." for m in refused]
     if study.pairs:
         others = [pair for pair in study.pairs if not (answered and pair is study.main_pair)]
         return [*said, *map(_pair, others), *_warnings(study.pairs)]
