@@ -154,7 +154,7 @@ def _regime(study: Study, pair: Pair) -> str:
     """
     runs = [run for run in study.done if run.arm in (pair["candidate"], pair["baseline"])]
     configs = [mapping(run.record.get("config")) for run in runs]
-    found = {
+    found: dict[str, list[Any]] = {
         "sizes": list(dict.fromkeys(cell.size for cell in study.cells if any(run.cell == cell for run in runs))),
         "tokens_per_parameter": [run.tokens / run.params for run in runs if run.tokens and run.params],
         "context": [mapping(config.get("train")).get("seq_len") for config in configs],
