@@ -27,6 +27,8 @@ from qies.errors import UserError, nearest
 C = TypeVar("C")
 R = TypeVar("R", "RunConfig", "StudyConfig")
 
+INDUCTION_ONSET = 0.5  # nats per token gained on a repeated random segment: in-context copying has set in from here on
+
 LATER = {"later": True}  # a field that earlier configurations lack: at its default it leaves `content_hash` as it was
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from importlib.resources import files
 from itertools import pairwise
 
 import pytest
@@ -11,8 +12,9 @@ import pytest
 from qies.errors import UserError
 from qies.plotting import GREY, Axis, Band, Figure, Line, Note, Panel, Points, Style, style, styles
 from qies.plotting.scale import linear_ticks, log_ticks, make_scale, si
-from qies.plotting.style import KNOWN
+from qies.plotting.style import KNOWN, PALETTE
 from qies.plotting.svg import DASHES, OUTLINES
+from qies.presets import ARMS
 
 SVG = "{http://www.w3.org/2000/svg}"
 EVIL = '</script><script>alert("x")</script>&<b>'
@@ -165,7 +167,21 @@ def test_styles_differ_in_colour_marker_and_dash_and_arms_keep_theirs():
         assert len({getattr(look, part) for look in looks}) == 6
     assert {look.symbol for look in looks} <= set(OUTLINES) and {look.dash for look in looks} <= set(DASHES)
     assert styles(["new", "qies"])["qies"] == styles(["qies"])["qies"] == style(KNOWN.index("qies"))
-    assert GREY.colour not in {look.colour for look in looks}
+    assert GREY.colour not in PALETTE
+    assert set(ARMS) == set(KNOWN) and len({styles(ARMS)[arm].colour for arm in ARMS}) == len(ARMS)
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#14161a"])  # the report's light and dark background
+def test_every_colour_has_a_contrast_of_3_to_1_on_both_pages(page):
+    def luminance(colour):  # WCAG 2.2, relative luminance of sRGB
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    assert page in (files("qies.report") / "template.html").read_text()
+    for colour in (*PALETTE, GREY.colour):
+        dark, light = sorted(luminance(c) + 0.05 for c in (colour, page))
+        assert light / dark >= 3, colour
 
 
 def test_legend_joins_line_and_marker_of_a_name():

@@ -1,17 +1,60 @@
-"""A synthetic but complete study folder, as a finished study leaves it."""
+"""A synthetic but complete study folder, as a finished study leaves it, and a reader of its page."""
 
 import json
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import yaml
 
+from qies.report import build_report
 from qies.scaling import compare, fit_power, read_runs
 
 ARMS = ("transformer", "qies", "no_phase")
 SIZES = {"50k": 5e4, "100k": 1e5, "200k": 2e5, "400k": 4e5}
+MODELS = {"transformer": {"position": "rope", "rope_theta": 1e6, "attention_conv": "keys"}}
 CONVENTION = "matmul FLOPs, forward and backward, attention scores included"
+
+
+class Page(HTMLParser):
+    """Elements, attributes, JSON of the charts and visible text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.attributes, self.charts, self.words, self.inside = [], [], [], [], None
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        self.attributes += attrs
+        self.inside = dict(attrs).get("type", "code") if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside == "application/json":
+            self.charts.append(json.loads(data))
+        elif self.inside is None:
+            self.words.append(data)
+
+
+def page_of(folder):
+    return Page(build_report(folder).read_text())
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def runs_of(folder, arm, size="400k"):
+    """The run.json files of an arm at a size, in the order of their folders."""
+    records = [(p, json.loads(p.read_text())) for p in sorted(folder.glob("runs/*/run.json"))]
+    return [path for path, record in records if record["arm"] == arm and record["size"] == size]
 
 
 def write(path, value):
@@ -25,7 +68,8 @@ def run_record(arm, size, seed, rng):
     loss = float(14.3 * n ** (-0.102 + shift / 10) * np.exp(0.003 * rng.standard_normal() + shift))
     return {
         "schema": 1,
-        "config": {"arm": arm},
+        "config": {"arm": arm, "data": {"source": "builtin"}, "train": {"seq_len": 512}},
+        "model": {"position": "none", "attention_conv_size": 4, "attention_conv": "input"} | MODELS.get(arm, {}),
         "config_hash": re.sub(r"\W", "", arm)[:4] + f"{size}{seed}",
         "code_version": "0.1.0+abc",
         "environment": {"python": "3.11.4", "torch": "2.13.0", "machine": "x86_64", "cores": 2},
@@ -39,7 +83,12 @@ def run_record(arm, size, seed, rng):
         "flops": 8 * n * tokens,
         "flops_convention": CONVENTION,
         "data": {"hash": "da7a" * 16},
-        "metrics": {"val_loss": loss, "val_bpb": loss / 2.51},
+        "metrics": {
+            "val_loss": loss,
+            "val_bpb": loss / 2.51,
+            "induction": 2.0 + 0.1 * seed,
+            "induction_onset": tokens // 2,
+        },
         "wall_seconds": tokens / 9000,
         "tokens_per_second": 9000 * (5e4 / n) ** 0.5 * (1 if arm == "transformer" else 0.6),
         "peak_memory_bytes": int(3.2e8 + 600 * n),
@@ -54,7 +103,10 @@ def metrics(record, rng):
         loss = (
             record["metrics"]["val_loss"] + (8.3 - record["metrics"]["val_loss"]) * fall + 0.08 * rng.standard_normal()
         )
-        yield {"step": step, "tokens": tokens, "loss": float(loss), "lr": 1e-3, "grad_norm": 0.7, "seconds": 0.1 * step}
+        row = {"step": step, "tokens": tokens, "loss": float(loss), "lr": 1e-3, "grad_norm": 0.7, "seconds": 0.1 * step}
+        if step % 30 == 0:
+            row["induction"] = record["metrics"]["induction"] * step / steps
+        yield row
 
 
 def model_entanglement(size, rng):

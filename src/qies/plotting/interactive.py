@@ -95,6 +95,15 @@ def _traces(mark: Mark, panel: Panel, y: Scale) -> list[dict[str, Any]]:
         "showlegend": False,
         "hovertemplate": f"%{{x:.4s}}: %{{y:.4g}}<extra>{escape(mark.name)}</extra>",
     }
+    ci: list[str] = []
+    if isinstance(mark, Line):
+        bands = [m for m in panel.marks if isinstance(m, Band) and m.style == mark.style and [*m.x] == [*mark.x]]
+        ci = _intervals(bands[0].lo, bands[0].hi) if len(bands) == 1 else []
+    elif mark.lo or mark.hi:
+        ci = _intervals(mark.lo, mark.hi)
+    if ci:
+        trace["customdata"] = ci
+        trace["hovertemplate"] = f"%{{x:.4s}}: %{{y:.4g}}%{{customdata}}<extra>{escape(mark.name)}</extra>"
     if isinstance(mark, Line):
         width, opacity = (1.2, 0.55) if mark.faint else (1.8, 1.0)
         markers = {"marker": _marker(mark.style, 7)} if mark.markers else {}
@@ -109,7 +118,9 @@ def _traces(mark: Mark, panel: Panel, y: Scale) -> list[dict[str, Any]]:
     }
     if mark.hover:
         trace["text"] = [escape(text) for text in mark.hover]
-        trace["hovertemplate"] = f"%{{text}}<br>{escape(panel.y.title)}: %{{y:.4g}}<extra></extra>"
+        trace["hovertemplate"] = (
+            f"%{{text}}<br>{escape(panel.y.title)}: %{{y:.4g}}{'%{customdata}' * bool(ci)}<extra></extra>"
+        )
     if mark.lo or mark.hi:
         trace["error_y"] = {
             "type": "data",
@@ -140,6 +151,12 @@ def _note(note: Note, scales: tuple[Scale, Scale], number: str) -> dict[str, Any
         "x": x, "y": y, "xref": f"x{number}", "yref": f"y{number}", "text": escape(note.text), "showarrow": False,
         "xanchor": "right" if left else "left", "xshift": -7 if left else 7, "yshift": 7,
     }  # fmt: skip
+
+
+def _intervals(low: Sequence[float | None], high: Sequence[float | None]) -> list[str]:
+    """The interval at each point for its hover: " (1.15 to 1.27)"; nothing where it is not known."""
+    ends = [["unbounded" if v is None else f"{v:.4g}" for v in pair] for pair in zip(low, high, strict=True)]
+    return ["" if set(pair) == {"unbounded"} else f" ({pair[0]} to {pair[1]})" for pair in ends]
 
 
 def _distance(y: Sequence[float | None], end: Sequence[float | None]) -> list[float | None]:

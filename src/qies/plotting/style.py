@@ -1,7 +1,7 @@
-"""Colours, markers and dashes: the colours of Okabe and Ito (2008), which colour-blind readers tell apart.
+"""Colours, markers and dashes: a palette after Okabe and Ito (2008), for readers with and without colour vision.
 
-Marker and dash tell the same apart without colour. Black and yellow, which vanish on a dark and on a light page,
-give way to grey.
+Orange and sky blue are darker than in the original, and purple and brown replace black and yellow, so that every
+colour has a contrast of at least 3:1 on the light and on the dark page. Marker and dash carry the same distinction.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C98500", "#3D97D3", "#8A6BD1", "#A65628")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
-KNOWN = ("transformer", "qies", "no_phase", "fixed_phase", "complex", "gpt2")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+KNOWN = (
+    "transformer", "qies", "no_phase", "fixed_phase", "complex", "gpt2", "real_registers", "selective_phase",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,12 @@ class Style:
     dash: str = "solid"
 
 
-GREY = Style(PALETTE[-1])
-
-
+GREY = Style("#8C8C8C")  # of reference lines, which are no arm's
 FIRST = Style(PALETTE[0], SYMBOLS[0], DASHES[0])
 
 
 def style(i: int) -> Style:
-    """The i-th style; colour, marker and dash come round after seven."""
+    """The i-th style; colours repeat after eight, markers after seven, dashes after six."""
     return Style(PALETTE[i % len(PALETTE)], SYMBOLS[i % len(SYMBOLS)], DASHES[i % len(DASHES)])
 
 

@@ -1,4 +1,4 @@
-"""What a section of the page is made of."""
+"""The parts of a section of the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qies.plotting import Figure
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of ready text. `folded` hides a long one behind its caption; `words` aligns every column to the left."""
+    """Rows of formatted text. `folded` hides the table behind its caption; `words` aligns every column to the left."""
 
     caption: str
     columns: list[str]
@@ -23,7 +23,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure and the table of the same numbers under it; the figure's title is the caption."""
+    """A figure and a table of the same numbers; the figure's title is the caption."""
 
     figure: Figure
     table: Table
@@ -31,8 +31,13 @@ class Chart:
 
     @property
     def json(self) -> Markup:
-        """For a script element: no text of a record can close it (see Figure.json)."""
+        """For a script element, escaped so that no text of a record can close it (see Figure.json)."""
         return Markup(self.figure.json())
+
+    @property
+    def svg(self) -> Markup:
+        """The static figure, for print and for browsers without scripts; inline, it needs no XML name space."""
+        return Markup(self.figure.svg().replace(' xmlns="http://www.w3.org/2000/svg"', "", 1))
 
     @property
     def wide(self) -> bool:
@@ -41,7 +46,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Passage:
-    """A prompt and how each arm goes on: (arm and size, text)."""
+    """A prompt and each arm's continuation: (arm and size, text)."""
 
     prompt: str
     continuations: list[tuple[str, str]]

@@ -1,11 +1,11 @@
-"""Figures of a study that are not of fits and comparisons (scaling.figures has those): curves, speed, entanglement."""
+"""Figures of training curves, induction and entanglement; those of fits and comparisons are in scaling.figures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qies.plotting import GREY, Axis, Figure, Line, Panel, Points, Style, style, styles
+from qies.plotting import GREY, Axis, Band, Figure, Line, Panel, Points, Style, style, styles
 from qies.plotting.figure import Mark
 
 # Schmidt probabilities below this are rounding noise of float32 spectra.
@@ -25,6 +25,23 @@ def line_chart(
     looks = styles(series)
     marks = [Line(x, y, arm, looks[arm], markers=markers) for arm, (x, y) in series.items()]
     return Figure(title, [Panel(Axis(x_title, "x" in log), Axis(y_title, "y" in log), marks)])
+
+
+def induction_chart(title: str, series: Mapping[str, tuple[Sequence[float], ...]], onset: float) -> Figure:
+    """Induction gain against tokens: (tokens, mean, lowest, highest) per arm, and the line from which copying counts
+    as set in."""
+    looks = styles(series)
+    every = [x for xs, *_ in series.values() for x in xs]
+    marks: list[Mark] = [Band(xs, lo, hi, looks[arm]) for arm, (xs, _, lo, hi) in series.items()]
+    marks.append(
+        Line([min(every), max(every)], [onset, onset], f"onset, {onset:g} nats", Style(GREY.colour, dash="dot"))
+    )
+    marks += [Line(xs, mean, arm, looks[arm], markers=True) for arm, (xs, mean, *_) in series.items()]
+    # A band asks for no room of its own, so the ends of the bands decide the axis.
+    ends = [v for _, _, lo, hi in series.values() for v in (*lo, *hi)] + [0.0, onset]
+    room = 0.05 * (max(ends) - min(ends))
+    y = Axis("gain on the repeat (nats per token)", low=min(ends) - room, high=max(ends) + room)
+    return Figure(title, [Panel(Axis("tokens seen", True), y, marks)])
 
 
 def entropy_chart(title: str, layers: Sequence[Mapping[str, Any]]) -> Figure:

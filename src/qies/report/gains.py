@@ -1,4 +1,4 @@
-"""The page's part on what one arm gains over another, from comparison.json."""
+"""The page's part on gains between arms, from comparison.json."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from typing import Any
 
 from qies.report.blocks import Chart, Passage, Section, Table
 from qies.report.records import Study, listed, mapping
-from qies.report.text import NONE, number, si
+from qies.report.text import NONE, estimate, number, si
 from qies.scaling.figures import GAINS, frontier_figure, gain_figure, pair_name, paired_figure
 
 Pair = Mapping[str, Any]
+
+
+def gain_chart(study: Study) -> Chart | None:
+    """The compute gain of every pair, for the first screen."""
+    pairs = [pair for pair in study.pairs if pair["gain"]["curves"].get("compute")]
+    return Chart(gain_figure(pairs, "compute"), _curve(pairs, "compute")) if pairs else None
 
 
 def comparison(study: Study) -> Section | None:
@@ -18,45 +24,35 @@ def comparison(study: Study) -> Section | None:
     if not pairs:
         return None
     text = [
-        "Gain: how many times the FLOPs (or parameters, tokens, seconds) the second arm needs for the loss of the "
-        "first; above 1 the first arm needs less. Bands and intervals are 95 % ones; lines are faint where a law is "
-        "read beyond its runs.",
-        *_said(pairs),
-        *(
-            f"Not compared: {m.get('candidate')} with {m.get('baseline')} ({m.get('reason')})."
-            for m in map(mapping, listed(mapping(study.parts.get("comparison")).get("not_compared")))
-        ),
+        "Gain: the FLOPs (or parameters, tokens, seconds) that the second arm needs for the loss of the first, divided "
+        "by those of the first; above 1 the first arm needs less. Bands and ranges in parentheses are 95% CIs; lines "
+        "are faint where a law is extrapolated. The chart of the compute gain is at the top of the page.",
+        *_summaries(pairs),
     ]
     blocks: list[Table | Chart | Passage] = [_largest(pairs)]
-    for kind in ("compute", "time"):
-        if any(pair["gain"]["curves"].get(kind) for pair in pairs):
-            blocks.append(Chart(gain_figure(pairs, kind), _curve(pairs, kind)))
+    if any(pair["gain"]["curves"].get("time") for pair in pairs):
+        blocks.append(Chart(gain_figure(pairs, "time"), _curve(pairs, "time")))
     if any(pair["frontier"] for pair in pairs):
         blocks.append(Chart(frontier_figure(pairs), _frontier(pairs)))
     if any(pair["paired"] for pair in pairs):
         blocks.append(Chart(paired_figure(pairs), _paired(pairs)))
-    blocks += [table for table in (_settle(pairs), _shared(pairs), _crossings(pairs)) if table.rows]
-    return Section("What one arm gains over another", text, blocks)
+    blocks += [table for table in (_power(pairs), _shared(pairs), _crossings(pairs)) if table.rows]
+    return Section("Gains between arms", text, blocks)
 
 
-def _said(pairs: Sequence[Pair]) -> list[str]:
-    """Each pair's summary, and once at the end the sentences that all of them share."""
+def _summaries(pairs: Sequence[Pair]) -> list[str]:
+    """Each pair's summary, with the sentences that all pairs share once at the end."""
     said = [pair["summary"].rstrip(".").split(". ") for pair in pairs]
     common = [s for s in said[0] if len(pairs) > 1 and all(s in other for other in said)]
     out = [
         f"{pair_name(pair)}. {'. '.join(s for s in own if s not in common)}."
         for pair, own in zip(pairs, said, strict=True)
     ]
-    return [*out, *([f"For all of them: {'. '.join(common)}."] if common else [])]
+    return [*out, *([f"For all pairs: {'. '.join(common)}."] if common else [])]
 
 
-def _interval(value: Any, lo: Any, hi: Any, places: str = ".3g") -> str:
-    """1.21 (1.15 to 1.27); an upper end that is not known beside a lower one is open."""
-    if number(value) is None:
-        return NONE
-    if number(lo) is None:
-        return f"{value:{places}}"
-    return f"{value:{places}} ({lo:{places}} to {'unbounded' if number(hi) is None else f'{hi:{places}}'})"
+def _ci(value: Any, lo: Any, hi: Any, places: str = ".3g") -> str:
+    return estimate(value, lo, hi, places, level=None)
 
 
 def _largest(pairs: Sequence[Pair]) -> Table:
@@ -66,40 +62,38 @@ def _largest(pairs: Sequence[Pair]) -> Table:
         for kind, (key, _, _) in GAINS.items():
             curve = pair["gain"]["curves"].get(kind)
             last = curve[-1] if curve else None
-            row.append(
-                NONE if last is None else f"{_interval(last['gain'], last['lo'], last['hi'])} at {si(last[key])}"
-            )
+            row.append(NONE if last is None else f"{_ci(last['gain'], last['lo'], last['hi'])} at {si(last[key])}")
         rows.append(row)
     columns = ["pair", *(f"gain in {unit}" for _, _, unit in GAINS.values())]
-    return Table("Gains at the largest scale that both arms have", columns, rows)
+    return Table("Gains at the largest scale of both arms", columns, rows)
 
 
 def _curve(pairs: Sequence[Pair], kind: str) -> Table:
     key, x_title, unit = GAINS[kind]
     rows = [
-        [pair_name(pair), si(p[key]), _interval(p["gain"], p["lo"], p["hi"]), f"{p['reach']:.2f}"]
+        [pair_name(pair), si(p[key]), _ci(p["gain"], p["lo"], p["hi"]), f"{p['reach']:.2f}"]
         for pair in pairs
         for p in listed(pair["gain"]["curves"].get(kind))
     ]
-    columns = ["pair", x_title, f"gain in {unit}", "times beyond the runs"]
+    columns = ["pair", x_title, f"gain in {unit}", "extrapolation factor"]
     return Table(f"Gain in {unit}", columns, rows, folded=True)
 
 
 def _frontier(pairs: Sequence[Pair]) -> Table:
     curves = {arm: curve for pair in reversed(pairs) for arm, curve in pair["frontier"].items()}
     rows = [
-        [arm, si(p["compute"]), _interval(p["loss"], p["lo"], p["hi"], ".4f"), si(p["params"]), si(p["tokens"]),
+        [arm, si(p["compute"]), _ci(p["loss"], p["lo"], p["hi"], ".4f"), si(p["params"]), si(p["tokens"]),
          f"{p['reach']:.2f}"]
         for arm, curve in curves.items() for p in curve
     ]  # fmt: skip
-    columns = ["arm", "FLOPs", "least loss (nats per token)", "at parameters", "at tokens", "times beyond the runs"]
-    return Table("Least loss at each compute", columns, rows, folded=True)
+    columns = ["arm", "FLOPs", "lowest loss (nats per token)", "at parameters", "at tokens", "extrapolation factor"]
+    return Table("Lowest loss at each compute", columns, rows, folded=True)
 
 
 def _paired(pairs: Sequence[Pair]) -> Table:
     rows = [
         [pair_name(pair, "minus"), si(r["params"]), si(r["tokens"]),
-         _interval(r["difference"], r["lo"], r["hi"], "+.4f"),
+         _ci(r["difference"], r["lo"], r["hi"], "+.4f"),
          NONE if r["p"] is None else f"{r['p']:.2g}", str(r["n"]), r["test"]]
         for pair in pairs for r in pair["paired"]
     ]  # fmt: skip
@@ -107,8 +101,8 @@ def _paired(pairs: Sequence[Pair]) -> Table:
     return Table("Differences at matched size and tokens", columns, rows, folded=True)
 
 
-def _settle(pairs: Sequence[Pair]) -> Table:
-    """What it would take to show a difference as large as the one seen."""
+def _power(pairs: Sequence[Pair]) -> Table:
+    """What a study needs to detect a difference as large as the one observed."""
     rows = []
     for pair in pairs:
         power = mapping(pair["power"])
@@ -117,8 +111,8 @@ def _settle(pairs: Sequence[Pair]) -> Table:
             cells = "over 1,000" if power["cells_needed"] is None else str(power["cells_needed"])
             seeds = f"{best['need']} (has {best['have']}) at N = {si(best['params'])}" if best else "over 1,000"
             rows.append([pair_name(pair), si(power["detectable"]), f"{cells} (has {power['cells']})", seeds])
-    columns = ["pair", "gain these runs would show", "matched sizes and budgets for the gain seen", "or seeds an arm"]
-    return Table("What would settle it, with a power of 80 %", columns, rows)
+    columns = ["pair", "detectable gain", "matched sizes and budgets for the gain observed", "or seeds per arm"]
+    return Table("What would settle it (80% power)", columns, rows)
 
 
 def _shared(pairs: Sequence[Pair]) -> Table:
@@ -127,7 +121,7 @@ def _shared(pairs: Sequence[Pair]) -> Table:
          f"{fit['p']:.2g}"]
         for pair in pairs if (fit := mapping(pair["shared_fit"])) and number(fit["p"]) is not None
     ]  # fmt: skip
-    return Table("Do the arms share their laws' parameters?", ["pair", "shared", "test", "p"], rows)
+    return Table("Tests of equal parameters of the laws", ["pair", "shared", "test", "p"], rows)
 
 
 def _crossings(pairs: Sequence[Pair]) -> Table:
@@ -136,5 +130,5 @@ def _crossings(pairs: Sequence[Pair]) -> Table:
         for pair in pairs
         for c in pair["crossings"]
     ]
-    columns = ["pair", "FLOPs", "not told apart from", "lower beyond", "times beyond the runs"]
+    columns = ["pair", "FLOPs", "range without significant difference", "lower beyond", "extrapolation factor"]
     return Table("Where the laws cross", columns, rows)

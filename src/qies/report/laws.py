@@ -1,4 +1,4 @@
-"""The page's part on fitted laws: the table of them, what lies off them, and their bootstrap."""
+"""The page's part on fitted laws: their parameters, residuals and bootstrap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from qies.report.blocks import Chart, Section, Table
 from qies.report.records import Run, Study, listed, mapping
-from qies.report.text import count, digits, law, number, percent, sentence, si
+from qies.report.text import NONE, count, digits, law, number, percent, sentence, si
 from qies.scaling.figures import bootstrap_figure, residuals_figure
 
 
@@ -19,25 +19,25 @@ def laws(study: Study) -> Section:
             fit = study.fit(arm, variable)
             if fit:
                 pair = mapping(fit.get("ci")).get("alpha")
-                between = f"{pair[0]:.4f} to {pair[1]:.4f}" if pair else "none"
+                between = f"{pair[0]:.4f} to {pair[1]:.4f}" if pair else NONE
                 rows.append([arm, what, law(fit), between, percent(fit["scatter"]), count(fit["sizes"])])
                 for warning in map(sentence, listed(fit.get("warnings"))):
                     warnings.setdefault(warning, []).append(f"{arm} in {what}")
     convention = mapping(study.parts.get("fits")).get("flops_convention")
     text = [
-        "L(x) in nats per token, straight on log axes. The interval counts each size once, whatever the number of "
-        "seeds, and holds only if the law does; with few sizes it is wide. Scatter is what is left around the law.",
+        "Power laws L(x) in nats per token, straight lines on log axes. The CI counts each size once, whatever the "
+        "number of seeds, and assumes that the law is right. Scatter: standard deviation of the residuals of log L.",
         *([f"FLOPs: {convention}."] if convention else []),
         *(f"{warning} ({', '.join(where)})" for warning, where in warnings.items()),
     ]
-    columns = ["arm", "x", "L(x)", "95 % interval of the exponent", "scatter", "sizes"]
+    columns = ["arm", "x", "L(x)", "95% CI of the exponent", "scatter", "sizes"]
     if not rows:
         return Section("Fitted laws")
     return Section("Fitted laws", text, [Table("Power laws", columns, rows), *_residuals(study), *_bootstraps(study)])
 
 
 def _residuals(study: Study) -> list[Chart]:
-    """Every run against its arm's law in FLOPs; an outlier is further from it than the fit's delta."""
+    """Residual of every run from its arm's law in FLOPs; an outlier's exceeds the fit's delta."""
     tables = {
         arm: [row for run in study.done if run.arm == arm and (row := _residual(run, fit)) is not None]
         for arm in study.arms
@@ -48,11 +48,11 @@ def _residuals(study: Study) -> list[Chart]:
         return []
     rows = [
         [r["name"], si(r["flops"]), digits(r["loss"]), digits(r["predicted"]),
-         f"{100 * math.expm1(r['residual']):+.2f} %", "outlier" if r["outlier"] else ""]
+         f"{100 * math.expm1(r['residual']):+.2f}%", "outlier" if r["outlier"] else ""]
         for table in tables.values() for r in table
     ]  # fmt: skip
-    columns = ["run", "FLOPs", "nats per token", "by the law", "run against law", ""]
-    table = Table("Runs against their arm's law in FLOPs", columns, rows, folded=True)
+    columns = ["run", "FLOPs", "nats per token", "law", "residual", ""]
+    table = Table("Residuals from each arm's law in FLOPs", columns, rows, folded=True)
     return [Chart(residuals_figure(tables), table)]
 
 
@@ -64,22 +64,21 @@ def _residual(run: Run, fit: dict[str, Any]) -> dict[str, Any] | None:
         return None
     predicted = floor + amplitude * run.flops**-alpha
     residual = math.log(run.loss / predicted)
-    name = f"{run.arm}, {run.size}, seed {run.seed}"
     return {
-        "name": name, "flops": run.flops, "loss": run.loss, "predicted": predicted, "residual": residual,
+        "name": run.name, "flops": run.flops, "loss": run.loss, "predicted": predicted, "residual": residual,
         "outlier": abs(residual) > delta,
     }  # fmt: skip
 
 
 def _bootstraps(study: Study) -> list[Chart]:
-    """Clouds of the laws that were fitted with a bootstrap (20 sizes and more)."""
+    """Bootstrap draws of the laws that have them (20 sizes and more)."""
     out = []
     for arm in study.arms:
         fit = study.fit(arm, "flops")
         if listed(fit.get("draws")):
             ci = mapping(fit.get("ci"))
             rows = [[k, f"{v:.4g}", *(f"{end:.4g}" for end in ci[k])] for k, v in fit["params"].items()]
-            columns = ["parameter", "fit", "95 % from", "to"]
+            columns = ["parameter", "fit", "95% CI from", "to"]
             figure = bootstrap_figure(fit, f"Bootstrap of the law in FLOPs, {arm}")
             out.append(Chart(figure, Table(f"Parameters of the law in FLOPs, {arm}", columns, rows)))
     return out

@@ -1,11 +1,11 @@
-"""The report of a study: one static HTML file made of its records, with a table under every chart."""
+"""The report of a study: one HTML file made from its records, with a table under every chart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from markupsafe import Markup
@@ -13,25 +13,29 @@ from plotly.offline import get_plotlyjs
 
 from qies import runs
 from qies.report import charts
+from qies.report.answer import answer
 from qies.report.blocks import Chart, Passage, Section, Table
-from qies.report.gains import comparison
+from qies.report.gains import comparison, gain_chart
+from qies.report.induction import induction
 from qies.report.laws import laws
 from qies.report.records import Cell, Run, Study, listed, mapping, read_study
 from qies.report.summary import VARIABLES, loss_against
 from qies.report.text import count, digits, mebibytes, number, percent, show, si
 from qies.report.verdict import verdict
 
+T = TypeVar("T")
+
 
 def build_report(folder: Path) -> Path:
     """Write `report.html` in a study folder from its records and return its path.
 
-    Reads study.yaml, runs/*/{run.json,metrics.jsonl}, fits.json, comparison.json,
-    entanglement.json, samples.json and
-    data/manifest.json. Parts that are missing or malformed are named on the page. Raises UserError when no run
-    record can be read.
+    Reads study.yaml, runs/*/{run.json,metrics.jsonl}, fits.json, comparison.json, entanglement.json, samples.json and
+    data/manifest.json. The page names parts that are missing or malformed. Raises UserError when no run record can be
+    read.
     """
     study = read_study(Path(folder))
-    sections = [section for builder in SECTIONS if (section := _build(builder, study)) is not None]
+    answered, chart = _build(answer, study), _build(gain_chart, study)
+    sections = [section for builder in SECTIONS if (section := _build(builder, study)) and section.blocks]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -40,37 +44,41 @@ def build_report(folder: Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("template.html").render(
-        study=study, verdict=verdict(study), sections=sections, plotly=Markup(get_plotlyjs())
+        study=study,
+        answer=answered,
+        chart=chart,
+        verdict=verdict(study, answered is not None),
+        sections=sections,
+        plotly=Markup(get_plotlyjs()),
     )
     path = study.folder / "report.html"
     runs.write_text(path, page)
     return path
 
 
-def _build(builder: Callable[[Study], Section | None], study: Study) -> Section | None:
-    """A record of another shape than the contract's costs its section, is named, and leaves the rest of the page."""
+def _build(builder: Callable[[Study], T | None], study: Study) -> T | None:
+    """A part of the page; None with a note where a record is malformed, so that the rest of the page is made."""
     try:
-        section = builder(study)
+        return builder(study)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        name = builder.__name__.strip("_")
+        name = builder.__name__.strip("_").replace("_", " ")
         study.notes.append(f"The part on {name} is left out: its record is malformed ({type(error).__name__}).")
         return None
-    return section if section and section.blocks else None
 
 
 def _loss(study: Study) -> Section | None:
     if not study.done:
         return None
     text = [
-        "Runs are compared at the same size and the same number of tokens. Lines: power laws fitted to each arm, "
-        "faint beyond the data; shaded: the 95 % interval of the law."
+        "Runs are compared at the same size and number of tokens. Lines: power laws fitted to each arm, faint where "
+        "extrapolated; bands: 95% CI of the law."
     ]
     section = Section("Loss", text)
     for variable, what in VARIABLES.items():
         figure = loss_against(study, variable)
         if figure is not None:
             own = [(r, x) for arm in study.arms for r in study.done if r.arm == arm and (x := getattr(r, variable))]
-            rows = [[f"{r.arm}, {r.size}, seed {r.seed}", si(x), digits(r.loss)] for r, x in own]
+            rows = [[r.name, si(x), digits(r.loss)] for r, x in own]
             section.blocks.append(
                 Chart(figure, Table(figure.title, ["run", what, "nats per token"], rows, folded=True))
             )
@@ -79,7 +87,7 @@ def _loss(study: Study) -> Section | None:
         ("Validation loss", "nats per token", "loss"),
     ):
         rows = [[arm, *(_against(study, arm, cell, name) for cell in study.cells)] for arm in study.arms]
-        caption = f"{title} of the held-out text ({unit}), and difference to {study.base}; means over seeds"
+        caption = f"{title} on held-out text ({unit}) and difference to {study.base}; means over seeds"
         section.blocks.append(Table(caption, ["arm", *map(study.label, study.cells)], rows))
     return section
 
@@ -91,36 +99,41 @@ def _against(study: Study, arm: str, cell: Cell, name: str) -> str:
 
 
 def _training(study: Study) -> Section:
-    text = "Running mean of the training loss over a fiftieth of the steps, first seed of each arm, on log axes."
+    text = (
+        "Running mean of the training loss over a fiftieth of the steps, on log axes. All curves of a chart have the "
+        "same seed: the study's first that as many arms as possible have at that size."
+    )
     section, shares = Section("Training curves", [text]), (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
     for cell in study.cells:
-        series = {arm: curve for arm in study.arms if (curve := _smoothed(study, arm, cell))}
-        if series:
-            title = f"Training loss at {study.label(cell)}"
+        curves = {seed: _smoothed(study, cell, seed) for seed in study.seeds}
+        seed = max(study.seeds, key=lambda seed: len(curves[seed]))
+        if series := curves[seed]:
+            title = f"Training loss at {study.label(cell)}, seed {seed}"
             rows = [
                 [arm, *(digits(y[max(0, round(share * len(y)) - 1)], 3) for share in shares)]
                 for arm, (_, y) in series.items()
             ]
-            table = Table(f"{title} after a share of the steps", ["arm", *map(percent, shares)], rows, folded=True)
+            table = Table(f"{title}, by share of the steps", ["arm", *map(percent, shares)], rows, folded=True)
             figure = charts.line_chart(title, series, "tokens seen", "training loss (nats per token)", log="xy")
             section.blocks.append(Chart(figure, table))
     return section
 
 
-def _smoothed(study: Study, arm: str, cell: Cell) -> tuple[list[float], list[float]] | None:
-    """Running mean of the training loss at up to 200 places, of the first run that has steps: (tokens, loss)."""
-    for run in (run for run in study.runs if run.arm == arm and run.cell == cell):
+def _smoothed(study: Study, cell: Cell, seed: str) -> dict[str, tuple[list[float], list[float]]]:
+    """Running mean of the training loss at up to 200 places for each arm that ran this seed: (tokens, loss)."""
+    out = {}
+    for run in (run for arm in study.arms for run in study.runs if (run.arm, run.cell, run.seed) == (arm, cell, seed)):
         steps = [(x, y) for row in run.rows if (x := number(row.get("tokens"))) and (y := number(row.get("loss")))]
         if len(steps) > 1:
             window = max(1, len(steps) // 50)
             ends = sorted({max(1, round((i + 1) * len(steps) / 200)) for i in range(200)})
             parts = [steps[max(0, end - window) : end] for end in ends]
-            return [part[-1][0] for part in parts], [fmean(y for _, y in part) for part in parts]
-    return None
+            out[run.arm] = [part[-1][0] for part in parts], [fmean(y for _, y in part) for part in parts]
+    return out
 
 
 def _speed(study: Study) -> Section:
-    section = Section("Speed and memory", ["As measured during training, means over seeds."])
+    section = Section("Speed and memory", ["Measured during training; means over seeds."])
     for title, unit, name, scale in (
         ("Training throughput", "tokens per second", "tokens_per_second", 1),
         ("Peak memory", "MiB", "memory", 2**20),
@@ -151,7 +164,7 @@ def _entanglement(study: Study) -> Section | None:
     text = [
         f"Entropies of the entangled states after reading held-out text ({count(part['text']['tokens'])} tokens, "
         f"{part['text']['source']}), in nats, per head. The ceiling is log min(m, V); Page's value is the mean of "
-        "random states of the same dimensions. Charts show the largest size of each arm, bars one standard deviation "
+        "random states of the same dimensions. Charts show the largest size of each arm; bars: one standard deviation "
         "over texts."
     ]
     order = [cell.size for cell in study.cells]
@@ -196,14 +209,14 @@ def _by_position(models: dict[str, dict[str, Any]]) -> Chart:
     shown = every[:: 1 + len(every) // 13]
     found = {arm: dict(zip(x, y, strict=True)) for arm, (x, y) in series.items()}
     rows = [[arm, *(digits(entropy.get(x), 3) for x in shown)] for arm, entropy in found.items()]
-    title = "Mean entropy of all heads as the text goes on"
+    title = "Mean entropy of all heads by position"
     figure = charts.line_chart(title, series, "tokens read", "von Neumann entropy (nats)", markers=True, log="x")
     table = Table("Mean entropy by tokens read (nats)", ["arm", *map(count, shown)], rows, folded=True)
     return Chart(figure, table)
 
 
 def _entropies(head: dict[str, Any]) -> list[str]:
-    """Mean and standard deviation of what varies, the value of what does not."""
+    """Mean and standard deviation where the quantity varies, else its value."""
     return ["{:.3f} ± {:.3f}".format(*head[k]) if isinstance(head[k], list) else digits(head[k], 3) for k in KINDS]
 
 
@@ -215,12 +228,12 @@ def _samples(study: Study) -> Section | None:
         Passage(str(prompt), [(f"{arm} {s['size']}", str(s["continuations"][i])) for arm, s in part["arms"].items()])
         for i, prompt in enumerate(part["prompts"])
     ]
-    return Section("Samples", ["How the largest model of each arm goes on."], list(passages))
+    return Section("Samples", ["Continuations by the largest model of each arm."], list(passages))
 
 
 def _facts(caption: str, facts: dict[str, Any], folded: bool = False) -> Table:
     rows = [[str(key).replace("_", " "), show(value)] for key, value in facts.items()]
-    return Table(caption, ["what", "value"], rows, folded=folded, words=True)
+    return Table(caption, ["field", "value"], rows, folded=folded, words=True)
 
 
 def _study(study: Study) -> Section:
@@ -231,12 +244,12 @@ def _study(study: Study) -> Section:
     facts = {
         "arms": ", ".join(study.arms),
         "sizes": ", ".join(map(study.label, study.cells)),
-        "tokens a run": ", ".join(dict.fromkeys(count(cell.tokens) for cell in study.cells)),
+        "tokens per run": ", ".join(dict.fromkeys(count(cell.tokens) for cell in study.cells)),
         "seeds": ", ".join(sorted({run.seed for run in study.runs})),
         "runs": f"{len(study.done)} done of {len(study.runs)}",
         "code version": ", ".join(sorted({show(run.record.get("code_version")) for run in study.runs})),
-        "command that made it": f"qies study {place}/study.yaml{out}",
-        "command for this page": f"qies report {place}",
+        "command that runs it": f"qies study {place}/study.yaml{out}",
+        "command that makes this page": f"qies report {place}",
     }
     machine = mapping(largest.get("environment")) | {k: largest[k] for k in ("threads", "precision") if k in largest}
     tables = [
@@ -261,7 +274,7 @@ def _data(study: Study) -> Section | None:
     columns = ["source", "licence", "version", *(f"{split} {name}" for split, name in counted), "sha256"]
     facts = {key: value for key, value in manifest.items() if not isinstance(value, (dict, list)) and key != "schema"}
     tables = [Table("Sources of the corpus", columns, rows), _facts("Corpus, tokenizer and shards", facts)]
-    return Section("Data", ["Documents are held out whole; sha256 is cut to 16 digits."], list(tables))
+    return Section("Data", ["Whole documents are held out; sha256 is truncated to 16 digits."], list(tables))
 
 
 def _runs(study: Study) -> Section:
@@ -284,4 +297,4 @@ def _run_row(run: Run) -> list[str]:
     ]  # fmt: skip
 
 
-SECTIONS = (_loss, comparison, laws, _training, _speed, _entanglement, _samples, _study, _data, _runs)
+SECTIONS = (_loss, comparison, laws, induction, _training, _speed, _entanglement, _samples, _study, _data, _runs)

@@ -1,7 +1,7 @@
-"""A study folder as the page sees it: fields are checked once, here, so that nothing after it has to doubt them.
+"""A study folder as the page sees it: fields are checked once, here, and nowhere after.
 
-What is missing or cannot be read becomes a sentence in `Study.notes` instead of an error, since the page of a
-half-finished study is useful. Only a folder without a single readable run record is refused.
+What is missing or cannot be read becomes a sentence in `Study.notes` instead of an error, so that an unfinished study
+has a page too. Only a folder without a single readable run record is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qies import runs as run_records
 from qies.errors import UserError
 from qies.report.text import count, number, si
 
-BASELINE = "transformer"
+PROPOSAL, BASELINE = "qies", "transformer"
 PARTS = {
     "fits": "fits.json",
     "comparison": "comparison.json",
@@ -41,7 +41,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """One run record; numbers that are absent or not finite are None. `rows` are the lines of metrics.jsonl."""
+    """One run record; numbers that are absent or not finite are None. `rows` are the lines of metrics.jsonl.
+
+    `induction` is the final gain on a repeated random segment in nats per token, `onset` the tokens from which on it
+    stayed at or above INDUCTION_ONSET.
+    """
 
     arm: str
     size: str
@@ -54,11 +58,17 @@ class Run:
     flops: float | None
     loss: float | None
     bits_per_byte: float | None
+    induction: float | None
+    onset: float | None
     seconds: float | None
     tokens_per_second: float | None
     memory: float | None
     record: dict[str, Any]
     rows: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, {self.size}, seed {self.seed}"
 
     @property
     def done(self) -> bool:
@@ -71,7 +81,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """All records of a study folder; `notes` says what is missing, unreadable or does not match."""
+    """All records of a study folder; `notes` names what is missing, unreadable or inconsistent."""
 
     name: str
     folder: Path
@@ -98,6 +108,13 @@ class Study:
         for run in self.runs:
             smallest[run.cell] = min(smallest.get(run.cell, math.inf), run.params or math.inf)
         return sorted(smallest, key=lambda cell: (smallest[cell], cell.tokens or 0))
+
+    @cached_property
+    def seeds(self) -> list[str]:
+        """In the order of the study file, then as found from the smallest."""
+        present = sorted({run.seed for run in self.runs}, key=lambda seed: (len(seed), seed))
+        planned = [seed for seed in map(str, listed(self.config.get("seeds"))) if seed in present]
+        return list(dict.fromkeys([*planned, *present]))
 
     @property
     def base(self) -> str:
@@ -128,10 +145,16 @@ class Study:
 
     @cached_property
     def pairs(self) -> list[dict[str, Any]]:
-        """The stored comparisons (Comparison.to_dict()) that say what they found."""
+        """The stored comparisons (Comparison.to_dict()) that carry a verdict."""
         said = ("candidate", "baseline", "verdict", "reason", "summary")
         pairs = listed(mapping(self.parts.get("comparison")).get("pairs"))
         return [pair for pair in map(mapping, pairs) if all(isinstance(pair.get(key), str) for key in said)]
+
+    @cached_property
+    def main_pair(self) -> dict[str, Any] | None:
+        """The comparison of the proposal with the baseline, else the first one; None when there is none."""
+        named = [p for p in self.pairs if (p["candidate"], p["baseline"]) == (PROPOSAL, self.base)]
+        return next(iter([*named, *self.pairs]), None)
 
     def curve(self, arm: str, variable: str) -> dict[str, list[float]]:
         """The fitted law as lists x, loss and, where it has an interval, lo and hi; {} when there is none."""
@@ -161,7 +184,7 @@ def _read_run(folder: Path, notes: list[str]) -> Run | None:
         record = run_records.read(folder)
         rows = [row for row in run_records.steps(folder) if isinstance(row, dict)]
     except (UserError, OSError, UnicodeDecodeError, RecursionError):
-        notes.append(f"runs/{folder.name} could not be read and is left out.")
+        notes.append(f"runs/{folder.name} could not be read and is ignored.")
         return None
     if record is None:
         return None
@@ -178,6 +201,8 @@ def _read_run(folder: Path, notes: list[str]) -> Run | None:
         flops=number(record.get("flops")),
         loss=number(metrics.get("val_loss")),
         bits_per_byte=number(metrics.get("val_bpb")),
+        induction=number(metrics.get("induction")),
+        onset=number(metrics.get("induction_onset")),
         seconds=number(record.get("wall_seconds")),
         tokens_per_second=number(record.get("tokens_per_second")),
         memory=number(record.get("peak_memory_bytes")),
@@ -192,18 +217,18 @@ def _read(folder: Path, file: str, notes: list[str]) -> dict[str, Any]:
         text = (folder / file).read_text(encoding="utf-8")
         value = yaml.safe_load(text) if file.endswith(".yaml") else json.loads(text)
     except FileNotFoundError:
-        notes.append(f"{file} is not there, so the page does not show what it holds.")
+        notes.append(f"{file} is missing, so the page lacks its part.")
         return {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         value = None
     if not isinstance(value, dict):
-        notes.append(f"{file} could not be read, so the page does not show what it holds.")
+        notes.append(f"{file} could not be read, so the page lacks its part.")
         return {}
     return value
 
 
 def _mismatches(study: Study) -> list[str]:
-    """What keeps runs from being compared, or a comparison from being clean."""
+    """What keeps runs from being compared, or confounds a comparison."""
     notes = []
     missing = Counter(
         "done without a loss" if run.status == "done" else run.status for run in study.runs if not run.done
@@ -211,14 +236,13 @@ def _mismatches(study: Study) -> list[str]:
     if missing:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(missing.items()))
         notes.append(
-            f"{missing.total()} of {len(study.runs)} runs have no result ({counts}); "
-            "they are in the table of runs and nowhere else."
+            f"{missing.total()} of {len(study.runs)} runs have no result ({counts}); only the table of runs lists them."
         )
     for cell in study.cells:
         params = [run.params for run in study.done if run.cell == cell and run.params]
         if params and max(params) > 1.01 * min(params):
             notes.append(
-                f"At {study.label(cell)} the arms differ by more than 1 % in parameters "
+                f"At {study.label(cell)} the arms differ by more than 1% in parameters "
                 f"({count(min(params))} to {count(max(params))})."
             )
     for what, key in {
@@ -230,7 +254,19 @@ def _mismatches(study: Study) -> list[str]:
         kinds = {json.dumps(key(run.record), sort_keys=True) for run in study.done}
         if len(kinds) > 1:
             notes.append(f"The runs come from {len(kinds)} different {what}.")
+    for arm in study.arms:
+        settings = {_settings(run.record) for run in study.done if run.arm == arm}
+        if len(settings) > 1:
+            notes.append(
+                f"{arm} was trained with {len(settings)} different settings (variants); its means and laws mix them."
+            )
     return notes
+
+
+def _settings(record: dict[str, Any]) -> str:
+    """The settings of a run beside arm, size, tokens and seed."""
+    config = mapping(record.get("config"))
+    return json.dumps([config.get("train"), config.get("model")], sort_keys=True)
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Numbers and records as words: one way to write each kind of value on the page."""
+"""Formats numbers and records for the page, one function per kind of value."""
 
 from __future__ import annotations
 
@@ -32,9 +32,23 @@ def digits(value: Any, places: int = 4) -> str:
 
 
 def percent(value: Any) -> str:
-    """0.0036 -> 0.36 %, 0.79 -> 79 %."""
+    """0.0036 -> 0.36%, 0.79 -> 79%."""
     n = number(value)
-    return NONE if n is None else f"{100 * n:.2g} %" if abs(n) < 0.1 else f"{100 * n:.0f} %"
+    return NONE if n is None else f"{100 * n:.2g}%" if abs(n) < 0.1 else f"{100 * n:.0f}%"
+
+
+def estimate(value: Any, lo: Any, hi: Any, places: str = ".3g", level: float | None = 0.95) -> str:
+    """1.21 (95% CI 1.15 to 1.27); without "95% CI" for level None. An unknown upper end beside a lower one is open."""
+    n, low, high = number(value), number(lo), number(hi)
+    if n is None or low is None:
+        return NONE if n is None else fixed(n, places)
+    ci = "" if level is None else f"{100 * level:g}% CI "
+    return f"{fixed(n, places)} ({ci}{fixed(low, places)} to {'unbounded' if high is None else fixed(high, places)})"
+
+
+def fixed(value: float, places: str = "#.3g") -> str:
+    """Three significant digits with trailing zeros, 1.20, or another format."""
+    return f"{value:{places}}".rstrip(".")
 
 
 def si(value: Any, significant: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""What the records say, in plain sentences that claim no more than the records hold."""
+"""What the records show beside the answer, in sentences that claim no more than the records hold."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from qies.report.text import count, number, sentence
 from qies.scaling.figures import INSIDE
 
 
-def verdict(study: Study) -> list[str]:
-    """Sentences for the head of the page: the lowest loss at the largest size, and what comparison.json found of each
-    pair of arms; without it, each arm's differences to the baseline and how far seeds support a claim."""
+def verdict(study: Study, answered: bool = False) -> list[str]:
+    """The lowest loss at the largest size, and the verdict of comparison.json on each pair of arms, without the main
+    one where it is answered; without comparisons, each arm's differences to the baseline and what seeds support."""
     if not study.done:
         states = Counter(run.status for run in study.runs)
         counts = ", ".join(f"{n} {status}" for status, n in states.items())
@@ -22,25 +22,28 @@ def verdict(study: Study) -> list[str]:
     if not compared:
         return ["No size has finished in more than one arm, so there is nothing to compare yet."]
     said = [_largest(study, compared[-1])]
+    refused = [mapping(m) for m in listed(mapping(study.parts.get("comparison")).get("not_compared"))]
+    said += [f"Not compared: {m.get('candidate')} with {m.get('baseline')} ({m.get('reason')})." for m in refused]
     if study.pairs:
-        return [*said, *map(_pair, study.pairs), *_doubts(study.pairs)]
+        others = [pair for pair in study.pairs if not (answered and pair is study.main_pair)]
+        return [*said, *map(_pair, others), *_warnings(study.pairs)]
     if BASELINE in study.arms:
         said += [_against_baseline(study, arm, compared) for arm in study.arms if arm != BASELINE]
     else:
-        said.append(f"There is no {BASELINE} arm, so nothing is said about the standard baseline.")
+        said.append(f"There is no {BASELINE} arm, so no arm is compared with the standard baseline.")
     return [*said, _seeds(study, compared)]
 
 
 def _pair(pair: dict[str, Any]) -> str:
-    """The verdict of a stored comparison with its reason, and how far beyond the runs it reaches."""
+    """The verdict of a stored comparison with its reason, and how far it extrapolates."""
     last = mapping(mapping(pair.get("gain")).get("at_largest"))
     reach = number(last.get("reach")) or 1.0
-    far = f" (a law is read {reach:.2g} times beyond its runs there)" if reach > INSIDE else ""
+    far = f" (a law is extrapolated {reach:.2g} times beyond its runs there)" if reach > INSIDE else ""
     return f"{pair['candidate']} against {pair['baseline']}: {pair['verdict']}; {pair['reason']}{far}."
 
 
-def _doubts(pairs: list[dict[str, Any]]) -> list[str]:
-    """What the comparisons warn of, each warning once."""
+def _warnings(pairs: list[dict[str, Any]]) -> list[str]:
+    """The warnings of the comparisons, each once."""
     return [sentence(w) for w in dict.fromkeys(str(w) for pair in pairs for w in listed(pair.get("warnings")))]
 
 
@@ -70,8 +73,8 @@ def _seeds(study: Study, cells: list[Cell]) -> str:
     seeds = max(len(study.of(arm, cell)) for arm in study.arms for cell in cells)
     if seeds == 1:
         return (
-            "Every arm and size ran with one seed: how much the loss moves from seed to seed is unknown here, so no "
-            "difference is shown to be more than chance."
+            "Every arm and size has one seed: the spread from seed to seed is unknown, so no difference can be called "
+            "significant."
         )
     others = [arm for arm in study.arms if arm != study.base]
     pairs = [(a, c, d) for a in others for c in cells if len(d := study.differences(a, study.base, c)) > 1]
@@ -81,6 +84,6 @@ def _seeds(study: Study, cells: list[Cell]) -> str:
     arm, cell, widest = max(pairs, key=lambda pair: max(pair[2]) - min(pair[2]))
     return (
         f"With up to {seeds} seeds, the difference to {study.base} has the same sign in every seed in {same} of "
-        f"{len(pairs)} cases; it moves most for {arm} at {study.label(cell)} ({min(widest):+.4f} to "
-        f"{max(widest):+.4f}). No significance test is made."
+        f"{len(pairs)} cells; it varies most for {arm} at {study.label(cell)} ({min(widest):+.4f} to "
+        f"{max(widest):+.4f}). There is no significance test."
     )

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from qies.config import INDUCTION_ONSET
 from qies.model import QiesForCausalLM
 
 SEGMENT = 64  # tokens, drawn uniformly from the vocabulary
 ROWS = 16
 FIRST = 2**16  # tokens of training at the first evaluation
-ONSET = 0.5  # nats a token: copying has set in from here on
 
 
 def due(tokens: int, step: int) -> bool:
@@ -51,12 +51,12 @@ def induction_gain(
 
 
 def onset(rows: Iterable[Mapping[str, Any]]) -> int | None:
-    """Tokens of training at the first evaluation from which on the gain stays at ONSET or above; None if it never does.
+    """Tokens at the first evaluation from which on the gain stays at or above INDUCTION_ONSET; None if it never does.
 
     rows: those of metrics.jsonl, in order; rows without `induction` count for nothing.
     """
     first = None
     for row in rows:
         if (gain := row.get("induction")) is not None:
-            first = (first or row["tokens"]) if gain >= ONSET else None
+            first = (first or row["tokens"]) if gain >= INDUCTION_ONSET else None
     return first
