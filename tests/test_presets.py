@@ -53,7 +53,9 @@ def test_counts_by_group_are_those_of_the_built_model(arm, overrides, size):
     "overrides",
     [
         {"gate": "channel"}, {"gate": "none"}, {"decay": "channel"}, {"conv_size": 0}, {"attention_conv_size": 0},
-        {"attention_conv": "input"}, {"register_mode": "real"}, {"phase": "selective", "phase_fraction": 0.5}, {"tie_word_embeddings": True}, {"mode": "complex", "eigenvalues": "disc"},
+        {"attention_conv": "input"}, {"register_mode": "real"},
+        {"phase": "selective", "phase_fraction": 0.5}, {"tie_word_embeddings": True},
+        {"mode": "complex", "eigenvalues": "disc"},
         {"mode": "complex"}, {"phase": "selective", "phase_rank": 3}, {"num_hidden_layers": 6},
         {"register_heads": 3}, {"register_heads": 1, "register_channels": 8, "phase": "none", "gate": "none"},
         {"register_heads": 2, "decay": "channel", "gate": "channel", "phase": "fixed", "phase_fraction": 0.3},

@@ -21,7 +21,7 @@ TOLERANCE = 0.01  # every arm of a size has N to within this share
 # every arm but `gpt2`, which is GPT-2's own block; a test holds what may differ.
 _MEMORY_ALONE = {"register_heads": 0}
 ARMS: dict[str, dict[str, Any]] = {
-    "transformer": {"position": "rope", "attention_everywhere": True},
+    "transformer": {"position": "rope", "rope_theta": 1e8, "attention_everywhere": True},
     "qies": {},
     "real_registers": {"register_mode": "real"},
     "no_phase": _MEMORY_ALONE,
@@ -79,7 +79,6 @@ MODEL_FIELDS: dict[str, Any] = {
     "register_mode": "complex",
     "decay": "head",
     "conv_size": 4,
-    "value_residual": False,
     "gate": "head",
     "logit_softcap": 15.0,
     "rms_norm_eps": 1e-6,
@@ -161,7 +160,11 @@ def inconsistent(values: Mapping[str, Any]) -> str | None:
             return f"Unknown value '{values[name]}' for model.{name}.{hint}"
     least = dict.fromkeys(("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim", "vocab_size"), 1)
     least |= {"attention_conv_size": 0, "conv_size": 0, "phase_rank": 1, "max_position_embeddings": 1}
-    least |= {"nope_interval": 0, "register_heads": 0, "register_channels": 2}  # one channel commutes with itself: no register
+    least |= {
+        "nope_interval": 0,
+        "register_heads": 0,
+        "register_channels": 2,
+    }  # one channel commutes with itself: no register
     for name, smallest in least.items():
         if values[name] < smallest:
             return f"model.{name} is {values[name]}; it must be at least {smallest}."
@@ -284,7 +287,7 @@ def count_parameters(values: Mapping[str, Any]) -> dict[str, int]:
             "convolution": n_attention * attention_conv_width(values) * values["attention_conv_size"]
             + n_entangled * d * values["conv_size"],
             "mlp": len(kinds) * 2 * d * values["intermediate_size"],
-            "norm": d * len(kinds) * values["value_residual"],
+            "norm": 0,
         }
     )
 

@@ -50,7 +50,7 @@ def test_attention_with_a_convolution_by_its_definition(where):
     q, k = F.rms_norm(q, (16,), eps=1e-6) * mixer.q_scale, F.rms_norm(k, (16,), eps=1e-6)
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     y = F.linear(F.rms_norm(o, (16,), eps=1e-6).flatten(2), mixer.o_proj.weight)
-    got, _ = mixer(x, embeds=None, angles=None, causal_mask=None, mask=None, past_key_values=None)
+    got, _ = mixer(x, angles=None, causal_mask=None, mask=None, past_key_values=None)
     assert torch.allclose(got, y, atol=1e-5)
 
 

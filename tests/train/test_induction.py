@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from qies.train.induction import ONSET, due, induction_gain, onset
+from qies.config import INDUCTION_ONSET as ONSET
+from qies.train.induction import due, induction_gain, onset
 
 
 class Copier(nn.Module):

@@ -78,7 +78,7 @@ def ladder(
         if out is None:
             raise UserError("Give --out DIR, the folder of a ladder that was started with qies ladder run.")
         cells = sweep(out)
-        show(json, cells, lambda: [Console().print(_sweep_table(cell)) for cell in cells["cells"]])
+        show(json, cells, lambda: Console().print(*map(_sweep_table, cells["cells"])))
         return
     files = [w for w in overrides if "=" not in w]
     changes = [w for w in overrides if "=" in w]
@@ -163,7 +163,8 @@ def _sweep_table(cell: dict[str, Any]) -> Table:
     for column in ("variant", "loss", "behind the best", "seeds", "induction", "onset at"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for row in cell["variants"]:
-        words = ", ".join(f"{key.partition('.')[2]}={value}" for key, value in row["variant"].items() if value is not None)
+        given = {key.partition(".")[2]: value for key, value in row["variant"].items() if value is not None}
+        words = ", ".join(f"{key}={value}" for key, value in given.items())
         onsets = [_short(tokens) if tokens else "never" for tokens in row["onsets"].values()]
         behind = row["behind"]
         table.add_row(

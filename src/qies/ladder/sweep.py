@@ -59,7 +59,9 @@ def _cell(arm: str, size: str, tokens: int, variants: dict[Any, dict[str, Any]],
                 "loss": fmean(own.values()),
                 "se": _standard_error(list(own.values())),
                 "losses": dict(sorted(own.items(), key=lambda pair: int(pair[0]))),
-                "behind": {"difference": fmean(apart), "se": _standard_error(apart), "n": len(apart)} if apart else None,
+                "behind": {"difference": fmean(apart), "se": _standard_error(apart), "n": len(apart)}
+                if apart
+                else None,
                 "induction": fmean(gains) if gains else None,
                 "onsets": {seed: m.get("induction_onset") for seed, m in variants[variant].items()},
             }

@@ -65,12 +65,11 @@ class Attention(nn.Module):
         self.q_proj = linear(width, inner)
         self.k_proj = linear(width, inner)
         self.v_proj = linear(width, inner)
-        self.value_residual = nn.Parameter(torch.zeros(width)) if config.value_residual else None
         self.q_scale = nn.Parameter(torch.ones(config.head_dim))
         self.gate = OutputGate(width, config.num_attention_heads, inner, config.gate)
         self.o_proj = linear(inner, width, std=0.0)
 
-    def forward(self, x: Tensor, *, embeds, angles, causal_mask, mask, past_key_values, **kwargs):
+    def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, **kwargs):
         """x [B,T,D] -> [B,T,D] and the weights or None. `causal_mask` is None when plain causal order holds;
         mask [B,T] bool, False at pads."""
         batch, length, _ = x.shape
@@ -83,7 +82,7 @@ class Attention(nn.Module):
         if self.conv is not None and self.conv_on == "keys":
             keys = self.conv(keys, mask, memory)
         k = rms_norm(keys.view(shape))
-        v = self.v_proj(x if self.value_residual is None else x + self.value_residual.to(x.dtype) * embeds).view(shape)
+        v = self.v_proj(x).view(shape)
         if angles is not None and self.rotates:
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))

@@ -71,7 +71,6 @@ class QiesConfig(PreTrainedConfig):
     register_mode: str = "complex"
     decay: str = "head"
     conv_size: int = 4
-    value_residual: bool = False
     gate: str = "head"
     logit_softcap: float = 15.0
     rms_norm_eps: float = 1e-6

@@ -38,7 +38,6 @@ class Entanglement(nn.Module):
         self.q_proj = linear(width, keys)
         self.k_proj = linear(width, keys)
         self.v_proj = linear(width, values)
-        self.value_residual = nn.Parameter(torch.zeros(width)) if config.value_residual else None
         self.control_proj = linear(width, self.beta_size + self.decay_size)
         self.beta_bias = nn.Parameter(torch.zeros(self.beta_size))
         self.decay_bias = nn.Parameter(torch.zeros(self.decay_size))
@@ -51,12 +50,12 @@ class Entanglement(nn.Module):
         self.gate = OutputGate(width, sum(g.heads for g in self.groups), values, config.gate)
         self.o_proj = linear(values, width, std=0.0)
 
-    def forward(self, x: Tensor, *, embeds, angles, causal_mask, mask, past_key_values, **kwargs):
+    def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, **kwargs):
         """x [B,T,D] -> [B,T,D] and None; mask [B,T] bool, False at pads, which leave the states untouched."""
         memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         if self.conv is not None:
             x = self.conv(x, mask, memory)
-        runs = zip(self.groups, self.events(x, mask, embeds), read_states(memory, len(self.groups)), strict=True)
+        runs = zip(self.groups, self.events(x, mask), read_states(memory, len(self.groups)), strict=True)
         outputs, states = zip(*(entangle(*e, state=s, mode=group.mode) for group, e, s in runs), strict=True)
         if memory is not None:
             write_states(memory, states)
@@ -64,10 +63,9 @@ class Entanglement(nn.Module):
             return torch.zeros_like(x), None
         return self.o_proj(self.gate(x, *outputs)), None
 
-    def events(self, x: Tensor, mask: Tensor | None = None, embeds: Tensor | None = None) -> list[tuple]:
+    def events(self, x: Tensor, mask: Tensor | None = None) -> list[tuple]:
         """The op's inputs (q, k, v, beta, log_alpha, theta) of each group, for x [B,T,D] after the convolution."""
-        q, k = self.q_proj(x), self.k_proj(x)
-        v = self.v_proj(x if self.value_residual is None else x + self.value_residual.to(x.dtype) * embeds)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         beta, log_alpha = self.control_proj(x).float().split([self.beta_size, self.decay_size], -1)
         rate = -self.decay_rate.float().exp() * F.softplus(log_alpha + self.decay_bias.float())
         keep = None if mask is None else mask[..., None].float()

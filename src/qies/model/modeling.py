@@ -91,8 +91,6 @@ class QiesPreTrainedModel(PreTrainedModel):
             init.ones_(module.q_scale)
         elif isinstance(module, Entanglement):
             module.reset_controls()
-        if isinstance(module, Attention | Entanglement) and module.value_residual is not None:
-            init.zeros_(module.value_residual)
 
     def _init_gpt2(self, module: nn.Module) -> None:
         """GPT-2's rule: N(0, 0.02), residual projections smaller by sqrt(2 L), biases zero."""
@@ -163,9 +161,9 @@ class QiesModel(QiesPreTrainedModel):
                     position_ids, self.config.head_dim, self.config.rope_theta, self.config.rope_fraction
                 )
 
-        first = x = self._embed(embeds, position_ids)
+        x = self._embed(embeds, position_ids)
         for layer in self.layers:
-            x, _ = layer(x, embeds=first, angles=angles, causal_mask=causal_mask, mask=mask, past_key_values=past_key_values)
+            x, _ = layer(x, angles=angles, causal_mask=causal_mask, mask=mask, past_key_values=past_key_values)
         if past_key_values is not None:
             past_key_values.seen_tokens += length
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)

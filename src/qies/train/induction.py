@@ -19,7 +19,7 @@ FIRST = 2**16  # tokens of training at the first evaluation
 
 
 def due(tokens: int, step: int) -> bool:
-    """Whether the step of `step` tokens that ends at `tokens` is one to evaluate after: 4 an octave from 2^16 tokens on.
+    """Whether to evaluate after the step of `step` tokens that ends at `tokens`: 4 times an octave from 2^16 on.
 
     The times depend on tokens alone, so that runs of any budget, and branches of one run, are evaluated alike.
     """
