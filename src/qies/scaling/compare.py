@@ -102,6 +102,7 @@ def compare(
         power=power,
         plan=make_plan(ca, cb, noise, level) if plan else None,
         regime=_regime(ca, cb),
+        copying=_copying(a, b, ca, cb, (candidate, baseline)),
         verdict=verdict,
         reason=reason,
         dropped=dropped,
@@ -175,6 +176,20 @@ def _regime(a: Cells, b: Cells) -> dict[str, Any]:
         "seeds": min(len(cells.runs[j]) for cells, i in sides for j in np.arange(len(cells))[i]),
         "sizes_count": len(sizes),
     }
+
+
+def _copying(a: Runs, b: Runs, ca: Cells, cb: Cells, arms: tuple[str, str]) -> dict[str, float] | None:
+    """Each arm's mean induction score, nats per token, at the largest size that both have; None where not recorded."""
+    rows = match(ca, cb)
+    if not len(rows) or a.induction is None or b.induction is None:
+        return None
+    last = rows[np.argmax(cb.flops[rows[:, 1]])]
+    means = {
+        arm: float(np.mean(runs.induction[cells.runs[i]]))
+        for arm, runs, cells, i in zip(arms, (a, b), (ca, cb), last, strict=True)
+        if runs.induction is not None
+    }
+    return means if all(map(math.isfinite, means.values())) else None
 
 
 def _number(value: float) -> float | None:

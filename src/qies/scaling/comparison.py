@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qies.config import INDUCTION_ONSET
 from qies.scaling.matching import Paired
 from qies.scaling.planning import Plan
 from qies.scaling.power import Power
@@ -84,7 +85,8 @@ class FrontierPoint:
 class Comparison:
     """Candidate against baseline; `compare` makes it. `verdict` is "<arm> wins" or "no difference", `reason` why.
 
-    `gain` by variable, in order of x over the shared range; `at_largest` is the last of compute, None where no
+    `copying`: each arm's mean induction score (nats per token gained on a repeated random segment) at the largest size
+    that both have, None where the runs have none. `gain` by variable, in order of x over the shared range; `at_largest` is the last of compute, None where no
     law in compute could be fitted. `losses` [arm -> (compute, params, tokens, loss)] are the cells, for charts.
     """
 
@@ -103,6 +105,7 @@ class Comparison:
     losses: dict[str, tuple[tuple[float, float, float, float], ...]]
     power: Power | None
     regime: dict[str, Any]
+    copying: dict[str, float] | None
     verdict: str
     reason: str
     dropped: tuple[Dropped, ...] = ()
@@ -133,6 +136,7 @@ class Comparison:
             "form": self.form,
             "level": self.level,
             "regime": self.regime,
+            "copying": self.copying,
             "flops_convention": self.flops_convention,
             "runs": self.runs,
             "cells": self.cells,
@@ -164,6 +168,7 @@ class Comparison:
         head = self.verdict[0].upper() + self.verdict[1:] if self.verdict == "no difference" else self.verdict
         said = [
             f"{head}: {self.reason} ({self._regime()})",
+            *self._copying(),
             *self._gains(),
             *self._paired(),
             *self._shared(),
@@ -186,6 +191,15 @@ class Comparison:
             f"{low if low == high else f'{low} to {high}'} tokens per parameter, "
             f"{r['seeds']} seed{'s' if r['seeds'] > 1 else ''}"
         )
+
+    def _copying(self) -> list[str]:
+        """Whether in-context copying had set in at the largest size: before that, losses differ mainly in when it does."""
+        if self.copying is None:
+            return []
+        gains = ", ".join(f"{arm} {gain:.2f}" for arm, gain in self.copying.items())
+        late = [arm for arm, gain in self.copying.items() if gain < INDUCTION_ONSET]
+        had = f"had not set in in {' and '.join(late)}, so this is no headline" if late else "had set in in both arms"
+        return [f"In-context copying {had} (induction score at the largest size: {gains} nats per token)"]
 
     def _gains(self) -> list[str]:
         """The other gains (the verdict's reason has that in compute), and how far the laws were read."""

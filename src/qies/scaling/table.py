@@ -21,8 +21,8 @@ from qies.scaling.files import read_rows
 Array = NDArray[np.float64]
 
 # Our names, and where a run record (DESIGN, section 3) keeps the same thing.
-RECORD = {"params": "params.non_embedding", "loss": "metrics.val_loss"}
-NUMBERS = ("params", "tokens", "unique", "flops", "loss", "weight", "wall_seconds", "seed")
+RECORD = {"params": "params.non_embedding", "loss": "metrics.val_loss", "induction": "metrics.induction"}
+NUMBERS = ("params", "tokens", "unique", "flops", "loss", "weight", "wall_seconds", "seed", "induction")
 TEXTS = ("arm", "status", "name", "run", "flops_convention")
 COLUMNS = NUMBERS + TEXTS
 MISSING = {"", "nan", "na", "n/a", "none", "null", "-"}
@@ -51,6 +51,7 @@ class Runs:
     `name` n words each. `run` ("" where unknown): entries of one run are points of one training curve and not
     independent. `convention` says how the FLOPs were counted: "6ND", a named convention, or "given".
     `unique` (float64 [n], NaN where missing) counts the distinct tokens among `tokens`; None without such a column.
+    `induction` (likewise) is what a model gains on the repeat of a random segment, nats a token.
     `notes`: sentences on how the table was read.
     """
 
@@ -67,6 +68,7 @@ class Runs:
     run: tuple[str, ...]
     convention: str
     unique: Array | None = None
+    induction: Array | None = None
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -98,6 +100,7 @@ class Runs:
             run=words(self.run),
             convention=self.convention,
             unique=None if self.unique is None else self.unique[pick],
+            induction=None if self.induction is None else self.induction[pick],
             notes=self.notes,
         )
 
@@ -149,6 +152,7 @@ def read_runs(path: str | Path, columns: Mapping[str, str] | None = None, flops:
         run=text.get("run", ("",) * n),
         convention=convention,
         unique=number.get("unique"),
+        induction=number.get("induction"),
         notes=notes,
     )
 
