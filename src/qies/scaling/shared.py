@@ -64,7 +64,7 @@ def shared_fit(joint: Joint, shared: tuple[str, ...], arms: tuple[str, str]) -> 
         separate, s_separate = _fit(joint, apart, separate, root)
     one, s_shared = _fit(joint, together, np.concatenate([mean, joint.b.theta[~common]]), root)
     statistic = probability = None
-    dof = joint.dof
+    dof: float = joint.dof
     if joint.measured:
         contrasts = np.concatenate([np.eye(p), -np.eye(p)], axis=1)[common]
         dof = float(joint.spread(contrasts)[1].min())
