@@ -136,5 +136,5 @@ def _crossings(pairs: Sequence[Pair]) -> Table:
         for pair in pairs
         for c in pair["crossings"]
     ]
-    columns = ["pair", "FLOPs", "not told apart from", "lower beyond", "times beyond the runs"]
+    columns = ["pair", "FLOPs", "not significantly different", "lower beyond", "times beyond the runs"]
     return Table("Where the laws cross", columns, rows)
