@@ -128,7 +128,7 @@ def test_both_directions_are_found_with_noise():
         assert there.paired[-1].p < 0.05 and there.paired[-1].difference == -back.paired[-1].difference
 
 
-def test_gain_is_inside_its_band_when_there_is_one():
+def test_gain_is_inside_its_band_when_there_is_one(quick_fits):
     rng = np.random.default_rng(5)
     n, d = GRID.T
     law = {"q": chinchilla(n, d), "t": chinchilla(n, d)}
@@ -140,7 +140,7 @@ def test_gain_is_inside_its_band_when_there_is_one():
     assert np.mean(inside) >= 0.8
 
 
-def test_no_difference_under_the_null_quickly():
+def test_no_difference_under_the_null_quickly(quick_fits):
     for cells, count in ((GRID, 12), (LADDER, 50)):
         silent, covered = null(cells, count, 1, seed_sd=0.003, shared_sd=0.003)
         assert silent >= 0.88 and covered >= 0.88
