@@ -135,6 +135,13 @@ def test_there_is_no_headline_before_copying_has_set_in_in_both_arms(seeds, arm)
     assert rows_of(seeds)[0] == headline
 
 
+def test_the_verdicts_of_other_pairs_carry_the_same_condition(study):
+    [path] = runs_of(study, "no_phase")
+    edit(path, lambda r: r["metrics"].update(induction=0.2, induction_onset=None))
+    assert ", but in-context copying had not set in in no_phase (gain 0.20 nats < 0.5)." in page_of(study).text
+    assert not rows_of(study)[0].startswith("No headline")
+
+
 def test_copying_at_smaller_sizes_alone_does_not_decide(study):
     [path] = runs_of(study, "transformer", "200k")
     edit(path, lambda r: r["metrics"].update(induction=0.1, induction_onset=None))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qies.config import INDUCTION_ONSET
-from qies.report.induction import Copying, copying
+from qies.report.induction import Copying, before_onset, copying
 from qies.report.records import Cell, Study, listed, mapping
 from qies.report.text import estimate, fixed, number, si
 from qies.scaling.figures import INSIDE
@@ -30,7 +30,7 @@ def answer(study: Study) -> Answer | None:
     if pair is None:
         return None
     arms = (pair["candidate"], pair["baseline"])
-    cells = [cell for cell in study.cells if all(study.of(arm, cell) for arm in arms)]
+    cells = study.shared_cells(arms)
     if not cells:
         return None
     measured = [copying(study, arm, cells[-1]) for arm in arms]
@@ -49,9 +49,8 @@ def answer(study: Study) -> Answer | None:
 
 def _headline(pair: Pair, measured: list[Copying]) -> str:
     candidate, baseline, verdict = pair["candidate"], pair["baseline"], pair["verdict"]
-    before = [f"{c.arm} ({c.shortfall})" for c in measured if c.shortfall]
-    if before:
-        return f"No headline: in-context copying had not set in in {' and '.join(before)}."
+    if before := before_onset(measured):
+        return f"No headline: {before}."
     said = {
         "no difference": f"No significant difference between {candidate} and {baseline}.",
         f"{baseline} wins": f"The baseline wins: {baseline} needs less compute than {candidate} for the same loss.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -22,7 +23,7 @@ class Copying:
 
     @property
     def shortfall(self) -> str:
-        """What keeps copying from having set in in every seed: "gain 0.31 nats < 0.5"; empty where nothing does."""
+        """The lowest gain where copying has not set in in every seed: "gain 0.31 nats < 0.5"; else empty."""
         low = [gain for gain in self.gains.values() if gain < INDUCTION_ONSET]
         if not low:
             return ""
@@ -54,6 +55,12 @@ def copying(study: Study, arm: str, cell: Cell) -> Copying:
     runs = [run for run in study.of(arm, cell) if run.induction is not None]
     runs.sort(key=lambda run: study.seeds.index(run.seed))
     return Copying(arm, {r.seed: r.induction or 0.0 for r in runs}, {r.seed: r.onset for r in runs})
+
+
+def before_onset(measured: Iterable[Copying]) -> str:
+    """Names the arms in which copying had not set in, as a clause; empty where it had in every arm, or is unknown."""
+    arms = [f"{c.arm} ({c.shortfall})" for c in measured if c.shortfall]
+    return f"in-context copying had not set in in {' and '.join(arms)}" if arms else ""
 
 
 def induction(study: Study) -> Section | None:

@@ -101,7 +101,7 @@ def _against(study: Study, arm: str, cell: Cell, name: str) -> str:
 def _training(study: Study) -> Section:
     text = (
         "Running mean of the training loss over a fiftieth of the steps, on log axes. All curves of a chart have the "
-        "same seed: the study's first that as many arms as possible have at that size."
+        "same seed: the first of the study's seeds that the most arms have at that size."
     )
     section, shares = Section("Training curves", [text]), (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
     for cell in study.cells:
@@ -245,7 +245,7 @@ def _study(study: Study) -> Section:
         "arms": ", ".join(study.arms),
         "sizes": ", ".join(map(study.label, study.cells)),
         "tokens per run": ", ".join(dict.fromkeys(count(cell.tokens) for cell in study.cells)),
-        "seeds": ", ".join(sorted({run.seed for run in study.runs})),
+        "seeds": ", ".join(study.seeds),
         "runs": f"{len(study.done)} done of {len(study.runs)}",
         "code version": ", ".join(sorted({show(run.record.get("code_version")) for run in study.runs})),
         "command that runs it": f"qies study {place}/study.yaml{out}",

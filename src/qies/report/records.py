@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,6 +129,11 @@ class Study:
 
     def of(self, arm: str, cell: Cell) -> list[Run]:
         return [run for run in self.done if run.arm == arm and run.cell == cell]
+
+    def shared_cells(self, arms: Iterable[str]) -> list[Cell]:
+        """Those that have a finished run of every one of these arms, smallest first."""
+        arms = list(arms)
+        return [cell for cell in self.cells if all(self.of(arm, cell) for arm in arms)]
 
     def mean(self, arm: str, cell: Cell, field: str = "loss") -> float | None:
         """Mean of a field over the seeds of an arm in a cell, or None."""

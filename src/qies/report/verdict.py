@@ -6,6 +6,7 @@ from collections import Counter
 from statistics import fmean
 from typing import Any
 
+from qies.report.induction import before_onset, copying
 from qies.report.records import BASELINE, Cell, Study, listed, mapping
 from qies.report.text import count, number, sentence
 from qies.scaling.figures import INSIDE
@@ -26,7 +27,7 @@ def verdict(study: Study, answered: bool = False) -> list[str]:
     said += [f"Not compared: {m.get('candidate')} with {m.get('baseline')} ({m.get('reason')})." for m in refused]
     if study.pairs:
         others = [pair for pair in study.pairs if not (answered and pair is study.main_pair)]
-        return [*said, *map(_pair, others), *_warnings(study.pairs)]
+        return [*said, *(_pair(study, pair) for pair in others), *_warnings(study.pairs)]
     if BASELINE in study.arms:
         said += [_against_baseline(study, arm, compared) for arm in study.arms if arm != BASELINE]
     else:
@@ -34,12 +35,16 @@ def verdict(study: Study, answered: bool = False) -> list[str]:
     return [*said, _seeds(study, compared)]
 
 
-def _pair(pair: dict[str, Any]) -> str:
-    """The verdict of a stored comparison with its reason, and how far it extrapolates."""
+def _pair(study: Study, pair: dict[str, Any]) -> str:
+    """The verdict of a stored comparison with its reason, how far it extrapolates, and whether copying had set in."""
     last = mapping(mapping(pair.get("gain")).get("at_largest"))
     reach = number(last.get("reach")) or 1.0
     far = f" (a law is extrapolated {reach:.2g} times beyond its runs there)" if reach > INSIDE else ""
-    return f"{pair['candidate']} against {pair['baseline']}: {pair['verdict']}; {pair['reason']}{far}."
+    arms = (pair["candidate"], pair["baseline"])
+    cells = study.shared_cells(arms)
+    before = before_onset(copying(study, arm, cells[-1]) for arm in arms) if cells else ""
+    limit = f", but {before}" if before else ""
+    return f"{pair['candidate']} against {pair['baseline']}: {pair['verdict']}; {pair['reason']}{far}{limit}."
 
 
 def _warnings(pairs: list[dict[str, Any]]) -> list[str]:
@@ -52,12 +57,12 @@ def _largest(study: Study, cell: Cell) -> str:
     first, second, *_ = sorted(losses, key=losses.__getitem__)
     bits = study.mean(first, cell, "bits_per_byte")
     loss = f"{losses[first]:.4f} nats per token" + ("" if bits is None else f" ({bits:.4f} bits per byte)")
-    where = f"At {study.label(cell)}, the largest size to compare ({count(cell.tokens)} tokens a run),"
+    where = f"At {study.label(cell)}, the largest size to compare ({count(cell.tokens)} tokens per run),"
     gap = losses[second] - losses[first]
     if gap < 5e-5:
         return f"{where} {first} and {second} have the same validation loss to four digits: {loss}."
     share = 100 * gap / losses[second]
-    return f"{where} {first} has the lowest validation loss: {loss}, {gap:.4f} nats ({share:.2f} %) below {second}."
+    return f"{where} {first} has the lowest validation loss: {loss}, {gap:.4f} nats ({share:.2f}%) below {second}."
 
 
 def _against_baseline(study: Study, arm: str, cells: list[Cell]) -> str:
