@@ -341,7 +341,7 @@ def test_students_t_gives_way_to_the_bootstrap_where_points_of_leverage_are_outl
     fit = fit_surface(runs, bootstrap=None)
     assert (t.interval, fit.interval) == ("t", "bootstrap of runs") and fit.params == t.params
     assert np.ptp(fit.ci["a"]) > 1.5 * np.ptp(t.ci["a"]) and fit.ci == fit_surface(runs, bootstrap=200).ci
-    assert "Student's t is too narrow here" in fit.warnings[0] and f"a {t.ci['a'][0]:.3g} to" in fit.warnings[0]
+    assert "Student's t is too narrow here" in fit.warnings[0] and f"a: t {t.ci['a'][0]:.3g} to" in fit.warnings[0]
     even = fit_surface(leverage(0.002), bootstrap=None)
     assert even.interval == "t" and even.ci == fit_surface(leverage(0.002)).ci and not even.draws.size
 

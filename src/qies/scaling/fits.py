@@ -233,7 +233,7 @@ def _too_narrow(
         if pair is None or other is None or name == "b" or name in law.logged:
             continue
         if other[1] - other[0] > TOO_NARROW * (pair[1] - pair[0]):
-            wider.append(f"{name} {pair[0]:.3g} to {pair[1]:.3g}, not {other[0]:.3g} to {other[1]:.3g}")
+            wider.append(f"{name}: t {pair[0]:.3g} to {pair[1]:.3g}, bootstrap {other[0]:.3g} to {other[1]:.3g}")
     if not wider:
         return []
     return [
