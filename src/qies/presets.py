@@ -21,7 +21,7 @@ TOLERANCE = 0.01  # every arm of a size has N to within this share
 # every arm but `gpt2`, which is GPT-2's own block; a test holds what may differ.
 _MEMORY_ALONE = {"register_heads": 0}
 ARMS: dict[str, dict[str, Any]] = {
-    "transformer": {"position": "rope", "rope_theta": 1e8, "attention_everywhere": True},
+    "transformer": {"rope_theta": 1e8, "attention_everywhere": True},
     "qies": {},
     "real_registers": {"register_mode": "real"},
     "no_phase": _MEMORY_ALONE,
@@ -60,8 +60,8 @@ MODEL_FIELDS: dict[str, Any] = {
     "head_dim": None,
     "intermediate_size": None,
     "block": "qies",
-    "position": "none",
-    "rope_theta": 10_000.0,
+    "position": "rope",
+    "rope_theta": 1e6,
     "rope_fraction": 1.0,
     "nope_interval": 0,
     "max_position_embeddings": 32_768,

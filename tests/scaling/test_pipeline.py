@@ -226,7 +226,10 @@ def test_curves_go_through_the_same_verb(tmp_path):
         (["--columns", "params"], "--columns wants OURS=THEIRS"),
         (["--predict", "1e9"], "--predict wants N,D"),
         (["--predict", "1e9,-3"], "--predict wants N,D"),
-        (["--form", "power", "--leave-largest", "1"], "--leave-largest is for approach3, approach3-gamma, gadre"),
+        (
+            ["--form", "power", "--leave-largest", "1"],
+            "--leave-largest is for approach3, approach3-gamma, data-constrained, gadre",
+        ),
         (["--form", "approach1", "--bootstrap", "9"], "--bootstrap is for approach3"),
         (["--form", "approach1", "--method", "akima"], "--method is for approach2, not for approach1"),
         (["--form", "approach2", "--criterion", "loss"], "--criterion is for approach3"),

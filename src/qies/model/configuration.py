@@ -52,8 +52,8 @@ class QiesConfig(PreTrainedConfig):
     intermediate_size: int = 256
     layer_types: list[str] | None = None
     block: str = "qies"
-    position: str = "none"
-    rope_theta: float = 10_000.0
+    position: str = "rope"
+    rope_theta: float = 1e6
     rope_fraction: float = 1.0
     nope_interval: int = 0
     max_position_embeddings: int = 32_768

@@ -86,7 +86,8 @@ class Comparison:
     """Candidate against baseline; `compare` makes it. `verdict` is "<arm> wins" or "no difference", `reason` why.
 
     `copying`: each arm's mean induction score (nats per token gained on a repeated random segment) at the largest size
-    that both have, None where the runs have none. `gain` by variable, in order of x over the shared range; `at_largest` is the last of compute, None where no
+    that both have, None where the runs have none.
+    `gain` by variable, in order of x over the shared range; `at_largest` is the last of compute, None where no
     law in compute could be fitted. `losses` [arm -> (compute, params, tokens, loss)] are the cells, for charts.
     """
 
@@ -193,7 +194,7 @@ class Comparison:
         )
 
     def _copying(self) -> list[str]:
-        """Whether in-context copying had set in at the largest size: before that, losses differ mainly in when it does."""
+        """Whether in-context copying had set in at the largest size; before, losses differ mainly in when it does."""
         if self.copying is None:
             return []
         gains = ", ".join(f"{arm} {gain:.2f}" for arm, gain in self.copying.items())
