@@ -61,7 +61,7 @@ def test_the_gains_interval_covers_the_true_gain_in_95_percent(quick_fits):
 
 
 def test_deviations_of_sizes_do_not_pass_for_a_gain(quick_fits):
-    """Cells taken for independent, 1 is inside in 88.5 % only (500 comparisons)."""
+    """Cells taken for independent, 1 is inside in 88.5 % only (500 comparisons). 200 have a standard error of 1.5 %."""
     cells, seeds, gain, deviations, _ = DESIGNS["5 sizes x {20 N, 60 N}, 3 seeds, sizes 0.3 %"]
-    none, _ = simulate(cells, seeds, gain, deviations, 100, seed=1)
+    none, _ = simulate(cells, seeds, gain, deviations, 200)
     assert none >= 0.91
