@@ -149,6 +149,8 @@ def data(
     limit_tokens: int = 0,
     seed: int = 0,
     workers: int = 1,
+    include: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    exclude: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     pack: Path | None = None,
     cache: Path | None = None,
     json: bool = False,
@@ -169,15 +171,18 @@ def data(
     Args:
         action: build, or contamination: what the training text of a folder of shards has in common with a pack.
         source: "builtin", "registry" (or "registry:pip"), "hub:OWNER/NAME" or "hub:OWNER/NAME:CONFIG", or a file, a
-            folder or a glob of text, jsonl (.gz, .zst) or parquet; for contamination the folder of shards.
+            folder or a glob of text, jsonl, JSON arrays, CSV (also .gz, .zst, .xz, .bz2) or parquet; for contamination
+            the folder of shards.
         out: The folder of shards to write.
         vocab_size: Size of the byte-level BPE vocabulary to train.
         tokenizer: Take this one instead of training one: a folder, a tokenizer.json, or a name on the hub.
-        text_field: Where the text is in a record of jsonl, parquet or the hub.
+        text_field: Where the text is in a record of JSON, CSV, parquet or the hub.
         val_fraction: Share of the documents held out, unless the data set holds some out itself.
         limit_tokens: End with the document that reaches so many training tokens; 0: no limit.
         seed: Which documents are held out.
         workers: Processes that tokenise. Their number does not change the result.
+        include: Read only the files of a folder or pattern that match, such as 'part-*.jsonl'; may be given again.
+        exclude: Leave out the files that match; may be given again.
         pack: An evaluation pack (a folder of .jsonl and .txt files), whose 13-grams are looked for in the text.
         cache: Where "registry" keeps the archives it fetches; by default below the user's cache folder.
         json: Print the manifest, or the overlap.
@@ -202,7 +207,7 @@ def data(
         manifest = build_shards(
             DataConfig(source, vocab_size, val_fraction, seed),
             out,
-            build=Build(text_field, tokenizer, limit_tokens),
+            build=Build(text_field, tokenizer, limit_tokens, include=include, exclude=exclude),
             workers=workers,
             pack=pack,
             progress=progress,
@@ -314,6 +319,9 @@ def train(
 
 
 def _print_manifest(manifest: Any, folder: Path) -> None:
+    from qies.data.manifest import summary
+
+    print(summary(manifest))
     print(f"{folder}: {manifest.corpus}, vocabulary {manifest.vocab_size:,}, hash {manifest.hash[:16]}")
     for name in ("train", "val"):
         split = manifest.split(name)

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from qies.config import DataConfig, differences, to_dict
 from qies.data import tokenizer as bpe
-from qies.data.build import PROGRESS, SEEN, Plan, State, Writer, hash_of, load_state
+from qies.data.build import PROGRESS, SEEN, TOKENIZER, Plan, State, Writer, hash_of, load_state
 from qies.data.contamination import Pack
 from qies.data.files import exclusive, replacing, sync
 from qies.data.manifest import (
@@ -40,13 +40,13 @@ from qies.data.manifest import (
     read_manifest,
 )
 from qies.data.progress import Progress, Step
+from qies.data.sources import is_below
 from qies.data.streams import Stream, open_stream
 from qies.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TOKENIZER = "tokenizer"
 SHARD_TOKENS = 1 << 27  # tokens in a full shard: 256 MB in uint16
 
 _SURVEY = 10_000_000  # characters looked at where no tokenizer is trained
@@ -164,7 +164,8 @@ def build_shards(
     manifest says what it has in common with the training text.
 
     Raises UserError: whatever the source, `split_documents`, the tokenizer or the pack object to, too little space, a
-    folder that holds other data or other files, one that cannot be written. Raises Stopped if a worker is killed.
+    folder that holds other data or other files, is inside of the source, or cannot be written. Raises Stopped if a
+    worker is killed.
     """
     out = Path(out)
     tell = progress or (lambda step: None)
@@ -174,7 +175,9 @@ def build_shards(
         )
     table = Pack(pack) if pack else None
     build = replace(build, pack=table.fingerprint if table else "")
-    stream = open_stream(cfg, build.text_field, build.limit_tokens)
+    if is_below(out, cfg.source):
+        raise UserError(f"'{out}' is inside of its own source '{cfg.source}'; give an --out outside of it")
+    stream = open_stream(cfg, build)
     given = bpe.open_tokenizer(build.tokenizer) if build.tokenizer else None
     if given:
         cfg = replace(cfg, vocab_size=bpe.vocabulary(given[0]))
@@ -204,6 +207,7 @@ def build_shards(
             state = State()
             learnt, end, threshold = start or _start(cfg, build, stream, given, out, tell)
             _save_tokenizer(learnt, out, end)
+            state.tokenizer_sha256 = bpe.tokenizer_sha256(out / TOKENIZER)
         tokenizer = bpe.read_tokenizer(out / TOKENIZER)
         size = bpe.vocabulary(tokenizer)
         plan = Plan(
@@ -211,7 +215,7 @@ def build_shards(
             build.limit_tokens, workers, pack, table, identity,
         )  # fmt: skip
         state = Writer(stream, plan, state, tell).write()
-        manifest = _manifest(cfg, build, stream, state, size, bpe.tokenizer_sha256(out / TOKENIZER), table)
+        manifest = _manifest(cfg, build, stream, state, size, table)
         with replacing(out / MANIFEST) as file:
             file.write(dumps(manifest).encode())
         _clear(out, {shard.file for split in SPLITS for shard in state.shards[split]} | {TOKENIZER})
@@ -239,7 +243,7 @@ def _start(
 
 
 def _manifest(
-    cfg: DataConfig, build: Build, stream: Stream, state: State, vocab_size: int, tokenizer: str, pack: Pack | None
+    cfg: DataConfig, build: Build, stream: Stream, state: State, vocab_size: int, pack: Pack | None
 ) -> Manifest:
     splits = {}
     for name in SPLITS:
@@ -258,7 +262,7 @@ def _manifest(
         fingerprint=stream.fingerprint(),
         corpus=stream.name,
         corpus_sha256=whole,
-        tokenizer_sha256=tokenizer,
+        tokenizer_sha256=state.tokenizer_sha256,
         vocab_size=vocab_size,
         dtype=dtype_for(vocab_size),
         train=splits["train"],
@@ -276,6 +280,7 @@ def _manifest(
         build=build,
         val_order=tuple(state.val_order),
         contamination=state.overlap.result(pack) if pack else (),
+        reading=stream.reading(state.dropped),
     ).sealed()
 
 
