@@ -306,17 +306,11 @@ class _Encoder:
     """Encodes the texts of a batch; each process has its own."""
 
     def __init__(self, folder: Path, pack: Pack | None) -> None:
-        self.tokenizer = bpe.read_tokenizer(folder)
-        self.lengths = bpe.token_byte_lengths(self.tokenizer)
-        self.begin = int(self.lengths[self.tokenizer.token_to_id(bpe.end_token(folder))])
-        self.exact = self.tokenizer.normalizer is None  # else a text's length is that of its normal form
+        self.encode = bpe.Exact(bpe.read_tokenizer(folder), bpe.end_token(folder))
         self.pack = pack
 
-    def __call__(self, texts: list[str], training: list[bool]) -> _Encoded:
-        ids = list(bpe.encode_texts(self.tokenizer, texts))
-        sizes = [int(self.lengths[part].sum()) + self.begin for part in ids]
-        if self.exact and sizes != [len(text.encode()) for text in texts]:
-            raise RuntimeError("the tokens of a document do not add up to its bytes")
+    def __call__(self, texts: list[str], names: list[str], training: list[bool]) -> _Encoded:
+        ids, sizes = self.encode(texts, names)
         pack = self.pack
         hits = [pack.hits(text) if pack and own else [] for text, own in zip(texts, training, strict=True)]
         return _Encoded(ids, sizes, hits)
@@ -339,18 +333,19 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(texts: list[str], training: list[bool]) -> _Encoded:
+def _work(texts: list[str], names: list[str], training: list[bool]) -> _Encoded:
     if _worker is None:
         raise RuntimeError("a worker has not been started")
-    return _worker(texts, training)
+    return _worker(texts, names, training)
 
 
 @contextmanager
 def _encoder(plan: Plan) -> Iterator[Callable[[_Prepared], Callable[[], _Encoded]]]:
     """What starts to encode a batch and returns what waits for the result."""
 
-    def arguments(prepared: _Prepared) -> tuple[list[str], list[bool]]:
-        return [d.text for d in prepared.documents], [split == "train" for split in prepared.splits]
+    def arguments(prepared: _Prepared) -> tuple[list[str], list[str], list[bool]]:
+        texts, names = [d.text for d in prepared.documents], [d.label for d in prepared.documents]
+        return texts, names, [split == "train" for split in prepared.splits]
 
     if plan.workers == 1:  # in this process, with the threads of the tokenizer
         own = _Encoder(plan.tokenizer, plan.table)

@@ -35,6 +35,11 @@ class Document:
     source: str
     id: str
 
+    @property
+    def label(self) -> str:
+        """Its name in errors."""
+        return f"the document '{self.id}' of '{self.source}'"
+
 
 @dataclass(frozen=True)
 class Source:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 SHARD_TOKENS = 1 << 27  # tokens in a full shard: 256 MB in uint16
 
+_PROBED = 1_000_000  # characters of those that a given tokenizer encodes before the build starts
 _SURVEY = 10_000_000  # characters looked at where no tokenizer is trained
 _MARKER = ".building"  # there while a build is on or was cut off; its lock makes a second build wait
 _OWN = re.compile(
@@ -237,6 +238,12 @@ def _start(
         threshold = max(threshold, min(hashes, default=0) + 1)
         sample = [document for document in sample if hash_of(document.text, cfg.seed) >= threshold]
     if given:
+        encode, room = bpe.Exact(*given), _PROBED
+        for document in sample:  # before the build, as far as it takes no time
+            room -= len(document.text)
+            if room < 0:
+                break
+            encode([document.text], [document.label])
         return *given, threshold
     tell(Step("training tokenizer"))
     return bpe.train_tokenizer([document.text for document in sample], cfg.vocab_size), bpe.END, threshold
