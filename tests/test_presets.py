@@ -52,9 +52,9 @@ def test_counts_by_group_are_those_of_the_built_model(arm, overrides, size):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"gate": "channel"}, {"gate": "none"}, {"decay": "channel"}, {"conv_size": 0}, {"attention_conv_size": 4},
-        {"phase_fraction": 0.5}, {"tie_word_embeddings": True}, {"mode": "complex", "eigenvalues": "disc"},
-        {"mode": "complex"}, {"phase_rank": 3}, {"num_hidden_layers": 6},
+        {"gate": "channel"}, {"gate": "none"}, {"decay": "channel"}, {"conv_size": 0}, {"attention_conv_size": 0},
+        {"attention_conv": "input"}, {"register_mode": "real"}, {"phase": "selective", "phase_fraction": 0.5}, {"tie_word_embeddings": True}, {"mode": "complex", "eigenvalues": "disc"},
+        {"mode": "complex"}, {"phase": "selective", "phase_rank": 3}, {"num_hidden_layers": 6},
         {"register_heads": 3}, {"register_heads": 1, "register_channels": 8, "phase": "none", "gate": "none"},
         {"register_heads": 2, "decay": "channel", "gate": "channel", "phase": "fixed", "phase_fraction": 0.3},
     ],
@@ -65,6 +65,32 @@ def test_counts_follow_every_override(overrides):
     total = sum(p.numel() for p in model.parameters())
     assert presets.count_parameters(values)["total"] == total
     assert abs(presets.count_parameters(values)["non_embedding"] - 200_000) <= 2000
+
+
+# What an arm may change of the shared backbone: which layers mix how, positions, and the entangled mixer's own fields.
+THE_ARMS_OWN = {
+    "layer_types", "position", "rope_theta", "rope_fraction", "nope_interval", "intermediate_size",
+    "mode", "phase", "phase_rank", "phase_max", "phase_slope", "phase_fraction", "eigenvalues", "decay",
+    "register_heads", "register_channels", "register_mode",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["50k", "400k", "1b"])
+def test_arms_differ_in_the_mixer_and_positions_alone(size):
+    """A comparison is of the entangled state, not of a convolution or a gate that one arm lacks."""
+    arms = {arm: presets.settings(arm, size, VOCAB) for arm in presets.ARMS if arm != "gpt2"}
+    shared = [{k: v for k, v in values.items() if k not in THE_ARMS_OWN} for values in arms.values()]
+    assert shared == [shared[0]] * len(arms)
+    assert shared[0]["conv_size"] == shared[0]["attention_conv_size"] == 4 and shared[0]["attention_conv"] == "keys"
+
+
+def test_real_registers_hold_as_many_numbers_as_their_complex_twins():
+    complex_, real = (presets.head_groups(presets.settings(a, "400k", VOCAB)) for a in ("qies", "real_registers"))
+    assert complex_[0] == real[0]
+    assert (complex_[1].mode, complex_[1].eigenvalues) == ("complex", "disc")
+    assert (real[1].mode, real[1].eigenvalues) == ("real", "unit")
+    for name in ("heads", "channels", "values", "state_size", "spans"):
+        assert getattr(complex_[1], name) == getattr(real[1], name)
 
 
 def test_the_fields_open_to_overrides_are_those_of_the_configuration():

@@ -34,6 +34,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
         "logit_softcap": 0.0,
+        "attention_conv_size": 0,
     },
     "complex": {**_MEMORY_ALONE, "phase": "selective", "mode": "complex", "eigenvalues": "disc"},
 }
@@ -65,7 +66,7 @@ MODEL_FIELDS: dict[str, Any] = {
     "nope_interval": 0,
     "max_position_embeddings": 32_768,
     "attention_conv_size": 4,
-    "attention_conv": "input",
+    "attention_conv": "keys",
     "mode": "real",
     "phase": "none",
     "phase_rank": 8,

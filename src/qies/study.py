@@ -22,7 +22,7 @@ from qies.report.records import BASELINE
 
 PRESETS = Path(__file__).parent / "studies"
 # The arm of the claim, and the arms that differ from it in one part: without them a win is only a hybrid's win.
-PROPOSAL, CONTROLS = "qies", ("no_phase", "fixed_phase")
+PROPOSAL, CONTROLS = "qies", ("real_registers", "no_phase", "fixed_phase", "selective_phase")
 
 
 def preset(name: str, overrides: tuple[str, ...] = ()) -> StudyConfig:
@@ -148,7 +148,13 @@ def longest_first(study: StudyConfig) -> list[RunConfig]:
 
 
 def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[str, Any]]:
-    """Everything the study asks for, into `folder`. What is done already is not done again. Returns the records."""
+    """Everything the study asks for, into `folder`. What is done already is not done again. Returns the records.
+
+    Raises UserError for a sweep (`variants`): its runs differ in more than arm, size and seed, which every analysis
+    here takes for all there is.
+    """
+    if study.variants:
+        raise UserError("A study with variants is a sweep: use qies ladder run and then qies ladder sweep.")
     records = run_all(study, folder, console, retry_failed=True)
     analyse(study, folder, records, console)
     return records

@@ -38,7 +38,7 @@ def test_attention_counts_half_the_square():
 
 
 def test_entanglement_is_linear_in_length_and_complex_costs_more():
-    values = presets.settings("qies", "100k", 512)
+    values = presets.settings("no_phase", "100k", 512)
     assert training_flops_per_token(values, 4096) - training_flops_per_token(values, 2048) == (
         3 * 2.0 * values["num_attention_heads"] * values["head_dim"] * 2048
     )  # the one attention layer alone grows
@@ -68,6 +68,7 @@ def test_plan_adds_up():
     plan = plan_model(values, "complex", "1b", None, 4096)
     assert plan["tokens"] == 20 * 10**9
     assert plan["flops"] == plan["flops_per_token"] * plan["tokens"]
-    assert plan["decode"]["state_bytes"] == values["layer_types"].count("linear_attention") * 4 * (
-        values["num_attention_heads"] * values["head_dim"] ** 2 + 3 * values["hidden_size"]
+    layers, states = len(values["layer_types"]), values["layer_types"].count("linear_attention")
+    assert plan["decode"]["state_bytes"] == 4 * (
+        states * values["num_attention_heads"] * values["head_dim"] ** 2 + layers * 3 * values["hidden_size"]
     )

@@ -135,7 +135,7 @@ def test_generation_goes_on_from_a_returned_cache(model, ids):
 
 @torch.no_grad()
 def test_the_entangled_state_does_not_grow(ids):
-    model = stirred("qies")
+    model = stirred("no_phase")
     cache = QiesCache(model.config)
     sizes = []
     for _ in range(3):
@@ -229,7 +229,7 @@ def test_saved_and_loaded_through_the_auto_classes(tmp_path, ids):
 
 @torch.no_grad()
 def test_bf16_weights_keep_state_and_controls_in_fp32(ids):
-    model = stirred("qies").to(torch.bfloat16)
+    model = stirred("selective_phase").to(torch.bfloat16)
     cache = QiesCache(model.config)
     logits = model(ids, past_key_values=cache).logits
     assert logits.dtype == torch.float32 and torch.isfinite(logits).all()

@@ -94,7 +94,7 @@ def test_eager_and_sdpa_agree(name):
 
 
 def test_bf16_model_trains_and_reloads_in_bf16(tmp_path):
-    model = build("qies").to(torch.bfloat16)
+    model = build("selective_phase").to(torch.bfloat16)
     ids = torch.randint(0, 97, (2, 16))
     model.train()(ids, labels=ids).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

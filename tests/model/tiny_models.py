@@ -18,15 +18,23 @@ def _arm(name: str) -> dict:
     return values
 
 
-ARMS = {name: _arm(name) for name in presets.ARMS} | {"registers": {"register_heads": 3, "register_channels": 2}}
+REGISTERS = {"phase": "selective", "register_heads": 3, "register_channels": 2}
+ARMS = {name: _arm(name) for name in presets.ARMS} | {"registers": REGISTERS}
 VARIANTS = ARMS | {
-    "no_conv": {"phase": "none", "conv_size": 0},
-    "channel": {"decay": "channel", "gate": "channel", "phase_fraction": 0.5, "eigenvalues": "unit"},
-    "transformer_conv": {"layer_types": ATTENTION, "position": "rope", "attention_conv_size": 4},
+    "no_conv": {"conv_size": 0, "attention_conv_size": 0, "register_heads": 0},
+    "channel": {
+        "phase": "selective", "decay": "channel", "gate": "channel", "phase_fraction": 0.5, "eigenvalues": "unit",
+        "register_heads": 0,
+    },
+    "transformer_no_conv": {"layer_types": ATTENTION, "position": "rope", "attention_conv_size": 0},
+    "transformer_input_conv": {
+        "layer_types": ATTENTION, "position": "rope", "attention_conv": "input", "rope_fraction": 0.5,
+        "nope_interval": 2,
+    },
     "recurrent": {"layer_types": ENTANGLED, "gate": "none"},
     "complex_registers": {
         "layer_types": ENTANGLED, "conv_size": 0, "mode": "complex", "decay": "channel", "gate": "channel",
-        "phase_fraction": 0.5, "register_heads": 1, "register_channels": 5,
+        "phase": "selective", "phase_fraction": 0.5, "register_heads": 1, "register_channels": 5,
     },
     "tied": {"tie_word_embeddings": True, "logit_softcap": 0.0},
 }  # fmt: skip

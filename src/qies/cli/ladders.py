@@ -17,7 +17,7 @@ from qies.terminal import show
 
 
 def ladder(
-    action: Positional[Literal["plan", "run", "status"]],
+    action: Positional[Literal["plan", "run", "status", "sweep"]],
     overrides: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[LADDER.yaml] [KEY=VALUE ...]")] = (),
     /,
     out: Path | None = None,
@@ -42,10 +42,12 @@ def ladder(
         qies ladder run ladder.yaml --out ladders/first
         qies ladder run ladder.yaml --out ladders/first --submit slurm --jobs 4 --gpus 1 --sbatch "partition=gpu"
         qies ladder status --out ladders/first --watch
+        qies ladder sweep --out ladders/learning-rates
 
     Args:
-        action: plan, run or status.
-        overrides: A ladder file (the keys of a study), and dotted overrides of its keys; status needs only --out.
+        action: plan, run, status, or sweep: a table of a ladder's `variants`, means over seeds, best first.
+        overrides: A ladder file (the keys of a study), and dotted overrides of its keys; status and sweep need only
+            --out.
         out: The ladder's folder; by default results/NAME.
         workers: Runs side by side; by default one for each `threads` cores, and in a submitted job one.
         threads: Processor threads of a run.
@@ -70,6 +72,14 @@ def ladder(
                                 ("retries", retries, 0), ("jobs", jobs, 1), ("minutes", minutes, 1)):  # fmt: skip
         if number is not None and number < least:
             raise UserError(f"--{name} must be at least {least}.")
+    if action == "sweep":
+        from qies.ladder.sweep import sweep
+
+        if out is None:
+            raise UserError("Give --out DIR, the folder of a ladder that was started with qies ladder run.")
+        cells = sweep(out)
+        show(json, cells, lambda: [Console().print(_sweep_table(cell)) for cell in cells["cells"]])
+        return
     files = [w for w in overrides if "=" not in w]
     changes = [w for w in overrides if "=" in w]
     if action == "status":
@@ -145,3 +155,27 @@ def _table(found: dict[str, Any]) -> Table:
         table.add_row(r["run"][:8], r["arm"], r["size"], _short(r["tokens"]), str(r["seed"]), r["state"],
                       f"{_short(r['step'])}/{_short(r['steps'])}", rate, loss, clock(r["seconds_left"]))  # fmt: skip
     return table
+
+
+def _sweep_table(cell: dict[str, Any]) -> Table:
+    title = f"{cell['arm']} {cell['size']}, {_short(cell['tokens'])} tokens: held-out loss in nats a token, mean (SE)"
+    table = Table(title=title, box=None, pad_edge=False)
+    for column in ("variant", "loss", "behind the best", "seeds", "induction", "onset at"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in cell["variants"]:
+        words = ", ".join(f"{key.partition('.')[2]}={value}" for key, value in row["variant"].items() if value is not None)
+        onsets = [_short(tokens) if tokens else "never" for tokens in row["onsets"].values()]
+        behind = row["behind"]
+        table.add_row(
+            words or "as it is",
+            _with_error(row["loss"], row["se"], ".4f"),
+            "best" if row["best"] else _with_error(behind["difference"], behind["se"], "+.4f") if behind else "-",
+            str(row["n"]),
+            f"{row['induction']:.2f}" if row["induction"] is not None else "-",
+            " ".join(onsets),
+        )
+    return table
+
+
+def _with_error(value: float, error: float | None, places: str) -> str:
+    return f"{value:{places}}" + ("" if error is None else f" ({error:.4f})")

@@ -58,7 +58,7 @@ class QiesConfig(PreTrainedConfig):
     nope_interval: int = 0
     max_position_embeddings: int = 32_768
     attention_conv_size: int = 4
-    attention_conv: str = "input"
+    attention_conv: str = "keys"
     mode: str = "real"
     phase: str = "none"
     phase_rank: int = 8

@@ -1,0 +1,71 @@
+"""What the variants of a sweep came to, from its run records alone: a mean over seeds for each, best first."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from qies import presets, runs
+from qies.errors import UserError
+
+
+def sweep(folder: Path) -> dict[str, Any]:
+    """The finished runs below `folder` by arm, size and tokens, and in each such cell by variant.
+
+    A variant is told by the settings of the model and of training that differ between runs of the folder. Each has n
+    (seeds), loss (mean, nats a token), se (its standard error over seeds; None for one seed), losses by seed, behind
+    (mean difference to the best variant over the seeds that both have, with n and se), induction (mean final gain,
+    nats a token) and onsets (tokens by seed; None where copying did not set in). The best variant has the lowest mean
+    of those with the most seeds. Raises UserError when no run has finished or one stands there twice.
+    """
+    records = [r for r in runs.query(folder) if r["status"] == "done"]
+    if not records:
+        raise UserError(f"{folder} holds no finished run; run the sweep first with qies ladder run.")
+    settings = [_settings(record) for record in records]
+    swept = sorted({k for s in settings for k in s if any(s.get(k) != other.get(k) for other in settings)})
+    cells: dict[tuple[str, str, int], dict[tuple[Any, ...], dict[str, dict[str, Any]]]] = defaultdict(dict)
+    for record, values in zip(records, settings, strict=True):
+        variant = tuple(values.get(key) for key in swept)
+        seeds = cells[record["arm"], record["size"], record["tokens"]].setdefault(variant, {})
+        if str(record["seed"]) in seeds:
+            raise UserError(f"{folder} holds two runs of {record['arm']} {record['size']} seed {record['seed']} alike.")
+        seeds[str(record["seed"])] = record["metrics"]
+    order = sorted(cells, key=lambda cell: (presets.parse_size(cell[1]), cell[2], cell[0]))
+    return {"schema": 1, "swept": swept, "cells": [_cell(*cell, cells[cell], swept) for cell in order]}
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What the run's configuration sets of the model and of training, by dotted key."""
+    config = record["config"]
+    return {f"{part}.{key}": value for part in ("model", "train") for key, value in config[part].items()}
+
+
+def _cell(arm: str, size: str, tokens: int, variants: dict[Any, dict[str, Any]], swept: list[str]) -> dict[str, Any]:
+    losses = {v: {s: m["val_loss"] for s, m in seeds.items()} for v, seeds in variants.items()}
+    best = min(losses, key=lambda v: (-len(losses[v]), fmean(losses[v].values())))
+    rows = []
+    for variant in sorted(losses, key=lambda v: fmean(losses[v].values())):
+        own, metrics = losses[variant], variants[variant].values()
+        apart = [own[seed] - losses[best][seed] for seed in own if seed in losses[best]]
+        gains = [m["induction"] for m in metrics if m.get("induction") is not None]
+        rows.append(
+            {
+                "variant": dict(zip(swept, variant, strict=True)),
+                "best": variant == best,
+                "n": len(own),
+                "loss": fmean(own.values()),
+                "se": _standard_error(list(own.values())),
+                "losses": dict(sorted(own.items(), key=lambda pair: int(pair[0]))),
+                "behind": {"difference": fmean(apart), "se": _standard_error(apart), "n": len(apart)} if apart else None,
+                "induction": fmean(gains) if gains else None,
+                "onsets": {seed: m.get("induction_onset") for seed, m in variants[variant].items()},
+            }
+        )
+    return {"arm": arm, "size": size, "tokens": tokens, "variants": rows}
+
+
+def _standard_error(values: list[float]) -> float | None:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

@@ -1,0 +1,80 @@
+"""A sweep: variants of the runs of a grid, and their table from records alone."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from qies import runs
+from qies.cli import main
+from qies.config import RunConfig, StudyConfig, content_hash, from_dict, override
+from qies.errors import UserError
+from qies.ladder.sweep import sweep
+from qies.study import run_study
+
+VARIANTS = [{}, {"train.lr_scale": 0.5}, {"model.position": "rope", "model.rope_theta": 1e6}]
+
+
+def study(**more) -> StudyConfig:
+    return from_dict(StudyConfig, {"arms": ["qies"], "sizes": ["50k"], "seeds": [0, 1], "variants": VARIANTS, **more})
+
+
+def test_every_run_comes_once_in_every_variant():
+    configs = study().runs()
+    assert len(configs) == len({content_hash(c) for c in configs}) == 6
+    assert [c.train.lr_scale for c in configs] == [1.0, 0.5, 1.0] * 2
+    assert configs[2].model == {"position": "rope", "rope_theta": 1e6}
+    plain = from_dict(StudyConfig, {"arms": ["qies"], "sizes": ["50k"], "seeds": [0, 1]})
+    assert content_hash(configs[0]) == content_hash(plain.runs()[0])
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [({"train.lr_scal": 1.0}, "lr_scale"), ({"seed.x": 1}, "goes below 'seed'"), ({"train.lr_scale": -1}, "positive")],
+)
+def test_a_bad_variant_is_one_line(variant, words):
+    with pytest.raises(UserError, match=words):
+        study(variants=[variant]).runs()
+
+
+def test_a_study_refuses_a_sweep(tmp_path):
+    with pytest.raises(UserError, match="qies ladder sweep"):
+        run_study(study(), tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def write(folder, losses: dict[str, list[float]]) -> None:
+    """Finished runs of learning rates, a loss for each seed."""
+    for rate, values in losses.items():
+        for seed, loss in enumerate(values):
+            config = override(RunConfig(arm="qies", size="50k", seed=seed), {"train.lr_scale": float(rate)})
+            record = runs.plan(config, 4096) | {"status": "done"}
+            record["metrics"] = {"val_loss": loss, "val_bpb": 2.0, "induction": 0.2, "induction_onset": None}
+            runs.write(folder / "runs" / record["config_hash"], record)
+
+
+def test_means_standard_errors_and_paired_differences_by_hand(tmp_path, capsys):
+    write(tmp_path, {"0.5": [4.0, 4.2], "1.0": [4.1, 4.1], "2.0": [4.0]})
+    [cell] = sweep(tmp_path)["cells"]
+    rows = {row["variant"]["train.lr_scale"]: row for row in cell["variants"]}
+    assert (cell["arm"], cell["size"], cell["tokens"]) == ("qies", "50k", 999_424)
+    assert rows[0.5]["loss"] == pytest.approx(4.1) and rows[0.5]["se"] == pytest.approx(0.1)
+    assert [row["best"] for row in rows.values()].count(True) == 1 and not rows[2.0]["best"]  # one seed is no mean
+    assert rows[1.0]["behind" if not rows[1.0]["best"] else "loss"] is not None
+    other = rows[1.0 if rows[0.5]["best"] else 0.5]["behind"]
+    assert other["difference"] == pytest.approx(0, abs=1e-12) and other["se"] == pytest.approx(0.1) and other["n"] == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["ladder", "sweep", "--out", str(tmp_path), "--json"])
+    assert stop.value.code == 0 and json.loads(capsys.readouterr().out)["swept"] == ["train.lr_scale"]
+    with pytest.raises(SystemExit) as stop:
+        main(["ladder", "sweep", "--out", str(tmp_path)])
+    assert "lr_scale=0.5" in capsys.readouterr().out
+
+
+def test_no_run_and_the_same_run_twice_are_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no finished run"):
+        sweep(tmp_path)
+    write(tmp_path / "a", {"0.5": [4.0]})
+    write(tmp_path / "b", {"0.5": [4.0]})
+    with pytest.raises(UserError, match="two runs of qies 50k seed 0 alike"):
+        sweep(tmp_path)
