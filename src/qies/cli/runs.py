@@ -45,6 +45,7 @@ def study(
     """
     from qies import config, ladder, runs
     from qies import study as studies
+    from qies.data.locate import locate
 
     files = [w for w in overrides if "=" not in w]
     changes = [w for w in overrides if "=" in w]
@@ -54,7 +55,7 @@ def study(
         chosen = studies.preset(preset, tuple(changes))
     else:
         chosen = config.load(config.StudyConfig, files[0], changes)
-    chosen = config.replace_data(chosen, chosen.data.source)
+    chosen = locate(chosen)
     folder = out or Path("results") / chosen.name
     console = Console(stderr=json)
     if dry_run:
@@ -64,7 +65,7 @@ def study(
         total = studies.estimate(chosen)
         console.print(f"about {studies.clock(sum(total) / workers)} on {workers} cores; nothing was run.")
         return
-    studies.claim(chosen, folder)
+    chosen = studies.claim(chosen, folder)
     if not json:
         console.print(studies.plan_table(chosen))
     records = studies.run_study(chosen, folder, console)
@@ -198,7 +199,7 @@ def data(
         if pack is None:
             raise UserError("Give --pack DIR, the evaluation pack to look for.")
         with building_bar(quiet=json) as progress:
-            rows = shards_overlap(open_shards(Path(source)), pack, progress)
+            rows = shards_overlap(open_shards(Path(os.path.expanduser(source))), pack, progress)
         show(json, [to_dict(row) for row in rows], lambda: _print_overlap(rows))
         return
     if out is None:
@@ -260,6 +261,8 @@ def train(
 
     from qies import config as configs
     from qies import runs
+    from qies.data.locate import locate
+    from qies.data.manifest import summary
     from qies.data.shards import build_shards, open_shards
     from qies.train.folder import branch, claim
     from qies.train.loop import check_data
@@ -284,7 +287,7 @@ def train(
         chosen = configs.from_dict(configs.RunConfig, configs.merge(base, [*flags, *overrides]))
     else:
         chosen = configs.from_dict(configs.RunConfig, configs.merge({}, [*flags, *overrides]))
-    chosen = configs.replace_data(chosen, data or chosen.data.source)
+    chosen = locate(chosen, data)
     if not resume and runs.read(out) is not None:
         raise UserError(f"{out} holds a run already; leave --no-resume out or give another --out.")
     runs.plan(chosen, chosen.data.vocab_size)
@@ -295,7 +298,10 @@ def train(
         built = Path(chosen.data.source)
         if not (built / "manifest.json").is_file():
             built = out / "data"
-            build_shards(chosen.data, built)
+            there = (built / "manifest.json").is_file()
+            manifest = build_shards(chosen.data, built)
+            if not (there or json):
+                print(summary(manifest))
         check_data(open_shards(built), chosen.train)
         if branch_from is not None:
             branch(chosen, branch_from, out)

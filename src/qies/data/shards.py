@@ -178,6 +178,7 @@ def build_shards(
     build = replace(build, pack=table.fingerprint if table else "")
     if is_below(out, cfg.source):
         raise UserError(f"'{out}' is inside of its own source '{cfg.source}'; give an --out outside of it")
+    cfg = replace(cfg, hash="")  # of the text; that of the shards is the manifest's
     stream = open_stream(cfg, build)
     given = bpe.open_tokenizer(build.tokenizer) if build.tokenizer else None
     if given:
@@ -192,8 +193,8 @@ def build_shards(
             _clear(out, {shard.file for split in SPLITS for shard in done.split(split).shards} | {TOKENIZER})
             return done
         identity = {
-            "config": to_dict(cfg),
-            "build": to_dict(build),
+            "config": {key: value for key, value in to_dict(cfg).items() if key != "source"},
+            "build": {key: value for key, value in to_dict(build).items() if key != "tokenizer"},
             "text": stream.fingerprint(),
             "tokenizer": hashlib.sha256(given[0].to_str().encode()).hexdigest() if given else "trained",
             "end": given[1] if given else bpe.END,
@@ -320,10 +321,14 @@ def _existing(
     names = sorted(path.name for path in out.iterdir())
     if MANIFEST in names:
         manifest = open_shards(out).manifest
-        other = differences(to_dict(manifest.config) | to_dict(manifest.build), to_dict(cfg) | to_dict(build))
-        if not other and stream.fingerprint() != manifest.fingerprint:
+        was, now = (to_dict(c) | to_dict(b) for c, b in ((manifest.config, manifest.build), (cfg, build)))
+        same_text = stream.fingerprint() == manifest.fingerprint
+        same_tokenizer = _saved(given, out / TOKENIZER) if given else not manifest.build.tokenizer
+        same = {"source": same_text, "tokenizer": same_tokenizer}  # by their content: the names may be others
+        other = differences(*({key: v for key, v in values.items() if not same.get(key)} for values in (was, now)))
+        if not other and not same_text:
             other = ["its text, or the packages it is read from, have changed"]
-        if not other and given and not _saved(given, out / TOKENIZER):
+        if not other and not same_tokenizer:
             other = [f"its tokenizer '{build.tokenizer}' has changed since"]
         if other:
             raise UserError(f"'{out}' holds other data ({'; '.join(other)}); give another folder")
