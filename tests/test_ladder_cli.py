@@ -15,6 +15,7 @@ from ladder_workers import quick
 from qies import cli, ladder, runs
 from qies.cli import ladders
 from qies.config import StudyConfig, content_hash, save
+from qies.data.locate import locate
 from qies.ladder.lease import attempts
 
 
@@ -26,7 +27,7 @@ def call(*argv: object) -> int:
 
 @pytest.fixture
 def study(data_config, tiny):
-    return StudyConfig("tiny", ("qies",), ("50k",), (0, 1), (0.02, 0.05), data_config, tiny)
+    return locate(StudyConfig("tiny", ("qies",), ("50k",), (0, 1), (0.02, 0.05), data_config, tiny))
 
 
 @pytest.fixture

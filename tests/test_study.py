@@ -1,5 +1,6 @@
 """The main job on a small corpus: done once, resumed after a kill, refused where another study lives."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from qies import config as configs
 from qies import ladder, runs, study
-from qies.config import RunConfig, StudyConfig
+from qies.config import DataConfig, RunConfig, StudyConfig
 from qies.errors import UserError
 from qies.report.page import build_report
 
@@ -137,7 +138,7 @@ def test_a_study_killed_while_it_reads_its_corpus_is_known_again(settings, tmp_p
 
 
 def test_a_bad_corpus_leaves_no_claim_behind(settings, tmp_path):
-    empty = configs.replace_data(settings, str(tmp_path / "nothing"))
+    empty = dataclasses.replace(settings, data=DataConfig(str(tmp_path / "nothing")))
     with pytest.raises(UserError):
         study.run_study(empty, tmp_path / "out", Console(quiet=True))
     assert not (tmp_path / "out" / "study.yaml").exists()

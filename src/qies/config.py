@@ -25,7 +25,6 @@ import yaml
 from qies.errors import UserError, nearest
 
 C = TypeVar("C")
-R = TypeVar("R", "RunConfig", "StudyConfig")
 
 INDUCTION_ONSET = 0.5  # nats per token gained on a repeated random segment: in-context copying has set in from here on
 
@@ -34,12 +33,17 @@ LATER = {"later": True}  # a field that earlier configurations lack: at its defa
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What text a model sees. `source`: "builtin" or a path to a text file, a folder or a glob."""
+    """What text a model sees. `source`: "builtin", "registry", "hub:..." or a path to a file, a folder or a glob.
+
+    `hash` identifies what is at a path (see `qies.data.locate`). Where it is known the path is no part of a run's
+    identity: the same text found elsewhere is the same run.
+    """
 
     source: str = "builtin"
     vocab_size: int = 4096
     val_fraction: float = 0.03
     seed: int = 0
+    hash: str = field(default="", metadata=LATER)
 
     def __post_init__(self) -> None:
         _require(256 < self.vocab_size <= 2**31, "data.vocab_size", self.vocab_size, "an integer above 256")
@@ -232,12 +236,14 @@ def content_hash(config: Any) -> str:
 
 
 def _hashed(config: Any) -> Any:
-    """The values that `content_hash` covers: all but later fields at their defaults."""
+    """The values that `content_hash` covers: not later fields at their defaults, nor paths to text of known hash."""
     if not dataclasses.is_dataclass(config):
         return config
     fields = dataclasses.fields(config)
     values = {f.name: getattr(config, f.name) for f in fields}
     as_before = {f.name for f in fields if f.metadata.get("later") and values[f.name] == f.default}
+    if isinstance(config, DataConfig) and config.hash:
+        as_before.add("source")
     return {name: _hashed(value) for name, value in values.items() if name not in as_before}
 
 
@@ -259,8 +265,23 @@ def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
 
 
 def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
-    """Read a YAML file into `cls`, then apply `key.sub=value` overrides."""
-    path = Path(path)
+    """Read a YAML file, whose `data.source` is relative to its folder, and apply `key.sub=value` overrides."""
+    path = Path(os.path.expanduser(path))
+    values = read(path)
+    data = values.get("data")
+    source = data.get("source") if isinstance(data, dict) else None
+    if isinstance(source, str) and source and is_path(source):
+        values["data"] = {**data, "source": str(path.absolute().parent / os.path.expanduser(source))}
+    return from_dict(cls, merge(values, overrides))
+
+
+def is_path(source: str) -> bool:
+    """Whether the source of a text is a path, and no name."""
+    return source != "builtin" and source.partition(":")[0] not in ("registry", "hub")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises UserError where it holds nothing of the kind."""
     if not path.is_file():
         raise UserError(f"No configuration file at {path}. Give the path of a YAML file.")
     if path.stat().st_size > 1_000_000:
@@ -272,7 +293,7 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
         raise UserError(f"{path} is not valid YAML: {reason}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, not a {type(values).__name__}.")
-    return from_dict(cls, merge(values, overrides))
+    return values
 
 
 def merge(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -307,18 +328,18 @@ def save(config: Any, path: Path) -> None:
     os.replace(partial, path)
 
 
-def replace_data(config: R, source: str) -> R:
-    """A run or study on another corpus: a source's name or path, or a folder of shards with its own settings."""
-    manifest = Path(source) / "manifest.json"
-    if manifest.is_file():
-        try:
-            built = json.loads(manifest.read_text(encoding="utf-8"))["config"]
-            data = dataclasses.replace(from_dict(DataConfig, built, f"{manifest} config"), source=source)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{manifest} is not a manifest of token shards; build it with qies data build.") from None
-    else:
-        data = dataclasses.replace(config.data, source=source)
-    return dataclasses.replace(config, data=data)
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The `differences` of two runs or studies; their text is compared by its hash where both have one."""
+    pair = [dict(values) for values in (old, new)]
+    data = [dict(values["data"]) if isinstance(values.get("data"), Mapping) else {} for values in pair]
+    known = all(part.get("hash") for part in data)
+    for values, part in zip(pair, data, strict=True):
+        source = part.get("source", "")
+        part.pop("source" if known else "hash", None)
+        if not known and isinstance(source, str) and is_path(source):
+            part["source"] = os.path.abspath(os.path.expanduser(source))
+        values["data"] = part
+    return differences(*pair)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from qies.data.tokenizer import encode_texts
 from qies.errors import UserError, nearest
 from qies.model import QiesForCausalLM
 
@@ -16,7 +17,7 @@ transformers_logging.disable_progress_bar()  # loading a small model is no news
 DECODINGS = ("greedy", "sample")
 
 
-def load_model(path: Path) -> tuple[QiesForCausalLM, PreTrainedTokenizerBase]:
+def load_model(path: Path) -> tuple[QiesForCausalLM, PreTrainedTokenizerFast]:
     """The model and tokenizer saved in `path`: a `model` folder, or a run's folder that holds one.
 
     Raises UserError when there is none or its files cannot be read. Safetensors only.
@@ -37,7 +38,7 @@ def load_model(path: Path) -> tuple[QiesForCausalLM, PreTrainedTokenizerBase]:
 @torch.no_grad()
 def continue_text(
     model: QiesForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 64,
@@ -46,7 +47,10 @@ def continue_text(
     top_k: int = 50,
     seed: int = 0,
 ) -> list[str]:
-    """Continuations of `prompts` (without the prompts), one each. `sample` depends on `seed` alone."""
+    """Continuations of `prompts` (without the prompts), one each. `sample` depends on `seed` alone.
+
+    Raises UserError for a value out of range, or a prompt that is no Unicode text.
+    """
     if decoding not in DECODINGS:
         hint = nearest(decoding, DECODINGS) or f" Known: {', '.join(DECODINGS)}."
         raise UserError(f"Unknown value '{decoding}' for decoding.{hint}")
@@ -57,6 +61,11 @@ def continue_text(
         raise UserError(f"seed is {seed}; it must be an integer of 64 bits.")
     if not temperature > 0:
         raise UserError(f"temperature is {temperature}; it must be positive (use --decoding greedy for 0).")
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"The prompt {prompt[:40]!r} is not UTF-8; give it as UTF-8 text.") from None
     how = (
         {"do_sample": True, "temperature": temperature, "top_k": top_k}
         if decoding == "sample"
@@ -64,8 +73,9 @@ def continue_text(
     )
     out = []
     for prompt in prompts:
-        # As in training, where every document begins with the end-of-text token.
-        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+        # As in training: a document begins with the end-of-text token, and special tokens typed in text are text.
+        [own] = encode_texts(tokenizer.backend_tokenizer, [prompt])
+        ids = torch.tensor([[tokenizer.eos_token_id, *own.tolist()]])
         torch.manual_seed(seed)
         tokens = model.generate(
             ids,
@@ -74,5 +84,8 @@ def continue_text(
             pad_token_id=tokenizer.eos_token_id,
             **how,
         )
-        out.append(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))
+        # Decoded together: by itself a continuation may lose the space it begins with.
+        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        whole, before = tokenizer.decode(tokens[0, 1:], **plain), tokenizer.decode(own.tolist(), **plain)
+        out.append(whole[len(before) :])
     return out

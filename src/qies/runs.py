@@ -17,6 +17,7 @@ from typing import Any
 
 from qies import __version__
 from qies.config import RunConfig, content_hash, to_dict
+from qies.data import files
 from qies.errors import UserError
 
 SCHEMA = 1
@@ -70,7 +71,7 @@ def refuse_file(folder: Path) -> None:
 def make_folder(folder: Path) -> None:
     """Make `folder` unless it is there. Raises UserError where the system does not let us."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}); give another folder.") from None
 

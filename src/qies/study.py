@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from qies import config as configs
 from qies import ladder, runs
-from qies.config import RunConfig, StudyConfig
+from qies.config import DataConfig, RunConfig, StudyConfig
 from qies.errors import Stopped, UserError, nearest
 from qies.presets import parse_size
 from qies.report.records import BASELINE
@@ -35,8 +36,9 @@ def preset(name: str, overrides: tuple[str, ...] = ()) -> StudyConfig:
     return configs.load(StudyConfig, PRESETS / f"{name}.yaml", overrides)
 
 
-def claim(study: StudyConfig, folder: Path) -> None:
-    """Make `folder` this study's, or raise UserError when it holds something else; nothing is overwritten."""
+def claim(study: StudyConfig, folder: Path) -> StudyConfig:
+    """The study as `folder` knows it: where it was started before its text was identified by a hash, or from elsewhere,
+    its runs keep their names. Raises UserError when it holds something else; nothing is overwritten."""
     path = folder / "study.yaml"
     if path.is_file():
         try:
@@ -45,15 +47,18 @@ def claim(study: StudyConfig, folder: Path) -> None:
             raise UserError(f"{path} cannot be read; give another --out or delete that folder.") from None
         before = before if isinstance(before, dict) else {}
         # How many runs stand side by side changes no result.
-        changes = configs.differences(before | {"workers": 0}, configs.to_dict(study) | {"workers": 0})
+        changes = configs.changes(before | {"workers": 0}, configs.to_dict(study) | {"workers": 0})
         if changes:
             raise UserError(
                 f"{folder} holds a different study ({'; '.join(changes)}); give another --out or delete it."
             )
-        return
+        known = configs.from_dict(DataConfig, before.get("data", {}))
+        kept = {"hash": known.hash} if known.hash else {"hash": "", "source": known.source}
+        return dataclasses.replace(study, data=dataclasses.replace(study.data, **kept))
     runs.refuse_file(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; give another --out.")
+    return study
 
 
 def plan_table(study: StudyConfig) -> Table:
@@ -98,10 +103,11 @@ def clock(seconds: float) -> str:
 
 def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
     """Claim `folder`, check every run's settings and build the corpus. Returns the folder of shards."""
+    from qies.data.manifest import summary
     from qies.data.shards import build_shards, open_shards
     from qies.train.loop import check_data
 
-    claim(study, folder)
+    study = claim(study, folder)
     for config in study.runs():  # every bad setting shows before anything is spent
         runs.plan(config, study.data.vocab_size)
     data = data_folder(study, folder)
@@ -112,7 +118,10 @@ def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
     try:
         if data == folder / "data":
             with console.status(f"corpus {study.data.source}"):
-                build_shards(study.data, data)
+                built = (data / "manifest.json").is_file()
+                manifest = build_shards(study.data, data)
+            if not built:
+                console.print(summary(manifest))
         check_data(open_shards(data), study.train)
     except UserError:
         if new:  # a bad corpus leaves no claim behind
@@ -123,6 +132,7 @@ def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
 
 def run_all(study: StudyConfig, folder: Path, console: Console, **how: Any) -> list[dict[str, Any]]:
     """Every run of the study, with a progress bar; `how` goes to `ladder.execute`. Returns the records."""
+    study = claim(study, folder)
     data, root, planned = prepare(study, folder, console), folder / "runs", longest_first(study)
     todo = [c for c in planned if not ladder.finished(ladder.run_folder(root, c))]
     if len(todo) < len(planned):
@@ -155,6 +165,7 @@ def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[s
     """
     if study.variants:
         raise UserError("A study with variants is a sweep: use qies ladder run and then qies ladder sweep.")
+    study = claim(study, folder)
     records = run_all(study, folder, console, retry_failed=True)
     analyse(study, folder, records, console)
     return records
@@ -250,7 +261,7 @@ def entanglement_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]
         model, _ = load_model(folder / "runs" / record["config_hash"])
         states = capture_states(model, torch.from_numpy(ids), positions)
         arms[arm] = {record["size"]: entropies(states, positions)}
-    text = {"source": f"{study.data.source}, validation", "tokens": int(ids.size)}
+    text = {"source": f"{shards.manifest.corpus}, validation", "tokens": int(ids.size)}
     return {"schema": 1, "text": text, "arms": arms}
 
 

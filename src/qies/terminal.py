@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -93,9 +94,16 @@ def _defer(verb: Callable[..., None], called: list[Callable[[], None]]) -> Calla
 
     @functools.wraps(verb)
     def remember(*args: Any, **kwargs: Any) -> None:
-        called.append(lambda: verb(*args, **kwargs))
+        called.append(lambda: verb(*map(_expanded, args), **{key: _expanded(value) for key, value in kwargs.items()}))
 
     return remember
+
+
+def _expanded(value: Any) -> Any:
+    """A path, or several, with `~` as the home folder: shells leave it alone behind an equals sign or in quotes."""
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    return tuple(map(_expanded, value)) if isinstance(value, tuple) else value
 
 
 def _one_line(text: str, verbs: Verbs, args: list[str]) -> str:

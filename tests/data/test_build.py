@@ -288,6 +288,28 @@ def test_changed_text_does_not_go_on(config, half: Path, records: Path) -> None:
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize("name", ["seen.bin", "tokenizer/tokenizer.json", "val-00000.bin"])
+@pytest.mark.parametrize("damage", ["lost", "cut", "changed"])
+def test_all_that_a_resume_needs_is_checked(config, half: Path, name: str, damage: str) -> None:
+    path = half / name
+    content = path.read_bytes()
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-9] if damage == "cut" else bytes([content[0] ^ 1]) + content[1:])
+    before = _files(half)
+    with pytest.raises(UserError, match=f"{name.partition('/')[0]}' is missing or damaged; delete"):
+        build_shards(config, half, **SMALL)
+    assert _files(half) == before
+
+
+def test_digests_behind_the_last_commit_are_cut_off(config, half: Path, whole: Path) -> None:
+    with (half / "seen.bin").open("ab") as file:
+        file.write(b"x" * 13)
+    build_shards(config, half, **SMALL)
+    assert _files(half) == _files(whole)
+
+
 @pytest.mark.parametrize("damage", ["seal", "cut", "shard"])
 def test_damage_to_what_was_committed_is_named(config, half: Path, damage: str) -> None:
     path = half / (PROGRESS if damage != "shard" else "train-00000.bin")

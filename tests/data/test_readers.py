@@ -1,11 +1,16 @@
+import bz2
+import csv
 import gzip
 import itertools
 import json
+import lzma
+import random
 from pathlib import Path
 
 import pytest
 
-from qies.data.readers import find_files, grouped
+from qies.data.readers import grouped
+from qies.data.sources import find_files
 from qies.data.streams import FileStream
 from qies.errors import UserError
 
@@ -16,9 +21,26 @@ def _lines(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": t, "url": "u"}) + "\n" for t in texts).encode()
 
 
+PACKERS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+
+
+def _parquet(texts: list[str]) -> bytes:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"text": texts}), sink := pa.BufferOutputStream())
+    return sink.getvalue().to_pybytes()
+
+
 def _write(path: Path, texts: list[str]) -> None:
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(_lines(texts)))
+    if path.suffix in PACKERS:
+        path.write_bytes(PACKERS[path.suffix](_lines(texts)))
+    elif path.suffix == ".json":  # one array over many lines
+        path.write_text(json.dumps([{"text": t} for t in texts], indent=1, ensure_ascii=False), encoding="utf-8")
+    elif path.suffix in (".csv", ".tsv"):
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            rows = csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t")
+            rows.writerows([["id", "text"], *(["a,b", t] for t in texts)])
     elif path.suffix == ".zst":
         pa = pytest.importorskip("pyarrow")
         half = len(texts) // 2
@@ -33,7 +55,10 @@ def _write(path: Path, texts: list[str]) -> None:
         path.write_bytes(_lines(texts))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.zst", "a.parquet"])
+NAMES = ["a.jsonl", "a.json.gz", "a.jsonl.zst", "a.jsonl.xz", "a.jsonl.bz2", "a.json", "a.csv", "a.tsv", "a.parquet"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_kind_reads_the_same_and_goes_on_from_every_position(name, tmp_path):
     _write(tmp_path / name, TEXTS)
     _write(tmp_path / f"b{name}", TEXTS[:3])
@@ -70,7 +95,25 @@ FAULTS = {
     ),
     "no.parquet": (lambda: pytest.importorskip("pyarrow") and b"PAR1 no PAR1", "damaged parquet"),
     "field.jsonl": (lambda: b'{"text": "a"}\n{"body": "b"}\n', "line 2 has no field 'text'; it has: body"),
-    "null.jsonl": (lambda: b'{"text": null}\n', "line 1 has a NoneType"),
+    "list.jsonl": (lambda: b'{"text": ["a"]}\n', "line 1 has a list, no text, in 'text'; .*qies data build"),
+    "nul.jsonl": (lambda: b'{"text": "a\\u0000b"}\n', r"line 1 holds zero bytes \(NUL\)"),
+    "nul.txt": (lambda: b"a\0b\n", r"line 1 holds zero bytes \(NUL\)"),
+    "nul.csv": (lambda: b"text\na\0b\n", r"line 2 holds zero bytes \(NUL\)"),
+    "nul.parquet": (lambda: _parquet(["a\0b"]), r"row 1 holds zero bytes \(NUL\)"),
+    "fields.csv": (lambda: b"id,text\n1,a\n2,b,c\n", "line 3 has 3 fields, not the 2 of its first line"),
+    "quote.csv": (lambda: b'text\n"a"b\n', "line 2 is not CSV"),
+    "latin.csv": (lambda: b"text\ncaf\xe9\n", "line 2 is not UTF-8"),
+    "field.csv": (lambda: b"id,body\n1,a\n", "has no field 'text'; it has: id, body"),
+    "cut.json": (lambda: b'[{"text": "a"},\n {"text": "b', "record 2 is not a JSON object"),
+    "open.json": (lambda: b'[{"text": "a"}', "cut off or damaged behind record 1"),
+    "two.json": (lambda: b'[{"text": "a"}] [{"text": "b"}]', "more than one JSON array"),
+    "strings.json": (lambda: b'["a"]', "record 1 is not a JSON object"),
+    "none.json": (lambda: b"[ ]", "holds no record"),
+    "latin.json": (lambda: b'[{"text": "caf\xe9"}]', "is not UTF-8"),
+    "cut.jsonl.xz": (lambda: lzma.compress(_lines(TEXTS))[:-500], "damaged xz"),
+    "cut.jsonl.bz2": (lambda: bz2.compress(_lines(TEXTS))[:-500], "damaged bz2"),
+    "no.jsonl.xz": (lambda: b"plain", "damaged xz"),
+    "no.jsonl.zst": (lambda: b"plain text, no zstd", "damaged zst"),
     "latin.jsonl": (lambda: b'{"text": "caf\xe9"}\n', "line 1 is not UTF-8"),
     "latin.txt": (lambda: b"a\ncaf\xe9\n", "line 2 is not UTF-8"),
     "surrogate.jsonl": (lambda: b'{"text": "\\ud800"}\n', "no Unicode text"),
@@ -117,3 +160,78 @@ def test_what_fits_into_memory_is_told_by_the_unpacked_size(suffix, tmp_path):
     (tmp_path / "b.txt").write_bytes(b"b" * 500_000)
     files = find_files(str(tmp_path))
     assert files.is_text and files.fit(1_500_000) and not files.fit(1_499_999)
+
+
+def test_null_and_empty_texts_are_empty_in_every_format(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": ""}\n{"text": "x"}\n')
+    (tmp_path / "b.json").write_text('[{"text": null}, {"text": ""}, {"text": "x"}]')
+    (tmp_path / "c.csv").write_text('id,text\n1,\n2,""\n\n3,x\n')
+    parquet.write_table(pa.table({"text": [None, "", "x"]}), tmp_path / "d.parquet")
+    assert [text for b in find_files(str(tmp_path)).batches() for _, text in b.records] == ["", "", "x"] * 4
+
+
+def test_an_array_larger_than_a_block_and_with_odd_characters_comes_back(tmp_path):
+    texts = [f'"]}},[{{ {i} \\ 日本 \U0001f600' * (i % 7 + 1) for i in range(3000)] + ["x" * 300_000, "end"]
+    _write(tmp_path / "a.json", texts)
+    assert (tmp_path / "a.json").stat().st_size > 500_000
+    assert [text for b in find_files(str(tmp_path)).batches() for _, text in b.records] == texts
+
+
+def test_one_file_without_a_record_among_others_is_passed_over(tmp_path):
+    for name in ("a.jsonl", "c.jsonl"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "b.jsonl").write_bytes(_lines(TEXTS[:600]))
+    files = find_files(str(tmp_path))
+    batches = list(files.batches())
+    assert [len(b.records) for b in batches] == [0, 512, 88, 0]
+    for i, batch in enumerate(batches):
+        assert [b.records for b in files.batches(batch.position)][-1] == [] or i == 3
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"c\.jsonl' holds no record"):
+        list(find_files(str(tmp_path)).batches())
+
+
+def test_a_long_window_of_zstd_is_read_and_one_beyond_the_limit_is_named(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    long = zstandard.ZstdCompressionParameters.from_level(3, window_log=31, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    packed = packer.compress(_lines(TEXTS[:5])) + packer.flush()
+    assert zstandard.get_frame_parameters(packed).window_size == 1 << 31
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    assert [text for b in find_files(str(tmp_path)).batches() for _, text in b.records] == TEXTS[:5]
+    (tmp_path / "a.jsonl.zst").write_bytes(packed[:5] + bytes([packed[5] + 8]) + packed[6:])  # the window's exponent
+    with pytest.raises(UserError, match=r"a window of 4,294,967,296 bytes.*limit of 2,147,483,648.*--long"):
+        list(find_files(str(tmp_path)).batches())
+
+
+def test_whatever_is_wrong_with_a_parquet_file_is_one_line(tmp_path):
+    """Single bytes of a small file changed: it is read, or refused in one line, whatever pyarrow raises."""
+    content, rng = _parquet(["some text", "more of it"] * 20), random.Random(0)
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        try:
+            list(find_files(str(tmp_path)).batches())
+        except UserError as error:
+            refused += 1
+            assert "a.parquet" in str(error) and "\n" not in str(error)
+    assert refused > 50
+
+
+def test_errors_of_arrow_that_are_no_value_errors_are_one_line_too(tmp_path, monkeypatch):
+    """ArrowNotImplementedError is one, met in two files of parquet's own test suite."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def fail(*_, **__):
+        raise pa.ArrowNotImplementedError("Unsupported encoding")
+
+    (tmp_path / "a.parquet").write_bytes(_parquet(["x"]))
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", fail)
+    with pytest.raises(UserError, match=r"a.parquet' is a damaged parquet file \(Unsupported encoding\)"):
+        list(find_files(str(tmp_path)).batches())

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoTokenizer
 
 from qies import runs
-from qies.config import DataConfig, RunConfig, TrainConfig, replace_data, save
+from qies.config import DataConfig, RunConfig, TrainConfig, save
+from qies.data.locate import locate
 from qies.data.manifest import Build
 from qies.data.shards import Shards, build_shards, open_shards
 from qies.data.tokenizer import END, save_tokenizer, token_byte_lengths, train_tokenizer
@@ -47,7 +48,7 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(built: Path) -> RunConfig:
-    return replace_data(RunConfig("transformer", "20k", 32 * 4 * 20, train=TINY), str(built))
+    return locate(RunConfig("transformer", "20k", 32 * 4 * 20, train=TINY), str(built))
 
 
 def _by_hand(model, shards: Shards, seq_len: int, targets: int) -> dict[str, tuple[float, int, int]]:

@@ -65,6 +65,7 @@ def ladder(
     from qies import config, runs
     from qies import ladder as ladders
     from qies import study as studies
+    from qies.data.locate import locate
     from qies.ladder.jobs import check
     from qies.train.tracking import parse
 
@@ -88,8 +89,10 @@ def ladder(
         files = [str(out / "study.yaml")]
     if len(files) != 1:
         raise UserError("Give one ladder file: a LADDER.yaml.")
-    chosen = config.load(config.StudyConfig, files[0], changes)
-    chosen = config.replace_data(chosen, chosen.data.source)
+    if action == "status":  # its text need not be there
+        chosen = config.from_dict(config.StudyConfig, config.merge(config.read(Path(files[0])), changes))
+    else:
+        chosen = locate(config.load(config.StudyConfig, files[0], changes))
     folder = out or Path("results") / chosen.name
     console = Console(stderr=json)
     if action == "plan":
@@ -106,6 +109,7 @@ def ladder(
             ladders.devices(how["workers"], gpus)
         if submit is not None:
             check(submit, sbatch, jobs, gpus)
+            chosen = studies.claim(chosen, folder)
             data = studies.prepare(chosen, folder, console)
             ids = ladders.submit(
                 studies.longest_first(chosen), folder / "runs", data, folder / "jobs",

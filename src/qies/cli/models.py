@@ -29,7 +29,7 @@ def generate(
 
     Args:
         checkpoint: A run's folder, or a folder with config.json and safetensors.
-        prompt: The text to continue.
+        prompt: The text to continue. A special token typed in it, such as <|endoftext|>, is plain text, as in training.
         decoding: greedy or sample.
         max_new_tokens: Length of the continuation.
         temperature: Of the sampling.

@@ -45,6 +45,7 @@ def study(
     """
     from qies import config, ladder, runs
     from qies import study as studies
+    from qies.data.locate import locate
 
     files = [w for w in overrides if "=" not in w]
     changes = [w for w in overrides if "=" in w]
@@ -54,7 +55,7 @@ def study(
         chosen = studies.preset(preset, tuple(changes))
     else:
         chosen = config.load(config.StudyConfig, files[0], changes)
-    chosen = config.replace_data(chosen, chosen.data.source)
+    chosen = locate(chosen)
     folder = out or Path("results") / chosen.name
     console = Console(stderr=json)
     if dry_run:
@@ -64,7 +65,7 @@ def study(
         total = studies.estimate(chosen)
         console.print(f"about {studies.clock(sum(total) / workers)} on {workers} cores; nothing was run.")
         return
-    studies.claim(chosen, folder)
+    chosen = studies.claim(chosen, folder)
     if not json:
         console.print(studies.plan_table(chosen))
     records = studies.run_study(chosen, folder, console)
@@ -149,6 +150,8 @@ def data(
     limit_tokens: int = 0,
     seed: int = 0,
     workers: int = 1,
+    include: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    exclude: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     pack: Path | None = None,
     cache: Path | None = None,
     json: bool = False,
@@ -169,15 +172,18 @@ def data(
     Args:
         action: build, or contamination: what the training text of a folder of shards has in common with a pack.
         source: "builtin", "registry" (or "registry:pip"), "hub:OWNER/NAME" or "hub:OWNER/NAME:CONFIG", or a file, a
-            folder or a glob of text, jsonl (.gz, .zst) or parquet; for contamination the folder of shards.
+            folder or a glob of text, jsonl, JSON arrays, CSV (also .gz, .zst, .xz, .bz2) or parquet; for contamination
+            the folder of shards.
         out: The folder of shards to write.
         vocab_size: Size of the byte-level BPE vocabulary to train.
         tokenizer: Take this one instead of training one: a folder, a tokenizer.json, or a name on the hub.
-        text_field: Where the text is in a record of jsonl, parquet or the hub.
+        text_field: Where the text is in a record of JSON, CSV, parquet or the hub.
         val_fraction: Share of the documents held out, unless the data set holds some out itself.
         limit_tokens: End with the document that reaches so many training tokens; 0: no limit.
         seed: Which documents are held out.
         workers: Processes that tokenise. Their number does not change the result.
+        include: Read only the files of a folder or pattern that match, such as 'part-*.jsonl'; may be given again.
+        exclude: Leave out the files that match; may be given again.
         pack: An evaluation pack (a folder of .jsonl and .txt files), whose 13-grams are looked for in the text.
         cache: Where "registry" keeps the archives it fetches; by default below the user's cache folder.
         json: Print the manifest, or the overlap.
@@ -193,7 +199,7 @@ def data(
         if pack is None:
             raise UserError("Give --pack DIR, the evaluation pack to look for.")
         with building_bar(quiet=json) as progress:
-            rows = shards_overlap(open_shards(Path(source)), pack, progress)
+            rows = shards_overlap(open_shards(Path(os.path.expanduser(source))), pack, progress)
         show(json, [to_dict(row) for row in rows], lambda: _print_overlap(rows))
         return
     if out is None:
@@ -202,7 +208,7 @@ def data(
         manifest = build_shards(
             DataConfig(source, vocab_size, val_fraction, seed),
             out,
-            build=Build(text_field, tokenizer, limit_tokens),
+            build=Build(text_field, tokenizer, limit_tokens, include=include, exclude=exclude),
             workers=workers,
             pack=pack,
             progress=progress,
@@ -255,6 +261,8 @@ def train(
 
     from qies import config as configs
     from qies import runs
+    from qies.data.locate import locate
+    from qies.data.manifest import summary
     from qies.data.shards import build_shards, open_shards
     from qies.train.folder import branch, claim
     from qies.train.loop import check_data
@@ -279,7 +287,7 @@ def train(
         chosen = configs.from_dict(configs.RunConfig, configs.merge(base, [*flags, *overrides]))
     else:
         chosen = configs.from_dict(configs.RunConfig, configs.merge({}, [*flags, *overrides]))
-    chosen = configs.replace_data(chosen, data or chosen.data.source)
+    chosen = locate(chosen, data)
     if not resume and runs.read(out) is not None:
         raise UserError(f"{out} holds a run already; leave --no-resume out or give another --out.")
     runs.plan(chosen, chosen.data.vocab_size)
@@ -290,7 +298,10 @@ def train(
         built = Path(chosen.data.source)
         if not (built / "manifest.json").is_file():
             built = out / "data"
-            build_shards(chosen.data, built)
+            there = (built / "manifest.json").is_file()
+            manifest = build_shards(chosen.data, built)
+            if not (there or json):
+                print(summary(manifest))
         check_data(open_shards(built), chosen.train)
         if branch_from is not None:
             branch(chosen, branch_from, out)
@@ -314,6 +325,9 @@ def train(
 
 
 def _print_manifest(manifest: Any, folder: Path) -> None:
+    from qies.data.manifest import summary
+
+    print(summary(manifest))
     print(f"{folder}: {manifest.corpus}, vocabulary {manifest.vocab_size:,}, hash {manifest.hash[:16]}")
     for name in ("train", "val"):
         split = manifest.split(name)

@@ -29,12 +29,13 @@ from qies.data import tokenizer as bpe
 from qies.data.contamination import Count, Pack
 from qies.data.corpora import Document, text_key
 from qies.data.files import replacing
-from qies.data.manifest import SPLITS, Counts, Run, Shard
+from qies.data.manifest import SPLITS, Counts, Dropped, Run, Shard
 from qies.data.progress import Progress, Step
 from qies.data.streams import Stream
 from qies.errors import Stopped, UserError
 
 PROGRESS = "progress.json"
+TOKENIZER = "tokenizer"
 SEEN = "seen.bin"  # digests of the documents taken, 8 bytes each: what came before is dropped
 BATCH_CHARACTERS = 1_000_000
 
@@ -68,7 +69,11 @@ class State:
     digests: dict[str, str] = field(default_factory=dict)
     val_order: list[Run] = field(default_factory=list)
     overlap: Count = field(default_factory=Count)
+    dropped: Dropped = field(default_factory=Dropped)
     seen: int = 0
+    """Documents whose digests are in `SEEN`, and the sha256 of those."""
+    seen_sha256: str = hashlib.sha256().hexdigest()
+    tokenizer_sha256: str = ""
 
     def total(self, split: str) -> Counts:
         return sum(self.counts[split].values(), Counts())
@@ -83,7 +88,8 @@ class State:
 def load_state(folder: Path, identity: dict[str, Any]) -> tuple[State, int] | None:
     """The state (and threshold) of a build of `identity` that was cut off in `folder`, None if nothing is committed.
 
-    Raises UserError: it was of something else, its file is damaged, or a shard of it is not as it was written.
+    Raises UserError: it was of something else, its file is damaged, or a shard, the tokenizer or the digests are not as
+    they were written.
     """
     path = folder / PROGRESS
     if not path.is_file():
@@ -100,6 +106,7 @@ def load_state(folder: Path, identity: dict[str, Any]) -> tuple[State, int] | No
             split: {name: Counts(**counts) for name, counts in values["counts"][split].items()} for split in SPLITS
         }
         state.val_order = [Run(**run) for run in values["val_order"]]
+        state.dropped = Dropped(**values["dropped"])
         state.overlap = Count(set(values["overlap"]["found"]), values["overlap"]["documents"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"'{path}' is damaged ({error}); delete '{folder}' and build the data again") from None
@@ -107,11 +114,31 @@ def load_state(folder: Path, identity: dict[str, Any]) -> tuple[State, int] | No
         raise UserError(
             f"'{folder}' holds the beginning of other data ({'; '.join(other)}); give another folder or delete it"
         )
-    for shard in (shard for split in SPLITS for shard in state.shards[split]):
-        file = folder / shard.file
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != shard.sha256:
-            raise UserError(f"'{file}' is missing or damaged; delete '{folder}' and build the data again")
+    checked = {shard.file: shard.sha256 for split in SPLITS for shard in state.shards[split]}
+    for name, sha256 in checked.items():
+        if not (folder / name).is_file() or hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
+            raise _damaged(folder / name)
+    try:
+        if bpe.tokenizer_sha256(folder / TOKENIZER) != state.tokenizer_sha256:
+            raise OSError
+    except OSError:
+        raise _damaged(folder / TOKENIZER) from None
+    if hashlib.sha256(_digests(folder, state.seen)).hexdigest() != state.seen_sha256:
+        raise _damaged(folder / SEEN)
     return state, threshold
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"'{path}' is missing or damaged; delete '{path.parent}' and build the data again")
+
+
+def _digests(folder: Path, count: int) -> bytes:
+    """The first `count` digests, or what is there of them. What follows was written after the last commit."""
+    path = folder / SEEN
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return file.read(8 * count)
 
 
 def hash_of(text: str, seed: int) -> int:
@@ -128,6 +155,8 @@ class _Prepared:
     digests: bytes
     position: Any
     done: int
+    dropped: list[Dropped]
+    """Before each document, and behind the last."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +177,7 @@ class Writer:
         self.pending: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         self.room = dict.fromkeys(SPLITS, plan.shard_tokens)
         self.digests: list[bytes] = []  # of the documents taken since the last commit
+        self.sha256 = hashlib.sha256()  # over all digests
 
     def write(self) -> State:
         """Write what is left of the stream. Raises UserError for what the stream objects to."""
@@ -180,34 +210,44 @@ class Writer:
         characters = min(BATCH_CHARACTERS, self.plan.shard_tokens)
         for batch in self.stream.batches(self.state.position, characters):
             documents, splits, digests = [], [], []
+            dropped = [Dropped(empty_files=int(batch.empty_file))]
             for document in batch.documents:
                 done += len(document.text)
                 if not self.stream.distinct:
                     digest = _digest(document.text)
-                    if digest in seen or not document.text.strip():
+                    if not document.text.strip():
+                        dropped[-1] += Dropped(empty=1)
+                        continue
+                    if digest in seen:
+                        dropped[-1] += Dropped(repeated=1)
                         continue
                     seen.add(digest)
                     digests.append(digest.to_bytes(8, "little"))
+                dropped.append(Dropped())
                 documents.append(document)
                 held_out = hash_of(document.text, self.plan.seed) < self.plan.threshold
                 splits.append(batch.split or ("val" if held_out else "train"))
-            yield _Prepared(documents, splits, b"".join(digests), batch.position, done)
+            yield _Prepared(documents, splits, b"".join(digests), batch.position, done, dropped)
 
     def _seen(self) -> set[int]:
         """The digests behind the last commit; what was written after it is cut off."""
+        digests = _digests(self.plan.folder, self.state.seen)
+        self.sha256 = hashlib.sha256(digests)
         path = self.plan.folder / SEEN
         path.touch()
-        os.truncate(path, 8 * self.state.seen)
-        return set(np.fromfile(path, "<u8").tolist())
+        os.truncate(path, len(digests))
+        return set(np.frombuffer(digests, "<u8").tolist())
 
     def _take(self, prepared: _Prepared, encoded: _Encoded) -> None:
         """Add a batch to what is pending, up to the document that reaches the limit of tokens."""
         state = self.state
         state.position = prepared.position
         self.digests.append(prepared.digests)
-        for document, split, ids, size, hits in zip(
-            prepared.documents, prepared.splits, encoded.ids, encoded.bytes, encoded.hits, strict=True
+        *before, behind = prepared.dropped
+        for document, split, ids, size, hits, dropped in zip(
+            prepared.documents, prepared.splits, encoded.ids, encoded.bytes, encoded.hits, before, strict=True
         ):
+            state.dropped += dropped
             counts = state.counts[split]
             counts[document.source] = counts.get(document.source, Counts()) + Counts(1, size, len(ids) + 1)
             self.room[split] -= len(ids) + 1
@@ -222,7 +262,8 @@ class Writer:
             elif self.plan.table:
                 state.overlap.see(self.plan.table, hits)
             if self._full():
-                break
+                return
+        state.dropped += behind
 
     def _commit(self) -> None:
         folder, state = self.plan.folder, self.state
@@ -235,11 +276,13 @@ class Writer:
                 state.shards[split].append(Shard(name, len(data), hashlib.sha256(data.data).hexdigest()))
                 parts.clear()
                 self.room[split] = self.plan.shard_tokens
+        digests = b"".join(self.digests)
         with (folder / SEEN).open("ab") as file:
-            file.write(b"".join(self.digests))
+            file.write(digests)
             file.flush()
             os.fsync(file.fileno())
-        state.seen += sum(map(len, self.digests)) // 8
+        self.sha256.update(digests)
+        state.seen, state.seen_sha256 = state.seen + len(digests) // 8, self.sha256.hexdigest()
         self.digests.clear()
         with replacing(folder / PROGRESS) as file:
             file.write(state.to_json(self.plan.identity, self.plan.threshold).encode())
@@ -263,17 +306,11 @@ class _Encoder:
     """Encodes the texts of a batch; each process has its own."""
 
     def __init__(self, folder: Path, pack: Pack | None) -> None:
-        self.tokenizer = bpe.read_tokenizer(folder)
-        self.lengths = bpe.token_byte_lengths(self.tokenizer)
-        self.begin = int(self.lengths[self.tokenizer.token_to_id(bpe.end_token(folder))])
-        self.exact = self.tokenizer.normalizer is None  # else a text's length is that of its normal form
+        self.encode = bpe.Exact(bpe.read_tokenizer(folder), bpe.end_token(folder))
         self.pack = pack
 
-    def __call__(self, texts: list[str], training: list[bool]) -> _Encoded:
-        ids = list(bpe.encode_texts(self.tokenizer, texts))
-        sizes = [int(self.lengths[part].sum()) + self.begin for part in ids]
-        if self.exact and sizes != [len(text.encode()) for text in texts]:
-            raise RuntimeError("the tokens of a document do not add up to its bytes")
+    def __call__(self, texts: list[str], names: list[str], training: list[bool]) -> _Encoded:
+        ids, sizes = self.encode(texts, names)
         pack = self.pack
         hits = [pack.hits(text) if pack and own else [] for text, own in zip(texts, training, strict=True)]
         return _Encoded(ids, sizes, hits)
@@ -296,18 +333,19 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(texts: list[str], training: list[bool]) -> _Encoded:
+def _work(texts: list[str], names: list[str], training: list[bool]) -> _Encoded:
     if _worker is None:
         raise RuntimeError("a worker has not been started")
-    return _worker(texts, training)
+    return _worker(texts, names, training)
 
 
 @contextmanager
 def _encoder(plan: Plan) -> Iterator[Callable[[_Prepared], Callable[[], _Encoded]]]:
     """What starts to encode a batch and returns what waits for the result."""
 
-    def arguments(prepared: _Prepared) -> tuple[list[str], list[bool]]:
-        return [d.text for d in prepared.documents], [split == "train" for split in prepared.splits]
+    def arguments(prepared: _Prepared) -> tuple[list[str], list[str], list[bool]]:
+        texts, names = [d.text for d in prepared.documents], [d.label for d in prepared.documents]
+        return texts, names, [split == "train" for split in prepared.splits]
 
     if plan.workers == 1:  # in this process, with the threads of the tokenizer
         own = _Encoder(plan.tokenizer, plan.table)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qies.data.manifest import Overlap
+from qies.data.packed import read_whole
 from qies.data.progress import Progress, Step
-from qies.data.readers import read_whole
 from qies.errors import UserError
 
 if TYPE_CHECKING:

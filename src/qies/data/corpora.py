@@ -10,12 +10,15 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qies.data import registry
 from qies.data.builtin import GENRES
-from qies.data.readers import LONGEST, Files, find_files, read_whole
+from qies.data.manifest import Dropped, Reading
+from qies.data.packed import read_whole
+from qies.data.readers import LONGEST, without_nul
+from qies.data.sources import Files, find_files
 from qies.errors import UserError
 
 # A text file of more than LONGEST characters is cut into documents; in a corpus of few files a shorter one too,
@@ -31,6 +34,11 @@ class Document:
     text: str
     source: str
     id: str
+
+    @property
+    def label(self) -> str:
+        """Its name in errors."""
+        return f"the document '{self.id}' of '{self.source}'"
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,11 @@ class Corpus:
     documents: list[Document]
     sources: list[Source]
     sha256: str
+    reading: Reading = field(default_factory=Reading)
 
 
-def load_corpus(source: str) -> Corpus:
-    """The cleaned corpus that `source` names.
+def load_corpus(source: str | Files) -> Corpus:
+    """The cleaned corpus that `source` names, or of its files.
 
     "builtin" is English prose of three genres carried by dependencies of this package (see `qies.data.builtin`).
     "registry" is text of pinned packages, fetched where they are not in the cache (see `qies.data.registry`).
@@ -72,7 +81,7 @@ def load_corpus(source: str) -> Corpus:
 
     Raises UserError: no such source, no text in it, not UTF-8, a package of the built-in corpus missing.
     """
-    if _is_registry(source):
+    if isinstance(source, str) and _is_registry(source):
         licences = registry.registry_sources(source)
         raw = (Document(text, name, id) for name, id, text in registry.registry_documents(source))
         return _corpus("registry", raw, licences)
@@ -80,21 +89,23 @@ def load_corpus(source: str) -> Corpus:
         licences = {genre.name: (genre.licence, genre.version()) for genre in GENRES}
         raw = (Document(text, genre.name, id) for genre in GENRES for id, text in genre.documents())
         return _corpus(source, raw, licences)
-    files = find_files(source)
+    files = find_files(source) if isinstance(source, str) else source
     texts = sorted(_read(files), key=lambda document: document.source)
-    corpus = _corpus(files.name, texts, {document.source: (files.licence, "") for document in texts})
+    licences = {document.source: (files.licence, "") for document in texts if document.text}
+    corpus = _corpus(files.name, texts, licences, files)
     if not corpus.documents:
-        raise UserError(f"'{source}' holds no text; give a file, folder or pattern with text in it")
+        raise UserError(f"'{files.name}' holds no text; give a file, folder or pattern with text in it")
     return corpus
 
 
-def fingerprint(source: str) -> str:
+def fingerprint(source: str | Files) -> str:
     """What decides `load_corpus(source)`, found without loading it: package versions, or a sha256 of the raw files."""
-    if _is_registry(source):
+    if isinstance(source, str) and _is_registry(source):
         return registry.registry_fingerprint(source)
     if source == "builtin":
         return "; ".join(genre.version() for genre in GENRES)
-    return _sha256(part for path, id in find_files(source).files for part in (id.encode(), read_whole(path)))
+    files = find_files(source) if isinstance(source, str) else source
+    return _sha256(part for path, id in files.files for part in (id.encode(), read_whole(path)))
 
 
 def _is_registry(source: str) -> bool:
@@ -142,28 +153,40 @@ def split_documents(corpus: Corpus, val_fraction: float, seed: int) -> tuple[lis
 # --- cleaning
 
 
-def _corpus(name: str, raw: Iterable[Document], licences: dict[str, tuple[str, str]]) -> Corpus:
-    documents = list(_distinct(raw))
+def _corpus(
+    name: str, raw: Iterable[Document], licences: dict[str, tuple[str, str]], files: Files | None = None
+) -> Corpus:
+    documents, dropped = _distinct(raw)
     sources = []
     for source, (licence, version) in licences.items():
         own = [document for document in documents if document.source == source]
         size = sum(len(document.text.encode()) for document in own)
         digest = _sha256(part for document in own for part in _parts(document))
         sources.append(Source(source, licence, version, len(own), size, digest))
-    return Corpus(name, documents, sources, _sha256(source.sha256.encode() for source in sources))
+    reading = Reading(len(files.files), files.skipped, dropped) if files else Reading(dropped=dropped)
+    return Corpus(name, documents, sources, _sha256(source.sha256.encode() for source in sources), reading)
 
 
-def _distinct(raw: Iterable[Document]) -> Iterator[Document]:
-    """Documents with tidy white space, without texts and long paragraphs that came before."""
+def _distinct(raw: Iterable[Document]) -> tuple[list[Document], Dropped]:
+    """Documents with tidy white space, without texts and long paragraphs that came before, and how many those were."""
     texts: set[bytes] = set()
     paragraphs: set[bytes] = set()
+    documents, repeated, empty, repeated_paragraphs = [], 0, 0, 0
     for document in raw:
         text = tidy(document.text)
-        if _first_time(text, texts):
+        if not text:
+            empty += 1
+        elif not _first_time(text, texts):
+            repeated += 1
+        else:
             parts = text.split("\n\n")
             kept = [part for part in parts if len(part) < _SHARED_PARAGRAPH or _first_time(part, paragraphs)]
-            if any(kept):
-                yield Document("\n\n".join(kept), document.source, document.id)
+            if kept:
+                documents.append(Document("\n\n".join(kept), document.source, document.id))
+                repeated_paragraphs += len(parts) - len(kept)
+            else:  # each of its paragraphs came before
+                repeated += 1
+    return documents, Dropped(repeated, empty, repeated_paragraphs)
 
 
 def text_key(text: str, size: int) -> bytes:
@@ -207,6 +230,8 @@ def _read(files: Files) -> Iterator[Document]:
     count = Counter(files.source(id) for id, own in pieces.items() for _ in own)
     for id, own in pieces.items():
         source = files.source(id)
+        if not own:
+            yield Document("", files.name, id)
         for number, piece in enumerate(own):
             name = f"{id}#{number:05d}" if len(own) > 1 else id
             yield Document(piece, source if count[source] > 1 else files.name, name)
@@ -217,9 +242,7 @@ def _decode(path: Path) -> str:
         text = read_whole(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"'{path}' is not UTF-8 text (at byte {error.start}); convert it or leave it out") from None
-    if "\0" in text:
-        raise UserError(f"'{path}' holds zero bytes, so it is no text; leave it out")
-    return text
+    return without_nul(text, f"'{path}'")
 
 
 def _cut(text: str, length: int) -> Iterator[str]:

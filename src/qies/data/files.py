@@ -12,6 +12,23 @@ from typing import BinaryIO
 from qies.errors import UserError
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it unless they are there, not writable by everyone whatever the umask.
+
+    A run refuses a folder that anyone may write. Raises OSError.
+    """
+    for folder in reversed([path, *path.parents]):
+        if not folder.is_dir():
+            folder.mkdir(mode=0o775, exist_ok=True)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file that a library made for its owner alone the mode that new files have."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def exclusive(out: Path, marker: str) -> Iterator[None]:
     """Hold the folder `out` alone, made if need be. A file `marker` is there meanwhile, and stays if the body fails.
@@ -19,7 +36,7 @@ def exclusive(out: Path, marker: str) -> Iterator[None]:
     Raises UserError if the body meets a full disk or a folder it may not write.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         with (out / marker).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

@@ -14,8 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qies.data import readers
+from qies.data import readers, sources
 from qies.data.corpora import Document
+from qies.data.manifest import Dropped, Reading
 from qies.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class HubStream:
 
     def about(self, source: str) -> tuple[str, str]:
         return self._about[1], f"revision {self._about[0]}"
+
+    def reading(self, dropped: Dropped) -> Reading:
+        return Reading(dropped=dropped)
 
     def digests(self) -> None:
         return None
@@ -145,7 +149,7 @@ class HubStream:
             if self.local:
                 card = Path(self.path, "README.md").expanduser()
                 data = DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
-                revision = f"files {readers.find_files(self.path).fingerprint()}"
+                revision = f"files {sources.find_files(self.path).fingerprint()}"
             else:
                 info = HfApi().dataset_info(self.path)
                 data = info.card_data.to_dict() if info.card_data else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ DTYPES = ("uint16", "uint32")  # by the size of the vocabulary
 LIMIT = 64_000_000  # bytes above which a manifest is not read; `val_order` has up to 60 for each document held out
 SHARD_NAME = re.compile(r"(train|val)-\d{5}\.bin")
 
-_PROVENANCE = ("hash", "config", "fingerprint", "corpus", "sources", "build", "val_order", "contamination")
+_PROVENANCE = ("hash", "config", "fingerprint", "corpus", "sources", "build", "val_order", "contamination",
+               "reading")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,47 @@ class Build:
     """What `qies data build` was told beside the text's `config`.
 
     `tokenizer` is the name given, "" for one trained on the text; `limit_tokens` 0 means no limit; `pack` is the
-    fingerprint of the evaluation pack, "" without one.
+    fingerprint of the evaluation pack, "" without one; `include` and `exclude` are patterns for the files of a source.
     """
 
     text_field: str = "text"
     tokenizer: str = ""
     limit_tokens: int = 0
     pack: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Files of a source that were left out for one reason, with the first of their names."""
+
+    reason: str
+    files: int
+    first: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What was read and not kept: documents that came before, documents of nothing but white space (and records whose
+    text is null), long paragraphs that came before, files without a record."""
+
+    repeated: int = 0
+    empty: int = 0
+    paragraphs: int = 0
+    empty_files: int = 0
+
+    def __add__(self, other: Dropped) -> Dropped:
+        return Dropped(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What became of a source: its files (0 where it is none of files), those left out, and what was dropped."""
+
+    files: int = 0
+    skipped: tuple[Skipped, ...] = ()
+    dropped: Dropped = Dropped()
 
 
 @dataclass(frozen=True)
@@ -106,7 +141,8 @@ class Manifest:
 
     `hash` identifies text, split, tokenizer and tokens: two folders with the same one hold the same data. `config`,
     `fingerprint` (see `corpora.fingerprint`), `corpus` (its name) and `sources` say where it came from, `val_order` to
-    which source the documents of val belong, in their order (empty in manifests of before there was the field).
+    which source the documents of val belong, in their order, `reading` what was left out (both are empty in manifests
+    older than the field).
     """
 
     schema: int
@@ -124,6 +160,7 @@ class Manifest:
     build: Build = Build()
     val_order: tuple[Run, ...] = ()
     contamination: tuple[Overlap, ...] = ()
+    reading: Reading = Reading()
 
     def split(self, name: str) -> Split:
         """The split "train" or "val". Raises UserError for another name."""
@@ -146,6 +183,23 @@ def dtype_for(vocab_size: int) -> str:
 def dumps(manifest: Manifest) -> str:
     """The manifest as text, the same for the same manifest."""
     return json.dumps(to_dict(manifest), indent=1, ensure_ascii=False) + "\n"
+
+
+def summary(manifest: Manifest) -> str:
+    """What was read, left out and kept, in one line of words."""
+    reading, total = manifest.reading, manifest.train.documents + manifest.val.documents
+    parts = [f"read {reading.files:,} files"] if reading.files else []
+    parts += [
+        f"skipped {row.files:,} {row.reason} ({', '.join(row.first[:3])}{', ...' if row.files > 3 else ''})"
+        for row in reading.skipped
+    ]
+    parts.append(f"kept {total:,} documents")
+    names = {
+        "repeated": "repeated documents", "empty": "empty or null documents", "paragraphs": "repeated paragraphs",
+        "empty_files": "files without a record",
+    }  # fmt: skip
+    dropped = [f"{count:,} {names[key]}" for key, count in asdict(reading.dropped).items() if count]
+    return "; ".join([*parts, f"dropped {', '.join(dropped)}" if dropped else "dropped none"])
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,4 +1,4 @@
-"""Files too large for memory as streams: jsonl (.gz, .zst), parquet and plain text, one record after another.
+"""One file after another as records: jsonl, JSON arrays, CSV, parquet and plain text, compressed or not.
 
 A stream comes in batches, each with the position behind it, from which reading can go on after a kill. Every fault of
 a file is one line that names the file and the record.
@@ -6,30 +6,27 @@ a file is one line that names the file and the record.
 
 from __future__ import annotations
 
-import glob
-import gzip
-import hashlib
-import io
+import codecs
+import csv
 import itertools
 import json
-import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from qies.errors import UserError, nearest
+from qies.data.packed import COMPRESSED, is_compressed, open_file, reading
+from qies.errors import UserError
 
 LONGEST = 1_000_000  # characters above which a text file is cut
 SUFFIXES = (".txt", ".md")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-COMPRESSED = (".gz", ".zst")
+CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}  # and what stands between two fields
 LONGEST_LINE = 256_000_000  # bytes above which a line is taken for damage, or for a bomb
 
+_OBJECTS = "give one object a line, or one array of objects"
+
 BATCH = 512, 1_000_000  # records, characters after which a batch ends: some tenths of a second of tokenising
-_EDGE = 1 << 20  # bytes at either end of a file that its fingerprint covers
 
 R = TypeVar("R")
 Record = tuple[str, str]
@@ -44,125 +41,26 @@ class Batch:
     position: Any
 
 
-@dataclass(frozen=True)
-class Files:
-    """The files that a path, a folder (hidden names left out) or a glob names, as one stream in the order of names.
-
-    `licence` and `version` say that nothing is known of them but their fingerprint: names, sizes and the first and
-    last MiB of each.
-    """
-
-    name: str
-    files: tuple[tuple[Path, str], ...]
-    text_field: str = "text"
-    licence: str = "unknown (files given by the user)"
-
-    @property
-    def version(self) -> str:
-        return f"files {self.fingerprint()[:16]}"
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path, id in self.files:
-            with _reading(path, "file"), path.open("rb") as file:
-                size = path.stat().st_size
-                edges = file.read(_EDGE)
-                file.seek(max(size - _EDGE, 0))
-                digest.update(json.dumps([id, size, hashlib.sha256(edges + file.read(_EDGE)).hexdigest()]).encode())
-        return digest.hexdigest()
-
-    @property
-    def bytes(self) -> int:
-        """About what they hold: compressed text is four times as long unpacked."""
-        return sum(path.stat().st_size * (4 if path.suffix.lower() in COMPRESSED else 1) for path, _ in self.files)
-
-    def fit(self, limit: int) -> bool:
-        """Whether they hold at most `limit` bytes unpacked. Compressed files are unpacked to know."""
-        packed = []
-        for path, _ in self.files:
-            if path.suffix.lower() in COMPRESSED:
-                packed.append(path)
-            else:
-                limit -= path.stat().st_size
-        for path in packed:
-            with _reading(path, path.suffix.lstrip(".")), _open(path) as file:
-                while limit >= 0 and (block := file.read(1 << 20)):
-                    limit -= len(block)
-        return limit >= 0
-
-    @property
-    def is_text(self) -> bool:
-        """Whether all of them are plain text, compressed or not."""
-        return all(kind(path) == "text" for path, _ in self.files)
-
-    def source(self, id: str) -> str:
-        """The folder, of the folder named, that a file or record is in; the whole's name where it is in none."""
-        folder, slash, _ = id.partition("/")
-        return folder if slash else self.name
-
-    def batches(self, position: Any = None, characters: int = BATCH[1]) -> Iterator[Batch]:
-        """The stream from `position` (of an earlier batch; None: the beginning). Raises UserError for a bad file.
-
-        A batch ends with the record that makes it at least `characters` long."""
-        first, skip = position or (0, 0)
-        for number, (path, id) in enumerate(self.files[first:], first):
-            texts = _reader(path)(path, self.text_field, skip)
-            records = ((f"{id}#{n}", text) for n, text in enumerate(texts, skip))
-            done = skip
-            for batch in grouped(records, lambda record: len(record[1]), characters):
-                done += len(batch)
-                yield Batch(batch, [number, done])
-            if not done:
-                raise UserError(f"'{path}' holds no record; it was perhaps cut off: fetch it again or leave it out")
-            skip = 0
-
-
-def find_files(source: str, text_field: str = "text") -> Files:
-    """The files that `source` names. Raises UserError if there is none that can be read."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        if kind(path) is None:
-            raise UserError(f"'{path}' is of no known kind; give {', '.join(_known())}")
-        return Files(path.name, ((path, path.name),), text_field)
-    if path.is_dir():
-        root, found = path, _walk(path)
-    elif glob.has_magic(source):
-        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        found = (Path(match) for match in glob.iglob(str(path), recursive=True))
-    else:
-        raise unknown(source)
-    files = {p.relative_to(root).as_posix(): p for p in found if kind(p) and p.is_file()}
-    if not files:
-        raise UserError(f"'{source}' holds no file of a known kind; give some of {', '.join(_known())}")
-    return Files(path.name or path.resolve().name, tuple((files[id], id) for id in sorted(files)), text_field)
-
-
-def unknown(source: str) -> UserError:
-    """The error for a name that stands for no corpus, with what is most like it."""
-    try:
-        beside = [str(other) for other in Path(source).expanduser().parent.iterdir()]
-    except OSError:
-        beside = []
-    return UserError(
-        f"no corpus '{source}': it is neither 'builtin', 'registry', 'hub:OWNER/NAME' nor an existing file, folder or "
-        "pattern." + nearest(source, ["builtin", "registry", *beside])
-    )
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
-
-
 def kind(path: Path) -> str | None:
-    """One of "json", "parquet", "text", or None for a file that is none of these."""
+    """One of "json", "csv", "parquet", "text", or None for a file that is none of these."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return "parquet"
-    if suffix in COMPRESSED:
-        suffix = Path(path.stem).suffix.lower()
-    return "json" if suffix in JSON_SUFFIXES else "text" if suffix in SUFFIXES else None
+    suffix = _suffix(path)
+    if suffix in JSON_SUFFIXES:
+        return "json"
+    return "csv" if suffix in CSV_SUFFIXES else "text" if suffix in SUFFIXES else None
+
+
+def known_kinds() -> str:
+    """The endings of files that can be read, in words."""
+    return f"{', '.join((*SUFFIXES, *JSON_SUFFIXES, *CSV_SUFFIXES))} (also {', '.join(COMPRESSED)}), .parquet"
+
+
+def read_texts(path: Path, text_field: str, skip: int) -> Iterator[str]:
+    """The texts of a file's records behind the first `skip`; "" for a record whose text is null or empty."""
+    readers = {"json": _json, "csv": _csv, "parquet": _parquet, "text": _text}
+    return readers[kind(path) or "text"](path, text_field, skip)
 
 
 def grouped(records: Iterable[R], length: Callable[[R], int], characters: int = BATCH[1]) -> Iterator[list[R]]:
@@ -180,45 +78,147 @@ def grouped(records: Iterable[R], length: Callable[[R], int], characters: int = 
 
 
 def text_of(row: Any, text_field: str, where: str) -> str:
-    """The text of a record. Raises UserError naming `where` if it has none, or one that is no Unicode text."""
+    """The text of a record, "" where it is null. Raises UserError naming `where` if it has none, or one that is no
+    Unicode text."""
+    other = "name the right one with: qies data build SOURCE --text-field NAME"
     if not isinstance(row, dict) or text_field not in row:
         known = f"; it has: {', '.join(map(str, row))}" if isinstance(row, dict) else ""
-        raise UserError(f"{where} has no field '{text_field}'{known}; name the right one with --text-field")
+        raise UserError(f"{where} has no field '{text_field}'{known}; {other}")
     text = row[text_field]
+    if text is None:
+        return ""
     if not isinstance(text, str):
-        raise UserError(
-            f"{where} has a {type(text).__name__}, no text, in '{text_field}'; name another with --text-field"
-        )
+        raise UserError(f"{where} has a {type(text).__name__}, no text, in '{text_field}'; {other}")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(f"{where} holds half of a surrogate pair, so it is no Unicode text; repair it") from None
+    return without_nul(text, where)
+
+
+def without_nul(text: str, where: str) -> str:
+    """The text itself. Raises UserError if it holds a NUL, which no text does, in whatever format it came."""
+    if "\0" in text:
+        raise UserError(f"{where} holds zero bytes (NUL), so it is no text; repair it or leave it out")
     return text
 
 
 # --- one file
 
 
-def _known() -> list[str]:
-    return [*JSON_SUFFIXES, ".parquet", *SUFFIXES, *(f"with {end}" for end in COMPRESSED)]
+def _suffix(path: Path) -> str:
+    return (Path(path.stem) if is_compressed(path) else path).suffix.lower()
 
 
-def _reader(path: Path) -> Callable[[Path, str, int], Iterator[str]]:
-    return {"json": _json_lines, "parquet": _parquet, "text": _text}[kind(path) or "text"]
+def _json(path: Path, text_field: str, skip: int) -> Iterator[str]:
+    rows = _json_array(path) if _holds_array(path) else _json_lines(path, skip)
+    for number, (row, where) in enumerate(rows):
+        if number >= skip:
+            if not isinstance(row, dict):
+                raise UserError(f"{where} is not a JSON object; {_OBJECTS}")
+            yield text_of(row, text_field, where)
 
 
-def _json_lines(path: Path, text_field: str, skip: int) -> Iterator[str]:
+def _holds_array(path: Path) -> bool:
+    """Whether the file's first character, white space apart, opens a JSON array."""
+    with reading(path), open_file(path) as file:
+        while block := file.read(1 << 10):
+            if block := block.removeprefix(b"\xef\xbb\xbf").lstrip():
+                return block[:1] == b"["
+    return False
+
+
+def _json_lines(path: Path, skip: int) -> Iterator[tuple[Any, str]]:
     for number, line in enumerate(_lines(path)):
-        if number < skip:
-            continue
         where = f"'{path}' line {number + 1}"
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where} is not UTF-8 (at its byte {error.start}); repair the file") from None
+            yield (json.loads(_decoded(line, where, first=True)) if number >= skip else None), where
         except (ValueError, RecursionError):
-            raise UserError(f"{where} is not a JSON object; give one object a line") from None
-        yield text_of(row, text_field, where)
+            raise UserError(f"{where} is not a JSON object; {_OBJECTS}") from None
+
+
+def _json_array(path: Path) -> Iterator[tuple[Any, str]]:
+    """The elements of one array, of which no more than the one at hand is in memory."""
+    decoder, number = json.JSONDecoder(), 0
+    with reading(path), open_file(path) as file:
+        text = _Characters(file, path)
+        text.take()
+        mark = text.take() if text.peek() == "]" else ","
+        while mark != "]":
+            number += 1
+            where = f"'{path}' record {number}"
+            text.peek()
+            while True:
+                try:
+                    row, text.at = decoder.raw_decode(text.buffer, text.at)
+                    break
+                except (ValueError, RecursionError):
+                    if text.peek() != "{" or not text.more():
+                        raise UserError(f"{where} is not a JSON object; {_OBJECTS}") from None
+            yield row, where
+            mark = text.take()
+            if mark not in (",", "]"):
+                raise UserError(f"'{path}' is cut off or damaged behind record {number}; repair the file")
+        if text.peek():
+            raise UserError(f"'{path}' holds more than one JSON array; {_OBJECTS}")
+
+
+class _Characters:
+    """The characters of a file: those from `at` on in `buffer` are next, and more of them can be read."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self.file, self.path = file, path
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.buffer, self.at = "", 0
+
+    def more(self) -> bool:
+        """Twice as many characters as are left; False at the end of the file."""
+        left = self.buffer[self.at :]
+        if len(left) > LONGEST_LINE:
+            raise UserError(f"'{self.path}' has a record of more than {LONGEST_LINE} bytes; no document is: repair it")
+        block = self.file.read(max(1 << 16, len(left)))
+        try:
+            self.buffer, self.at = left + self.decoder.decode(block, final=not block), 0
+        except UnicodeDecodeError:
+            raise UserError(f"'{self.path}' is not UTF-8; repair the file") from None
+        return bool(block)
+
+    def peek(self) -> str:
+        """The next character but white space, "" at the end."""
+        while True:
+            while self.at < len(self.buffer):
+                if not self.buffer[self.at].isspace():
+                    return self.buffer[self.at]
+                self.at += 1
+            if not self.more():
+                return ""
+
+    def take(self) -> str:
+        mark = self.peek()
+        self.at += len(mark)
+        return mark
+
+
+def _csv(path: Path, text_field: str, skip: int) -> Iterator[str]:
+    """Rows of a table whose first row names the columns."""
+
+    def lines() -> Iterator[str]:
+        for number, line in enumerate(_lines(path), 1):
+            where = f"'{path}' line {number}"
+            yield without_nul(_decoded(line, where, first=number == 1), where)
+
+    csv.field_size_limit(LONGEST_LINE)
+    rows = csv.reader(lines(), delimiter=CSV_SUFFIXES[_suffix(path)], strict=True)
+    try:
+        names = next(rows, [])
+        for number, row in enumerate(filter(None, rows)):
+            where = f"'{path}' line {rows.line_num}"
+            if len(row) != len(names):
+                raise UserError(f"{where} has {len(row)} fields, not the {len(names)} of its first line; repair it")
+            if number >= skip:
+                yield text_of(dict(zip(names, row, strict=True)), text_field, where)
+    except csv.Error as error:
+        raise UserError(f"'{path}' line {rows.line_num} is not CSV ({error}); repair the file") from None
 
 
 def _text(path: Path, text_field: str, skip: int) -> Iterator[str]:
@@ -230,10 +230,8 @@ def _pieces(path: Path) -> Iterator[str]:
     piece: list[str] = []
     size = 0
     for number, line in enumerate(_lines(path)):
-        try:
-            text = line.decode("utf-8-sig" if number == 0 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"'{path}' line {number + 1} is not UTF-8 (at its byte {error.start}); repair it") from None
+        where = f"'{path}' line {number + 1}"
+        text = without_nul(_decoded(line, where, first=number == 0), where)
         piece.append(text)
         size += len(text)
         if size >= 2 * LONGEST or (size >= LONGEST and not text.strip()):
@@ -243,10 +241,17 @@ def _pieces(path: Path) -> Iterator[str]:
         yield "".join(piece)
 
 
+def _decoded(line: bytes, where: str, *, first: bool) -> str:
+    try:
+        return line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 (at its byte {error.start}); repair the file") from None
+
+
 def _lines(path: Path) -> Iterator[bytes]:
-    """Lines with their ends; those of nothing but white space only in plain text, where they mean something."""
-    blank = kind(path) == "text"
-    with _reading(path, path.suffix.lstrip(".")), _open(path) as file:
+    """Lines with their ends; those of nothing but white space only outside of JSON, where they mean something."""
+    blank = kind(path) != "json"
+    with reading(path), open_file(path) as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
@@ -258,25 +263,13 @@ def _lines(path: Path) -> Iterator[bytes]:
                 yield line
 
 
-def read_whole(path: Path) -> bytes:
-    """All of a file, unpacked. Raises UserError for one that cannot be read or is damaged."""
-    with _reading(path, path.suffix.lstrip(".")), _open(path) as file:
-        return file.read()
-
-
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix.lower() == ".zst":
-        return io.BufferedReader(_pyarrow().CompressedInputStream(str(path), "zstd"), 1 << 20)
-    return path.open("rb")
-
-
 def _parquet(path: Path, text_field: str, skip: int) -> Iterator[str]:
-    _pyarrow()
-    from pyarrow import parquet
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError:
+        raise UserError("parquet files need the package 'pyarrow'; pip install 'qies[hub]'") from None
 
-    with _reading(path, "parquet"), parquet.ParquetFile(path) as file:
+    with reading(path, (ArrowException,)), parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if text_field not in names:
             text_of(dict.fromkeys(names), text_field, f"'{path}'")
@@ -291,23 +284,3 @@ def _parquet(path: Path, text_field: str, skip: int) -> Iterator[str]:
                             yield text_of({text_field: text}, text_field, f"'{path}' row {row + 1}")
                         row += 1
             start += rows
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ModuleNotFoundError:
-        raise UserError("parquet and zstd files need the package 'pyarrow'; pip install 'qies[hub]'") from None
-    return pyarrow
-
-
-@contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Errors of a file as one line."""
-    try:
-        yield
-    except (EOFError, OSError, zlib.error, ValueError) as error:  # pyarrow's errors are OSError or ValueError
-        if isinstance(error, OSError) and error.errno and error.strerror and not isinstance(error, gzip.BadGzipFile):
-            raise UserError(f"'{path}' cannot be read ({error.strerror}); check its permissions") from None
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"'{path}' is a damaged {what} file ({reason}); fetch it again or leave it out") from None

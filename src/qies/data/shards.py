@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from qies.config import DataConfig, differences, to_dict
 from qies.data import tokenizer as bpe
-from qies.data.build import PROGRESS, SEEN, Plan, State, Writer, hash_of, load_state
+from qies.data.build import PROGRESS, SEEN, TOKENIZER, Plan, State, Writer, hash_of, load_state
 from qies.data.contamination import Pack
 from qies.data.files import exclusive, replacing, sync
 from qies.data.manifest import (
@@ -40,15 +40,16 @@ from qies.data.manifest import (
     read_manifest,
 )
 from qies.data.progress import Progress, Step
+from qies.data.sources import is_below
 from qies.data.streams import Stream, open_stream
 from qies.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TOKENIZER = "tokenizer"
 SHARD_TOKENS = 1 << 27  # tokens in a full shard: 256 MB in uint16
 
+_PROBED = 1_000_000  # characters of those that a given tokenizer encodes before the build starts
 _SURVEY = 10_000_000  # characters looked at where no tokenizer is trained
 _MARKER = ".building"  # there while a build is on or was cut off; its lock makes a second build wait
 _OWN = re.compile(
@@ -164,7 +165,8 @@ def build_shards(
     manifest says what it has in common with the training text.
 
     Raises UserError: whatever the source, `split_documents`, the tokenizer or the pack object to, too little space, a
-    folder that holds other data or other files, one that cannot be written. Raises Stopped if a worker is killed.
+    folder that holds other data or other files, is inside of the source, or cannot be written. Raises Stopped if a
+    worker is killed.
     """
     out = Path(out)
     tell = progress or (lambda step: None)
@@ -174,7 +176,10 @@ def build_shards(
         )
     table = Pack(pack) if pack else None
     build = replace(build, pack=table.fingerprint if table else "")
-    stream = open_stream(cfg, build.text_field, build.limit_tokens)
+    if is_below(out, cfg.source):
+        raise UserError(f"'{out}' is inside of its own source '{cfg.source}'; give an --out outside of it")
+    cfg = replace(cfg, hash="")  # of the text; that of the shards is the manifest's
+    stream = open_stream(cfg, build)
     given = bpe.open_tokenizer(build.tokenizer) if build.tokenizer else None
     if given:
         cfg = replace(cfg, vocab_size=bpe.vocabulary(given[0]))
@@ -188,8 +193,8 @@ def build_shards(
             _clear(out, {shard.file for split in SPLITS for shard in done.split(split).shards} | {TOKENIZER})
             return done
         identity = {
-            "config": to_dict(cfg),
-            "build": to_dict(build),
+            "config": {key: value for key, value in to_dict(cfg).items() if key != "source"},
+            "build": {key: value for key, value in to_dict(build).items() if key != "tokenizer"},
             "text": stream.fingerprint(),
             "tokenizer": hashlib.sha256(given[0].to_str().encode()).hexdigest() if given else "trained",
             "end": given[1] if given else bpe.END,
@@ -204,6 +209,7 @@ def build_shards(
             state = State()
             learnt, end, threshold = start or _start(cfg, build, stream, given, out, tell)
             _save_tokenizer(learnt, out, end)
+            state.tokenizer_sha256 = bpe.tokenizer_sha256(out / TOKENIZER)
         tokenizer = bpe.read_tokenizer(out / TOKENIZER)
         size = bpe.vocabulary(tokenizer)
         plan = Plan(
@@ -211,7 +217,7 @@ def build_shards(
             build.limit_tokens, workers, pack, table, identity,
         )  # fmt: skip
         state = Writer(stream, plan, state, tell).write()
-        manifest = _manifest(cfg, build, stream, state, size, bpe.tokenizer_sha256(out / TOKENIZER), table)
+        manifest = _manifest(cfg, build, stream, state, size, table)
         with replacing(out / MANIFEST) as file:
             file.write(dumps(manifest).encode())
         _clear(out, {shard.file for split in SPLITS for shard in state.shards[split]} | {TOKENIZER})
@@ -233,13 +239,19 @@ def _start(
         threshold = max(threshold, min(hashes, default=0) + 1)
         sample = [document for document in sample if hash_of(document.text, cfg.seed) >= threshold]
     if given:
+        encode, room = bpe.Exact(*given), _PROBED
+        for document in sample:  # before the build, as far as it takes no time
+            room -= len(document.text)
+            if room < 0:
+                break
+            encode([document.text], [document.label])
         return *given, threshold
     tell(Step("training tokenizer"))
     return bpe.train_tokenizer([document.text for document in sample], cfg.vocab_size), bpe.END, threshold
 
 
 def _manifest(
-    cfg: DataConfig, build: Build, stream: Stream, state: State, vocab_size: int, tokenizer: str, pack: Pack | None
+    cfg: DataConfig, build: Build, stream: Stream, state: State, vocab_size: int, pack: Pack | None
 ) -> Manifest:
     splits = {}
     for name in SPLITS:
@@ -258,7 +270,7 @@ def _manifest(
         fingerprint=stream.fingerprint(),
         corpus=stream.name,
         corpus_sha256=whole,
-        tokenizer_sha256=tokenizer,
+        tokenizer_sha256=state.tokenizer_sha256,
         vocab_size=vocab_size,
         dtype=dtype_for(vocab_size),
         train=splits["train"],
@@ -276,6 +288,7 @@ def _manifest(
         build=build,
         val_order=tuple(state.val_order),
         contamination=state.overlap.result(pack) if pack else (),
+        reading=stream.reading(state.dropped),
     ).sealed()
 
 
@@ -308,10 +321,14 @@ def _existing(
     names = sorted(path.name for path in out.iterdir())
     if MANIFEST in names:
         manifest = open_shards(out).manifest
-        other = differences(to_dict(manifest.config) | to_dict(manifest.build), to_dict(cfg) | to_dict(build))
-        if not other and stream.fingerprint() != manifest.fingerprint:
+        was, now = (to_dict(c) | to_dict(b) for c, b in ((manifest.config, manifest.build), (cfg, build)))
+        same_text = stream.fingerprint() == manifest.fingerprint
+        same_tokenizer = _saved(given, out / TOKENIZER) if given else not manifest.build.tokenizer
+        same = {"source": same_text, "tokenizer": same_tokenizer}  # by their content: the names may be others
+        other = differences(*({key: v for key, v in values.items() if not same.get(key)} for values in (was, now)))
+        if not other and not same_text:
             other = ["its text, or the packages it is read from, have changed"]
-        if not other and given and not _saved(given, out / TOKENIZER):
+        if not other and not same_tokenizer:
             other = [f"its tokenizer '{build.tokenizer}' has changed since"]
         if other:
             raise UserError(f"'{out}' holds other data ({'; '.join(other)}); give another folder")

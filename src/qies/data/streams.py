@@ -15,7 +15,9 @@ from qies.config import DataConfig
 from qies.data import corpora, readers
 from qies.data.corpora import Corpus, Document
 from qies.data.hub import HubStream
-from qies.data.readers import Files, find_files
+from qies.data.manifest import Build, Dropped, Reading
+from qies.data.sources import Files, find_files
+from qies.errors import UserError
 
 IN_MEMORY = 1_000_000_000  # bytes of plain text files up to which they are loaded
 
@@ -27,6 +29,8 @@ class Batch:
     documents: list[Document]
     split: str
     position: Any
+    empty_file: bool = False
+    """Whether it stands for a file without a record."""
 
 
 class Stream(Protocol):
@@ -40,33 +44,37 @@ class Stream(Protocol):
     def distinct(self) -> bool: ...  # whether repeated documents are dropped already
     def fingerprint(self) -> str: ...
     def about(self, source: str) -> tuple[str, str]: ...  # its licence and version
+    def reading(self, dropped: Dropped) -> Reading: ...  # with what was dropped of its batches
     def digests(self) -> dict[str, str] | None: ...  # sha256 of "" (the whole) and of each source, where known ahead
     def batches(self, position: Any, characters: int) -> Iterator[Batch]: ...
     def sample(self, characters: int) -> Iterator[Document]: ...  # about so much of training's text
 
 
-def open_stream(cfg: DataConfig, text_field: str = "text", limit_tokens: int = 0) -> Stream:
+def open_stream(cfg: DataConfig, build: Build = Build()) -> Stream:  # noqa: B008 (it is frozen)
     """The stream that `cfg.source` names. Raises UserError if there is none."""
     kind, _, rest = cfg.source.partition(":")
+    named = cfg.source == "builtin" or kind in ("registry", "hub")
+    if named and (build.include or build.exclude):
+        raise UserError(f"--include and --exclude choose among files, and '{cfg.source}' is none; leave them out")
     if kind == "hub":
-        return HubStream(rest, text_field, val_characters=round(5 * cfg.val_fraction * limit_tokens))
-    if cfg.source == "builtin" or kind == "registry":
+        return HubStream(rest, build.text_field, val_characters=round(5 * cfg.val_fraction * build.limit_tokens))
+    if named:
         return Loaded(cfg)
-    files = find_files(cfg.source, text_field)
-    return Loaded(cfg) if files.is_text and files.fit(IN_MEMORY) else FileStream(files)
+    files = find_files(cfg.source, build.text_field, build.include, build.exclude)
+    return Loaded(cfg, files) if files.is_text and files.fit(IN_MEMORY) else FileStream(files)
 
 
 class Loaded:
-    """A corpus in memory, with its own split: first validation, then training."""
+    """A corpus in memory (of `files` where they are given), with its own split: first validation, then training."""
 
     distinct = True
 
-    def __init__(self, cfg: DataConfig) -> None:
-        self.cfg, self.name = cfg, cfg.source
+    def __init__(self, cfg: DataConfig, files: Files | None = None) -> None:
+        self.cfg, self.files, self.name = cfg, files, files.name if files else cfg.source
 
     @cached_property
     def corpus(self) -> Corpus:
-        corpus = corpora.load_corpus(self.cfg.source)
+        corpus = corpora.load_corpus(self.files or self.cfg.source)
         self.name = corpus.name
         return corpus
 
@@ -80,11 +88,14 @@ class Loaded:
         return sum(source.bytes for source in self.corpus.sources)
 
     def fingerprint(self) -> str:
-        return corpora.fingerprint(self.cfg.source)
+        return corpora.fingerprint(self.files or self.cfg.source)
 
     def about(self, source: str) -> tuple[str, str]:
         found = next(own for own in self.corpus.sources if own.name == source)
         return found.licence, found.version
+
+    def reading(self, dropped: Dropped) -> Reading:
+        return self.corpus.reading
 
     def digests(self) -> dict[str, str]:
         return {"": self.corpus.sha256} | {source.name: source.sha256 for source in self.corpus.sources}
@@ -121,12 +132,15 @@ class FileStream:
     def about(self, source: str) -> tuple[str, str]:
         return self.files.licence, self.files.version
 
+    def reading(self, dropped: Dropped) -> Reading:
+        return Reading(len(self.files.files), self.files.skipped, dropped)
+
     def digests(self) -> None:
         return None
 
     def batches(self, position: Any, characters: int) -> Iterator[Batch]:
         for batch in self.files.batches(position, characters):
-            yield Batch(self._documents(batch), "", batch.position)
+            yield Batch(self._documents(batch), "", batch.position, empty_file=not batch.records)
 
     def sample(self, characters: int) -> Iterator[Document]:
         """The beginnings of all files, as much of each."""

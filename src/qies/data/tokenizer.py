@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,7 +30,13 @@ SAMPLE = 2_500  # bytes of text that are read for each entry of the vocabulary; 
 _BATCH = 32  # documents encoded at once, over all threads
 _ENDS = (END, "</s>", "<eos>", "<|end_of_text|>")  # looked for where nothing but a tokenizer.json is given
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_PROBE = "A Probe:  two spaces,\ttab,\n\nnew lines, caf\u00e9, \u65e5\u672c, \U0001f600 and CAPITALS."
+_PROBES = (
+    "A Probe:  two spaces,\ttab,\n\nnew lines, caf\u00e9, \u65e5\u672c, \U0001f600 and CAPITALS.",
+    " a space in front", "   three", "a space behind ", "\n\ta line\r\n", "\u00a0\u2003\u200b\ufeff spaces \u3000",
+    "e\u0301 \ufb01 \u212b \u00bd \u2460 \uff21 \uac00 \u1112\u1161 composed and decomposed",
+    "".join(map(chr, range(1, 0x800))),  # with the next one every byte that UTF-8 has
+    "".join(map(chr, (0x800, *range(0x1000, 0x10000, 0x1000), 0x10000, 0x40000, 0x80000, 0xC0000, 0x100000))),
+)  # fmt: skip
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -78,7 +84,7 @@ def token_byte_lengths(tokenizer: Tokenizer | PreTrainedTokenizerFast) -> np.nda
     """
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
     added = backend.get_added_tokens_decoder()
-    fallback = bool(getattr(backend.model, "byte_fallback", False))
+    fallback = _falls_back(backend)
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())  # one character a byte
     lengths = np.zeros(vocabulary(backend), dtype=np.int64)
     for token, id in backend.get_vocab(with_added_tokens=True).items():
@@ -99,8 +105,9 @@ def token_byte_lengths(tokenizer: Tokenizer | PreTrainedTokenizerFast) -> np.nda
 def open_tokenizer(name: str) -> tuple[Tokenizer, str]:
     """The tokenizer in a folder, in a `tokenizer.json`, or of that name on the hub, and the token that ends its texts.
 
-    No code of a tokenizer is run. Raises UserError: none found (or no network), none that ends a text, or one that
-    loses text (lower-cases it, has no token for a character), as then losses say nothing of bytes.
+    No code of a tokenizer is run. Raises UserError: none found (or no network), none that ends a text, or one that does
+    not give back every text as it was (its normalizer changes text, a byte has no token, "a" and " a" are the same), as
+    then losses say nothing of bytes.
     """
     path = Path(name).expanduser()
     try:
@@ -120,12 +127,76 @@ def open_tokenizer(name: str) -> tuple[Tokenizer, str]:
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    lengths = token_byte_lengths(tokenizer)
-    ids = next(encode_texts(tokenizer, [_PROBE]))
-    begin = lengths[tokenizer.token_to_id(end)]
-    if lengths[ids].sum() + begin != len(_PROBE.encode()) or tokenizer.decode(ids.tolist()) != _PROBE:
-        raise UserError(f"tokenizer '{name}' does not give back every text as it was; give one that loses nothing")
+    added = (token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special)
+    check = Exact(tokenizer, end)
+    for text in (*_PROBES, *(f"a {content} b{content}\n" for content in added)):
+        fault = f"tokenizer '{name}' does not give back every text as it was: the text {text[:40]!r}"
+        [ids], _ = check([text], [fault])
+        if tokenizer.decode(ids.tolist()) != text:
+            raise UserError(f"{fault} is changed by the tokenizer's decoder; give a tokenizer that loses nothing")
     return tokenizer, end
+
+
+class Exact:
+    """Encodes texts and checks that each comes back: its tokens make up its bytes, and no normalizer changes it."""
+
+    def __init__(self, tokenizer: Tokenizer, end: str) -> None:
+        self.tokenizer = tokenizer
+        self.lengths = token_byte_lengths(tokenizer)
+        self.begin = int(self.lengths[tokenizer.token_to_id(end)])
+
+    def __call__(self, texts: Sequence[str], names: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
+        """Token ids and bytes of each text. Raises UserError with the name of the first that does not come back, and
+        the tokenizer's part that changes it."""
+        encoded = list(encode_texts(self.tokenizer, texts))
+        sizes = [int(self.lengths[ids].sum()) + self.begin for ids in encoded]
+        for text, name, size, ids in zip(texts, names, sizes, encoded, strict=True):
+            if size != len(text.encode()) or not self._normal(text):
+                raise UserError(f"{name} is changed by {self._part(text, ids)}; give a tokenizer that loses nothing")
+        return encoded, sizes
+
+    def _normal(self, text: str) -> bool:
+        """Whether the normalizer leaves the text as it is; U+2581 stands for a space, and one may come in front."""
+        normalizer = self.tokenizer.normalizer
+        return normalizer is None or normalizer.normalize_str(text).replace("\u2581", " ") in (text, f" {text}")
+
+    def _part(self, text: str, ids: np.ndarray) -> str:
+        spec = json.loads(self.tokenizer.to_str())
+        if not self._normal(text):
+            return f"the tokenizer's normalizer {_described(spec['normalizer'])}"
+        vocab = self.tokenizer.get_vocab()
+        names = [f"<0x{byte:02X}>" for byte in range(256)] if _falls_back(self.tokenizer) else _byte_level()
+        if absent := [byte for byte in sorted(set(text.encode())) if names[byte] not in vocab]:
+            return f"the tokenizer's vocabulary, which has no token for the byte 0x{absent[0]:02X}"
+        for token in self.tokenizer.get_added_tokens_decoder().values():
+            if not token.special and token.content in text:
+                flags = [flag for flag in ("lstrip", "rstrip", "single_word") if getattr(token, flag)]
+                return f"the tokenizer's added token {token.content!r} ({', '.join(flags) or 'no flags'})"
+        return f"the tokenizer's pre-tokenizer {_described(spec['pre_tokenizer'])}"
+
+
+def _described(part: dict[str, Any] | None) -> str:
+    """A part of a tokenizer.json as its types and what they put in front of a text."""
+    if part is None:
+        return "(none)"
+    inner = part.get("pretokenizers") or part.get("normalizers")
+    if inner:
+        return " and ".join(map(_described, inner))
+    front = {key: part[key] for key in ("prepend_scheme", "add_prefix_space", "prepend") if part.get(key)}
+    return part["type"] + "".join(f" ({key} {value})" for key, value in front.items())
+
+
+def _byte_level() -> list[str]:
+    """The characters that stand for the bytes 0 ... 255: themselves where printable, and from 256 on for the others."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = iter(character for character in alphabet if ord(character) > 255)
+    return [chr(byte) if chr(byte) in alphabet else next(others) for byte in range(256)]
+
+
+def _falls_back(tokenizer: Tokenizer) -> bool:
+    """Whether it is of SentencePiece's kind, with a token for each byte; the library hides this of a Unigram model."""
+    found = getattr(tokenizer.model, "byte_fallback", None)
+    return bool(json.loads(tokenizer.to_str())["model"].get("byte_fallback") if found is None else found)
 
 
 def _fetch(name: str) -> Path:
@@ -151,6 +222,8 @@ def _read_any(path: Path) -> tuple[Tokenizer, str | None]:
         return found.backend_tokenizer, found.eos_token or found.bos_token
     config = json.loads((path / FILES[1]).read_text(encoding="utf-8")) if (path / FILES[1]).is_file() else {}
     end = config.get("eos_token") or config.get("bos_token")
+    if isinstance(end, list):  # the first is the one that ends a text
+        end = end[0]
     return Tokenizer.from_file(str(file)), end["content"] if isinstance(end, dict) else end
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import multiprocessing
@@ -21,6 +20,7 @@ from typing import Any
 from qies import config as configs
 from qies import runs
 from qies.config import DataConfig, RunConfig, TrainConfig
+from qies.data.locate import locate
 from qies.data.shards import build_shards
 from qies.faults import victim
 from qies.train.folder import CHECKPOINTS
@@ -133,13 +133,13 @@ class Lab:
     def data(self) -> DataConfig:
         """A folder of shards of the small corpus."""
         if self.given is not None:
-            return self.given
+            return locate(RunConfig(data=self.given)).data
         texts = self.root / "texts"
         texts.mkdir()
         write_corpus(texts)
         data = DataConfig(source=str(texts), vocab_size=400, val_fraction=0.2)
         build_shards(data, self.root / "shards")
-        return dataclasses.replace(data, source=str(self.root / "shards"))
+        return locate(RunConfig(), str(self.root / "shards")).data
 
     @cached_property
     def config(self) -> RunConfig:

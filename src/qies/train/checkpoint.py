@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from qies.data.files import sync
+from qies.data.files import make_folder, sync
 from qies.errors import Stopped
 from qies.train.parallel import Group
 
@@ -158,11 +158,11 @@ def _entries(folder: Path) -> list[Path]:
 
 def _partial(folder: Path, step: int) -> Path:
     """An empty folder to write into; what a killed save left is dropped."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for stale in folder.glob(f"{PREFIX}*.partial"):
         shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
     partial = folder / f"{PREFIX}{step:09d}.partial"
-    partial.mkdir()
+    make_folder(partial)
     return partial
 
 

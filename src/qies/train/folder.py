@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qies import presets, runs
-from qies.config import RunConfig, content_hash, differences, from_dict, to_dict
+from qies.config import RunConfig, changes, content_hash, from_dict, to_dict
 from qies.data.shards import Shards
 from qies.errors import UserError
 from qies.train import checkpoint
@@ -42,10 +42,10 @@ def claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(record.get("config"), dict) or "config_hash" not in record:
         raise UserError(f"{folder / 'run.json'} names no configuration; delete that run's folder and run it again.")
-    if changes := _changes(config, folder, record):
-        fixed = [c for c in changes if c.startswith(FIXED)]
+    if other := _changes(config, folder, record):
+        fixed = [c for c in other if c.startswith(FIXED)]
         if fixed or record["status"] in ("done", "diverged"):
-            why = "; ".join(fixed or changes)
+            why = "; ".join(fixed or other)
             raise UserError(f"{folder} holds another run ({why}); give another --out or delete it.")
     return record
 
@@ -60,15 +60,15 @@ def open_run(config: RunConfig, shards: Shards, folder: Path) -> dict[str, Any]:
         _require_room(config, shards, folder)
         record = runs.plan(config, shards.manifest.vocab_size) | {"data": shards.identity()}
         runs.write(folder, record)
-    elif changes := _changes(config, folder, record):
+    elif other := _changes(config, folder, record):
         found = checkpoint.newest(folder / CHECKPOINTS)
         if found and found[1]["step"] > config.steps:
             raise UserError(
                 f"{folder} is at step {found[1]['step']}, beyond the {config.steps} of this configuration "
-                f"({'; '.join(changes)}); give another --out."
+                f"({'; '.join(other)}); give another --out."
             )
-        log.warning("%s goes on with another configuration: %s", folder, "; ".join(changes))
-        logged = [*record.get("config_changes", []), {"step": found[1]["step"] if found else 0, "changes": changes}]
+        log.warning("%s goes on with another configuration: %s", folder, "; ".join(other))
+        logged = [*record.get("config_changes", []), {"step": found[1]["step"] if found else 0, "changes": other}]
         planned = runs.plan(config, shards.manifest.vocab_size)
         record |= {k: planned[k] for k in ("config", "config_hash", "tokens", "steps", "flops")}
         record["config_changes"] = logged
@@ -99,9 +99,8 @@ def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
     whole = _config(trunk, record)
     claim(whole, trunk)
     free = ("tokens", "train.branches", "train.milestones", "train.keep", "train.save_every", "train.eval_tokens")
-    changes = [c for c in differences(to_dict(whole), to_dict(config)) if not c.startswith(free)]
-    if changes:
-        raise UserError(f"a branch of {trunk} can have another budget only, not {'; '.join(changes)}.")
+    if other := [c for c in changes(to_dict(whole), to_dict(config)) if not c.startswith(free)]:
+        raise UserError(f"a branch of {trunk} can have another budget only, not {'; '.join(other)}.")
     size = presets.parse_size(config.size)
     if whole.warmup_steps != config.warmup_steps or (
         presets.hyperparameters(size, whole.tokens) != presets.hyperparameters(size, config.tokens)
@@ -140,7 +139,7 @@ def _config(folder: Path, record: dict[str, Any]) -> RunConfig:
 def _changes(config: RunConfig, folder: Path, record: dict[str, Any]) -> list[str]:
     if record["config_hash"] == content_hash(config):
         return []
-    return differences(to_dict(_config(folder, record)), to_dict(config))
+    return changes(to_dict(_config(folder, record)), to_dict(config))
 
 
 def _require_room(config: RunConfig, shards: Shards, folder: Path) -> None:

@@ -24,8 +24,9 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
 from qies import presets, runs
-from qies.config import RunConfig, TrainConfig, content_hash, differences, to_dict
+from qies.config import RunConfig, TrainConfig, changes, content_hash, to_dict
 from qies.data.batches import Batches, val_batches
+from qies.data.files import follow_umask
 from qies.data.shards import Shards
 from qies.errors import Stopped, UserError
 from qies.model import QiesConfig, QiesForCausalLM
@@ -236,7 +237,7 @@ class _Run:
         path, meta = found or (None, start)
         if path is not None:
             was = meta["config"]
-            if fixed := [c for c in differences(was, to_dict(self.config)) if c.startswith(FIXED)]:
+            if fixed := [c for c in changes(was, to_dict(self.config)) if c.startswith(FIXED)]:
                 raise UserError(f"{path} is of another run ({'; '.join(fixed)}); delete it.")
             tensors = checkpoint.load(path, self._blank, self.group)
             with torch.no_grad():
@@ -314,6 +315,8 @@ class _Run:
         for settings in (whole.config, whole.generation_config):  # the corpus may have brought its own tokenizer
             settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = tokenizer.eos_token_id
         whole.save_pretrained(self.folder / "model")
+        for weights in (self.folder / "model").glob("*.safetensors"):
+            follow_umask(weights)
         tokenizer.save_pretrained(self.folder / "model")
 
     def _write(self, status: str, **more: Any) -> dict[str, Any]:

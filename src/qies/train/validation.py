@@ -46,6 +46,7 @@ def held_out_loss(
     position = 1  # of the next target in the text
     training = model.training
     model.eval()
+    size[source_of_run[0]] += lengths[int(shards.tokens("val")[:1][0])]  # no target, but it may take a byte back
     for batch in val_batches(shards, seq_len, batch_size, max_tokens=max_tokens or None):
         goals = batch[:, 1:]
         where = np.arange(position, position + goals.size).reshape(goals.shape)
