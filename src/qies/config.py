@@ -269,7 +269,8 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     path = Path(os.path.expanduser(path))
     values = read(path)
     data = values.get("data")
-    source = data.get("source") if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    source = data.get("source")
     if isinstance(source, str) and source and is_path(source):
         values["data"] = {**data, "source": str(path.absolute().parent / os.path.expanduser(source))}
     return from_dict(cls, merge(values, overrides))
@@ -339,7 +340,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if not known and isinstance(source, str) and is_path(source):
             part["source"] = os.path.abspath(os.path.expanduser(source))
         values["data"] = part
-    return differences(*pair)
+    return differences(pair[0], pair[1])
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

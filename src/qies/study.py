@@ -53,8 +53,8 @@ def claim(study: StudyConfig, folder: Path) -> StudyConfig:
                 f"{folder} holds a different study ({'; '.join(changes)}); give another --out or delete it."
             )
         known = configs.from_dict(DataConfig, before.get("data", {}))
-        kept = {"hash": known.hash} if known.hash else {"hash": "", "source": known.source}
-        return dataclasses.replace(study, data=dataclasses.replace(study.data, **kept))
+        source = study.data.source if known.hash else known.source
+        return dataclasses.replace(study, data=dataclasses.replace(study.data, source=source, hash=known.hash))
     runs.refuse_file(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; give another --out.")

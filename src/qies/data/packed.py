@@ -40,11 +40,12 @@ def read_whole(path: Path) -> bytes:
 
 
 @contextmanager
-def reading(path: Path, damage: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def reading(path: Path, *damage: type[Exception]) -> Iterator[None]:
     """Errors of a file, and those of the types `damage`, as one line."""
+    expected: tuple[type[Exception], ...] = (*_DAMAGE, *damage)
     try:
         yield
-    except (*_DAMAGE, *damage) as error:
+    except expected as error:
         if isinstance(error, OSError) and error.errno and error.strerror and not isinstance(error, gzip.BadGzipFile):
             raise UserError(f"'{path}' cannot be read ({error.strerror}); check its permissions") from None
         reason = " ".join(str(error).split())[:200] or type(error).__name__

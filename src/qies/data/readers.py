@@ -269,7 +269,7 @@ def _parquet(path: Path, text_field: str, skip: int) -> Iterator[str]:
     except ModuleNotFoundError:
         raise UserError("parquet files need the package 'pyarrow'; pip install 'qies[hub]'") from None
 
-    with reading(path, (ArrowException,)), parquet.ParquetFile(path) as file:
+    with reading(path, ArrowException), parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if text_field not in names:
             text_of(dict.fromkeys(names), text_field, f"'{path}'")

@@ -325,7 +325,8 @@ def _existing(
         same_text = stream.fingerprint() == manifest.fingerprint
         same_tokenizer = _saved(given, out / TOKENIZER) if given else not manifest.build.tokenizer
         same = {"source": same_text, "tokenizer": same_tokenizer}  # by their content: the names may be others
-        other = differences(*({key: v for key, v in values.items() if not same.get(key)} for values in (was, now)))
+        was, now = ({key: v for key, v in values.items() if not same.get(key)} for values in (was, now))
+        other = differences(was, now)
         if not other and not same_text:
             other = ["its text, or the packages it is read from, have changed"]
         if not other and not same_tokenizer:

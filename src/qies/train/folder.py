@@ -42,10 +42,10 @@ def claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(record.get("config"), dict) or "config_hash" not in record:
         raise UserError(f"{folder / 'run.json'} names no configuration; delete that run's folder and run it again.")
-    if other := _changes(config, folder, record):
-        fixed = [c for c in other if c.startswith(FIXED)]
+    if changed := _changes(config, folder, record):
+        fixed = [c for c in changed if c.startswith(FIXED)]
         if fixed or record["status"] in ("done", "diverged"):
-            why = "; ".join(fixed or other)
+            why = "; ".join(fixed or changed)
             raise UserError(f"{folder} holds another run ({why}); give another --out or delete it.")
     return record
 
