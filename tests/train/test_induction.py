@@ -35,15 +35,25 @@ class Copier(nn.Module):
 @pytest.mark.parametrize("certainty", [1.0, 0.5, 1e-6])
 def test_the_gain_of_a_model_that_copies_is_known(certainty):
     model = Copier(10**6, certainty).train()  # so many tokens that none stands twice in a segment
-    gain = induction_gain(model, precision=nullcontext)
+    gain = induction_gain(model, seq_len=512, precision=nullcontext)
     assert gain == pytest.approx(math.log(10**6) + math.log(certainty), abs=1e-9)
     assert model.training
+
+
+def test_no_row_is_longer_than_the_context():
+    class Watched(Copier):
+        def forward(self, ids, **kwargs):
+            assert ids.shape[1] <= 48
+            return super().forward(ids, **kwargs)
+
+    gain = induction_gain(Watched(10**6, 1.0), seq_len=48, precision=nullcontext)
+    assert gain == pytest.approx(math.log(10**6), abs=1e-9)
 
 
 def test_taking_it_moves_no_random_number():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    induction_gain(Copier(97, 0.5), precision=nullcontext)
+    induction_gain(Copier(97, 0.5), seq_len=512, precision=nullcontext)
     assert torch.equal(before, torch.get_rng_state())
 
 

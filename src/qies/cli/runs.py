@@ -104,7 +104,7 @@ def plan(
 
     Args:
         overrides: Model fields to replace.
-        arm: qies, transformer, gpt2, no_phase, fixed_phase or complex.
+        arm: transformer, qies, real_registers, no_phase, fixed_phase, selective_phase, gpt2 or complex.
         size: Non-embedding parameters, from 20k to 20b.
         tokens: Training tokens; by default 20 a parameter.
         vocab_size: Tokens in the vocabulary.
@@ -246,7 +246,7 @@ def train(
         overrides: Dotted keys of the run's configuration.
         out: The run's folder (required).
         config: A YAML file of a run; the other options replace its values.
-        arm: qies, transformer, gpt2, no_phase, fixed_phase or complex.
+        arm: transformer, qies, real_registers, no_phase, fixed_phase, selective_phase, gpt2 or complex.
         size: Non-embedding parameters, such as 100k.
         data: "builtin", a file, folder or glob, hub:OWNER/NAME, or a folder that `qies data build` wrote.
         tokens: Training tokens.

@@ -28,21 +28,27 @@ def due(tokens: int, step: int) -> bool:
 
 @torch.no_grad()
 def induction_gain(
-    model: QiesForCausalLM, *, precision: Callable[[], AbstractContextManager], device: torch.device | str = "cpu"
+    model: QiesForCausalLM,
+    *,
+    seq_len: int,
+    precision: Callable[[], AbstractContextManager],
+    device: torch.device | str = "cpu",
 ) -> float:
     """Loss on random segments minus that on their repeats, in nats a token; 0 for a model that copies nothing.
 
-    Each of 16 rows is a segment of 64 tokens, the same for every model of a vocabulary, twice. Compared are the
-    predictions of tokens 2 to 64 of the first and of the second. Does not touch torch's random numbers.
+    Each of 16 rows is a segment of n = min(64, seq_len / 2) tokens, the same for every model of a vocabulary, twice:
+    no more than the context it is trained on. Compared are the predictions of tokens 2 to n of the first and of the
+    second. Does not touch torch's random numbers.
     """
-    segment = np.random.default_rng(0).integers(1, model.config.vocab_size, (ROWS, SEGMENT))
+    length = max(2, min(SEGMENT, seq_len // 2))
+    segment = np.random.default_rng(0).integers(1, model.config.vocab_size, (ROWS, length))
     ids = torch.from_numpy(np.concatenate([segment, segment], 1)).to(device)
     training = model.training
     model.eval()
     losses = []
-    for start in (0, SEGMENT):
+    for start in (0, length):
         labels = torch.full_like(ids, -100)
-        labels[:, start + 1 : start + SEGMENT] = ids[:, start + 1 : start + SEGMENT]
+        labels[:, start + 1 : start + length] = ids[:, start + 1 : start + length]
         with precision():
             out = model(ids[:, :-1], shift_labels=labels[:, 1:], logits_to_keep=1, use_cache=False)
         losses.append(out.loss.item())

@@ -167,7 +167,7 @@ class _Run:
             row["seconds"] = round(self.seconds, 4)
             self.step += 1
             if self.step == self.config.steps or due(row["tokens"], self.train.seq_len * self.train.batch_size):
-                row["induction"] = induction_gain(self.model, precision=self.precision, device=self.group.device)
+                row["induction"] = self._induction()
             if self.group.rank == 0:
                 runs.append(self.folder, row)
                 if self.progress:
@@ -299,14 +299,23 @@ class _Run:
         if not math.isfinite(metrics["val_loss"]):
             return self._write("diverged", error="the held-out loss is not finite")
         metrics["train_loss"] = sum(last) / len(last)
-        rows = self.group.on_first(lambda: runs.steps(self.folder))
-        metrics |= {"induction": rows[-1]["induction"], "induction_onset": onset(rows)}
+        final, tokens = self._induction(), self.step * self.train.seq_len * self.train.batch_size
+        ends = {"tokens": tokens, "induction": final}  # a run resumed at its last step has no row of it
+        first = self.group.on_first(lambda: onset([*runs.steps(self.folder), ends]))
+        metrics |= {"induction": final, "induction_onset": first}
         state = self.group.whole_state(self.model)
         self.group.on_first(lambda: self._publish(state))
         record = self._write("done", metrics=metrics)
         if self.group.rank == 0:
             checkpoint.remove(self.checkpoints, self.config.milestones)
         return record
+
+    def _induction(self) -> float | None:
+        """The induction score; None where it is not finite, as in a run that diverges."""
+        gain = induction_gain(
+            self.model, seq_len=self.train.seq_len, precision=self.precision, device=self.group.device
+        )
+        return gain if math.isfinite(gain) else None
 
     def _publish(self, state: dict[str, Tensor]) -> None:
         whole = build_model(self.config, self.shards.manifest.vocab_size)
