@@ -80,14 +80,9 @@ def test_scaling_better_is_what_the_test_of_the_exponents_says(study, p, ours, r
     assert rows_of(study)[1]["Does qies scale better?"].startswith(reply)
 
 
-def test_regime_comes_from_the_runs_and_a_stored_one_overrides_it(study):
+def test_regime_comes_from_the_runs(study):
     assert rows_of(study)[1]["In which regime?"] == (
         "50k, 100k, 200k, 400k non-embedding parameters; 6 tokens per parameter; context of 512 tokens; corpus builtin."
-    )
-    stored = {"sizes": ["1b"], "tokens_per_parameter": [20, 60.0], "context": 2048, "corpus": "registry"}
-    edit(study / "comparison.json", lambda c: c.update(regime=stored))
-    assert rows_of(study)[1]["In which regime?"] == (
-        "1b non-embedding parameters; 20 to 60 tokens per parameter; context of 2048 tokens; corpus registry."
     )
 
 

@@ -146,11 +146,7 @@ def _power(pair: Pair) -> list[str]:
 
 
 def _regime(study: Study, pair: Pair) -> str:
-    """Sizes, tokens per parameter, context and corpus: from comparison.json's `regime`, else from the run records.
-
-    A stored regime (of the pair, or of the whole comparison) holds sizes, tokens_per_parameter, context, corpus,
-    each one value or a list of them.
-    """
+    """Sizes, tokens per parameter, context and corpus of the pair's finished runs."""
     runs = [run for run in study.done if run.arm in (pair["candidate"], pair["baseline"])]
     configs = [mapping(run.record.get("config")) for run in runs]
     found: dict[str, list[Any]] = {
@@ -159,10 +155,6 @@ def _regime(study: Study, pair: Pair) -> str:
         "context": [mapping(config.get("train")).get("seq_len") for config in configs],
         "corpus": [mapping(config.get("data")).get("source") for config in configs],
     }
-    stored = mapping(pair.get("regime")) or mapping(mapping(study.parts.get("comparison")).get("regime"))
-    for key in found:
-        if stored.get(key) not in (None, []):
-            found[key] = listed(stored[key]) or [stored[key]]
     said = [f"{', '.join(map(str, found['sizes']))} non-embedding parameters"]
     if ratios := [float(f"{v:.2g}") for v in map(number, found["tokens_per_parameter"]) if v is not None]:
         said.append(f"{_range(ratios, 'token')} per parameter")
@@ -194,8 +186,6 @@ def positions(model: dict[str, Any]) -> str:
         if every:
             words += f", NoPE in every {every:.0f}th layer"
     words += _convolution(model, "attention_conv")
-    if model.get("value_residual") is True:
-        words += ", value residuals"
     if "linear_attention" in listed(model.get("layer_types")):
         words += f"; entanglement layers{_convolution(model, 'conv').replace(',', ' with', 1)}"
     return words
