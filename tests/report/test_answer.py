@@ -100,9 +100,8 @@ def test_the_baseline_is_named_with_its_positions(study):
         ({"position": "rope", "rope_theta": 1e4, "nope_interval": 4}, "RoPE base 1e4, NoPE in every 4th layer"),
         ({"position": "learned", "attention_conv_size": 0}, "learned position embedding, no short convolution"),
         (
-            {"position": "none", "conv_size": 3, "layer_types": ["linear_attention"], "value_residual": True},
-            "no position embedding (NoPE), value residuals; entanglement layers with short convolution on the input "
-            "(3 taps)",
+            {"position": "none", "conv_size": 3, "layer_types": ["linear_attention"]},
+            "no position embedding (NoPE); entanglement layers with short convolution on the input (3 taps)",
         ),
     ],
 )
