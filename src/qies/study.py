@@ -19,11 +19,11 @@ from qies import ladder, runs
 from qies.config import DataConfig, RunConfig, StudyConfig
 from qies.errors import Stopped, UserError, nearest
 from qies.presets import parse_size
-from qies.report.records import BASELINE
+from qies.report.records import BASELINE, PROPOSAL
 
 PRESETS = Path(__file__).parent / "studies"
-# The arm of the claim, and the arms that differ from it in one part: without them a win is only a hybrid's win.
-PROPOSAL, CONTROLS = "qies", ("real_registers", "no_phase", "fixed_phase", "selective_phase")
+# The arms that differ from the proposal in one part: without them a win is only a hybrid's win.
+CONTROLS = ("real_registers", "no_phase", "fixed_phase", "selective_phase")
 
 
 def preset(name: str, overrides: tuple[str, ...] = ()) -> StudyConfig:
