@@ -117,6 +117,18 @@ def test_bad_override_is_named():
         presets.settings("qies", "50k", VOCAB, hidden_size=256, num_attention_heads=8, head_dim=32)
 
 
+def test_an_arm_too_large_for_a_size_names_the_next_size_that_builds():
+    with pytest.raises(UserError, match=r"25,112\); take the size 26k, or lower model.hidden_size"):
+        presets.settings("complex", "20k", VOCAB)
+    for arm in presets.ARMS:
+        try:
+            presets.settings(arm, "20k", VOCAB)
+        except UserError as refusal:
+            size = str(refusal).split("take the size ")[1].split(",")[0]
+            found = presets.count_parameters(presets.settings(arm, size, VOCAB))["non_embedding"]
+            assert found == pytest.approx(presets.parse_size(size), rel=presets.TOLERANCE)
+
+
 def test_the_shape_grows_with_n():
     shapes = [presets.shape(presets.parse_size(s)) for s in presets.SIZES]
     depths = [s["num_hidden_layers"] for s in shapes]

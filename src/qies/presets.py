@@ -15,6 +15,7 @@ from typing import Any
 from qies.errors import UserError, nearest
 
 SIZES = ("50k", "100k", "200k", "400k", "800k", "1.6m", "3m", "6m", "25m", "100m", "350m", "1b", "3b", "10b")
+LARGEST = 20_000_000_000
 TOLERANCE = 0.01  # every arm of a size has N to within this share
 
 # What an arm changes of MODEL_FIELDS, which describe `qies` itself. Whatever is not the entangled state is the same in
@@ -90,7 +91,7 @@ def parse_size(size: str) -> int:
     """'50k' -> 50_000, '1.5m' -> 1_500_000, '10b' -> 10_000_000_000. Raises UserError otherwise."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb])", str(size).lower())
     number = round(float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[2]]) if match else 0
-    if not 20_000 <= number <= 20_000_000_000:
+    if not 20_000 <= number <= LARGEST:
         hint = nearest(size, SIZES) or " Write a number with k, m or b, from 20k to 20b, such as 400k."
         raise UserError(f"Unknown value '{size}' for size.{hint}")
     return number
@@ -134,6 +135,19 @@ def settings(arm: str, size: str, vocab_size: int, **overrides: Any) -> dict[str
         elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UserError(f"model.{key} must be of type {kind.__name__}, not {value!r}.")
     target = parse_size(size)
+    values = _shaped(arm, target, vocab_size, overrides)
+    if problem := inconsistent(values):
+        raise UserError(problem)
+    if values["intermediate_size"] is None:
+        width = _mlp_width(values, target)
+        if width is None:
+            raise UserError(_no_width(arm, size, vocab_size, overrides))
+        values["intermediate_size"] = width
+    return values
+
+
+def _shaped(arm: str, target: int, vocab_size: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an arm at `target` parameters, without the MLP width that brings it there."""
     everywhere = ARMS[arm].get("attention_everywhere", False)
     values = {**MODEL_FIELDS, **shape(target)}
     values.update({k: v for k, v in ARMS[arm].items() if k != "attention_everywhere"})
@@ -145,10 +159,6 @@ def settings(arm: str, size: str, vocab_size: int, **overrides: Any) -> dict[str
     ]
     values["vocab_size"] = vocab_size
     values["phase_rank"] = overrides.get("phase_rank", max(8, values["hidden_size"] // 16))
-    if problem := inconsistent(values):
-        raise UserError(problem)
-    if values["intermediate_size"] is None:
-        values["intermediate_size"] = _mlp_width(values, target, size, arm)
     return values
 
 
@@ -238,8 +248,8 @@ def head_groups(values: Mapping[str, Any]) -> tuple[HeadGroup, ...]:
     return (memory, group(registers, m, m, *kind, (4096, 4096))) if registers else (memory,)
 
 
-def _mlp_width(values: dict[str, Any], target: int, size: str, arm: str) -> int:
-    """The MLP width that brings the model to `target`, as round a number as the tolerance allows."""
+def _mlp_width(values: Mapping[str, Any], target: int) -> int | None:
+    """The MLP width that brings the model to `target`, as round as the tolerance allows; None where none does."""
     fixed = count_parameters({**values, "intermediate_size": 0})["non_embedding"]
     each = count_parameters({**values, "intermediate_size": 1})["non_embedding"] - fixed
     exact = (target - fixed) / each
@@ -247,9 +257,22 @@ def _mlp_width(values: dict[str, Any], target: int, size: str, arm: str) -> int:
         width = round(exact / step) * step
         if width >= 1 and abs(fixed + each * width - target) <= TOLERANCE / 2 * target:
             return width
-    raise UserError(
-        f"Arm {arm} cannot have {size} parameters with these overrides: its mixers alone hold {fixed:,}; "
-        "lower model.hidden_size or model.num_hidden_layers."
+    return None
+
+
+def _no_width(arm: str, size: str, vocab_size: int, overrides: Mapping[str, Any]) -> str:
+    """Why an arm does not build at `size`, and the next larger size at which it does."""
+    target = parse_size(size)
+    mixers = count_parameters({**_shaped(arm, target, vocab_size, overrides), "intermediate_size": 0})["non_embedding"]
+    larger = target // 1000 + 1
+    while larger <= LARGEST // 1000:
+        if _mlp_width(_shaped(arm, 1000 * larger, vocab_size, overrides), 1000 * larger) is not None:
+            break
+        larger += 1 + larger // 200
+    take = f"take the size {larger}k, or " if larger <= LARGEST // 1000 else ""
+    return (
+        f"Arm {arm} has no MLP width that gives {size} parameters to within {TOLERANCE:.0%} (its mixers alone hold "
+        f"{mixers:,}); {take}lower model.hidden_size or model.num_hidden_layers."
     )
 
 

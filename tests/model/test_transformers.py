@@ -53,6 +53,31 @@ def test_trainer_accumulates_to_the_loss_of_the_whole_batch(tmp_path):
     assert a == pytest.approx(b, rel=1e-3)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("marked", [True, False], ids=["pads -100", "pads labelled"])
+def test_trainer_gives_the_loss_of_the_model_however_the_batch_is_split(side, marked, tmp_path):
+    model = stirred("qies")
+    rows = []
+    for i in range(8):
+        ids, real = torch.arange(1, 25) + i, torch.arange(24) < 4 + 2 * i
+        real = real.flip(0) if side == "left" else real
+        ids = ids * real
+        rows.append({"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real & marked, -100)})
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    with torch.no_grad():
+        want = model(**batch).loss.item()
+    for size in (1, 4, 8):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=size, per_device_eval_batch_size=8,
+            gradient_accumulation_steps=8 // size, learning_rate=0.0, logging_steps=1, save_strategy="no", report_to=[],
+            use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        run = Trainer(model=model, args=arguments, train_dataset=rows)
+        run.train()
+        assert run.state.log_history[0]["loss"] == pytest.approx(want, abs=1e-4)
+    assert run.evaluate(rows)["eval_loss"] == pytest.approx(want, abs=1e-4)
+
+
 def test_evaluation_gives_logits_and_the_same_loss(tmp_path):
     model = build("qies")
     result = trainer(model, tmp_path).evaluate(Rows())
@@ -125,6 +150,37 @@ def test_lora_adapts_every_projection(name, tmp_path):
     assert torch.allclose(again(input_ids=ids).logits, logits, atol=1e-5)
     merged = model.eval().merge_and_unload()
     assert torch.allclose(merged(ids).logits, logits, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft_too", [False, True], ids=["whole", "lora"])
+def test_trl_fine_tunes_and_evaluates_to_the_loss_of_the_model(shards, tmp_path, peft_too):
+    trl = pytest.importorskip("trl", reason="trl is no dependency: pip install trl")
+    datasets = pytest.importorskip("datasets")
+    import peft
+
+    tokenizer = shards.tokenizer()
+    model = stirred("qies", vocab_size=len(tokenizer))
+    texts = ["Ada wrote the phase", "Bell measured the long sequence and then forgot it", "Curie", "Dirac knew"] * 2
+    rows = datasets.Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"] for text in texts]})
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, per_device_eval_batch_size=8,
+        learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+        max_length=32, bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM") if peft_too else None
+    run = trl.SFTTrainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer, peft_config=lora
+    )
+    losses = []
+    for row in rows["input_ids"]:
+        with torch.no_grad():
+            ids = torch.tensor([row])
+            losses.append((model.eval()(ids, labels=ids).loss.item() * (len(row) - 1), len(row) - 1))
+    want = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+    assert run.evaluate()["eval_loss"] == pytest.approx(want, abs=1e-3)
+    run.train()
+    assert run.evaluate()["eval_loss"] < want - 0.1
 
 
 @pytest.mark.slow  # lm-eval is an extra: make test-all installs it

@@ -23,6 +23,8 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if attention_mask is not None:  # a pad that may see no token would see them all, the later ones too
+        weights = weights * (attention_mask > torch.finfo(attention_mask.dtype).min).any(-1, keepdim=True)
     return (weights @ value).transpose(1, 2), weights
 
 

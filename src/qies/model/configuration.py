@@ -35,8 +35,8 @@ class QiesConfig(PreTrainedConfig):
         eigenvalues in [0, 1] and as many numbers in the state;
         decay: one alpha a "head" or a complex "channel"; conv_size: taps of the short convolution, 0 for none.
     All layers:
-        gate: sigmoid output gate per "head", per "channel" or "none"; logit_softcap (0: none);
-        tie_word_embeddings (False).
+        gate: sigmoid output gate per "head", per "channel" or "none"; logit_softcap (0: none), also called
+        final_logit_softcapping (None: none); tie_word_embeddings (False).
 
     Raises ValueError for a value outside the choices above or an inconsistent shape.
     """
@@ -89,6 +89,27 @@ class QiesConfig(PreTrainedConfig):
         if problem := inconsistent(vars(self)):
             raise ValueError(problem)
         super().__post_init__(**kwargs)
+
+    @property
+    def final_logit_softcapping(self) -> float | None:
+        """`logit_softcap` under the name that other libraries read; None where logits are not capped."""
+        return self.logit_softcap or None
+
+    @final_logit_softcapping.setter
+    def final_logit_softcapping(self, value: float | None) -> None:
+        self.logit_softcap = value or 0.0
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values in an attention layer: as many as query heads."""
+        return self.num_attention_heads
+
+    @num_key_value_heads.setter
+    def num_key_value_heads(self, value: int) -> None:
+        if value != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads is {value}; it must equal num_attention_heads, {self.num_attention_heads}."
+            )
 
     @property
     def head_groups(self) -> tuple[HeadGroup, ...]:

@@ -27,6 +27,8 @@ class Entanglement(nn.Module):
     `reads` is switched off by `model.read_state(False)`: the states still evolve but the layer adds nothing.
     """
 
+    controls = frozenset({"beta_bias", "decay_bias", "decay_rate", "phase_bias"})  # fp32 in every model's weights
+
     def __init__(self, config: QiesConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.reads = config, layer_idx, True

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from qies.model.cache import read_conv, write_conv
 from qies.ops.activation import mlp, relu_squared
@@ -18,6 +19,25 @@ def linear(inputs: int, outputs: int, std: float | None = None) -> nn.Linear:
     layer = nn.Linear(inputs, outputs, bias=False)
     layer.init_std = inputs**-0.5 if std is None else std  # type: ignore[assignment]
     return layer
+
+
+def is_matrix(layer: nn.Module) -> bool:
+    """Whether layer(x) is x W^T and nothing more, so that a fused kernel may read the weight W in its place.
+
+    False for whatever may act around the weight: subclasses and parametrizations, adapters, a bias, quantised, sharded
+    or offloaded weights, a replaced `forward`, and hooks on the layer or on all modules. Such a layer must be called.
+    """
+    weight = layer._parameters.get("weight")
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return (
+        type(layer) is nn.Linear
+        and layer.bias is None
+        and "forward" not in layer.__dict__  # accelerate puts its hooks there
+        and type(weight) is nn.Parameter
+        and weight.device.type != "meta"
+        and not any(hooks)
+        and not _has_any_global_hook()
+    )
 
 
 def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
@@ -93,6 +113,6 @@ class MLP(nn.Module):
         self.down_proj = linear(hidden, width, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.up_proj) is nn.Linear and type(self.down_proj) is nn.Linear:
+        if is_matrix(self.up_proj) and is_matrix(self.down_proj):
             return mlp(x, self.up_proj.weight, self.down_proj.weight)
-        return self.down_proj(relu_squared(self.up_proj(x)))  # wrapped by an adapter such as LoRA
+        return self.down_proj(relu_squared(self.up_proj(x)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +24,28 @@ from qies.model.cache import QiesCache
 from qies.model.configuration import QiesConfig
 from qies.model.entanglement import Entanglement
 from qies.model.gpt2 import Gpt2Attention, Gpt2Block
-from qies.model.layers import MLP, ShortConv, linear
+from qies.model.layers import MLP, ShortConv, is_matrix, linear
 from qies.objective import language_modelling, language_modelling_of_logits
 from qies.ops.norm import rms_norm
 
 MIXERS = {"full_attention": Attention, "linear_attention": Entanglement}
+
+# Beside saved weights: transformers' own message for an unknown model type advises an upgrade, which does not help.
+CARD = """---
+library_name: transformers
+tags: [qies]
+---
+
+This folder holds a QIES model. Its classes come with the package `qies`: without `import qies`, transformers says that
+it does not recognize the model type `qies`.
+
+```python
+import qies  # registers the model with the Auto classes; nothing is run from this folder
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
 
 
 class RmsNorm(nn.Module):
@@ -66,8 +85,6 @@ class QiesPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["QiesBlock"]  # noqa: RUF012
-    # bfloat16 would round the span of a memory by two percent
-    _keep_in_fp32_modules_strict = ["beta_bias", "decay_bias", "decay_rate", "phase_bias"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -76,6 +93,15 @@ class QiesPreTrainedModel(PreTrainedModel):
         "hidden_states": [QiesBlock, Gpt2Block],
         "attentions": [Attention, Gpt2Attention],
     }
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        """Save weights and configuration as transformers does, and a README.md on how to load them if there is none."""
+        folder = Path(save_directory)
+        if is_main_process and not folder.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "README.md").exists():
+                (folder / "README.md").write_text(CARD, encoding="utf-8")
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -119,6 +145,9 @@ class QiesModel(QiesPreTrainedModel):
         self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size) if gpt2 else RmsNorm(config.rms_norm_eps)
         self.gradient_checkpointing = False
+        # bfloat16 would round the span of a memory by two percent
+        controls = {name.rsplit(".", 1)[-1] for name, _ in self.named_parameters()} & Entanglement.controls
+        self._keep_in_fp32_modules_strict = controls
         self.post_init()
 
     @capture_outputs
@@ -211,9 +240,11 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         """Next-token logits [B,T,V], soft-capped, and the loss.
 
         labels [B,T] are the inputs themselves, shifted here; `shift_labels` [B,T] (a keyword) come already shifted.
-        -100 is ignored, and so is what a pad would predict or be predicted as. The loss is their mean, or their sum
-        over `num_items_in_batch` where the trainer accumulates gradients. While training with labels the logits are
-        not kept (`logits` is None): the loss comes straight from the hidden states.
+        The labels alone decide what counts: -100 is ignored and nothing else, whatever attention_mask says. With
+        padding on the left mark the first token of a text too, or it is predicted from the pad before it. The loss is
+        the mean over what counts, or the sum divided by `num_items_in_batch` where the trainer accumulates gradients.
+        While training with labels the logits are not kept (`logits` is None): the loss comes straight from the hidden
+        states.
         """
         shift_labels = kwargs.pop("shift_labels", None)  # not in the signature: Trainer would expect it in every batch
         out = self.model(
@@ -229,14 +260,12 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         hidden = out.last_hidden_state
         loss = logits = None
         if labels is not None and shift_labels is None:
-            if attention_mask is not None and attention_mask.ndim == 2:
-                labels = _of_real_tokens(labels, attention_mask[:, -labels.shape[1] :].bool())
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        if shift_labels is not None and type(self.lm_head) is nn.Linear:
+        if shift_labels is not None and is_matrix(self.lm_head):
             loss = language_modelling(
                 hidden, self.lm_head.weight, shift_labels, self.config.logit_softcap, num_items_in_batch
             )
-        elif shift_labels is not None:  # wrapped by an adapter such as LoRA, whose weight is not the whole head
+        elif shift_labels is not None:
             loss = language_modelling_of_logits(self._logits(hidden), shift_labels, num_items_in_batch)
         if loss is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -268,6 +297,13 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
             for layer, was in zip(layers, before, strict=True):
                 layer.reads = was
 
+    def init_continuous_batching(self, *args, **kwargs) -> NoReturn:
+        """Raise ValueError: `generate_batch` and whatever else starts here would page keys and values alone."""
+        raise ValueError(
+            "Continuous batching (generate_batch) pages keys and values alone, and a QIES model also carries states "
+            "and convolution inputs: use generate() with a padded batch."
+        )
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get("past_key_values") is not None
         if not given and generation_config.use_cache is not False:
@@ -287,12 +323,6 @@ def _pad_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
         return None
     mask = attention_mask[:, -length:].bool()
     return None if bool(mask.all()) else mask
-
-
-def _of_real_tokens(labels: Tensor, real: Tensor) -> Tensor:
-    """The labels [B,T] of real tokens that follow a real token; -100 for the others."""
-    follows = torch.nn.functional.pad(real[:, :-1], (1, 0), value=True)
-    return labels.masked_fill(~(real & follows), -100)
 
 
 def _refuse_packing(position_ids: Tensor | None) -> None:
