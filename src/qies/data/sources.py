@@ -181,13 +181,15 @@ def describe(skipped: Sequence[Skipped]) -> str:
 
 def unknown(source: str) -> UserError:
     """The error for a name that stands for no corpus, with what is most like it."""
+    folder = source.endswith("/")
     try:
-        beside = [str(other) for other in Path(os.path.expanduser(source)).parent.iterdir()] if source else []
+        others = Path(os.path.expanduser(source)).parent.iterdir()
+        beside = [str(other) for other in others if other.is_dir() or (kind(other) and not folder)]
     except OSError:
         beside = []
     return UserError(
         f"no corpus '{source}': it is neither 'builtin', 'registry', 'hub:OWNER/NAME' nor an existing file, folder or "
-        "pattern." + nearest(source, ["builtin", "registry", *beside])
+        "pattern." + nearest(source.rstrip("/"), [*([] if folder else ["builtin", "registry"]), *beside])
     )
 
 
