@@ -202,29 +202,24 @@ class StudyConfig:
 
     def _check_variants(self) -> None:
         """Raise UserError where a variant sets what the grid sets, or makes the runs of another one."""
-        from qies import presets
-
-        seen: list[tuple[dict[str, Any], Any]] = []
+        seen: list[tuple[dict[str, Any], RunConfig]] = []
         for variant in self.variants:
             for key in variant:
-                part = key.partition(".")[0]
-                if part in ("arm", "size", "seed", "tokens"):
+                if key in ("arm", "size", "seed", "tokens"):
                     raise UserError(f"A variant cannot set '{key}': it is an axis of the grid; list its values there.")
                 if key in ("train", "model"):
                     raise UserError(f"A variant sets '{key}' as a whole; name single keys, such as '{key}.KEY'.")
-                if part == "data":
+                if key.partition(".")[0] == "data":
                     raise UserError(
                         f"A variant cannot set '{key}': a ladder trains on one corpus; make a ladder for each corpus, "
                         "and give qies ladder sweep the folder that holds them."
                     )
             plain = RunConfig(tokens=2**62, data=self.data, train=self.train, model=dict(self.model))
             run = override(plain, variant)
-            vocabulary = self.data.vocab_size
-            models = [presets.settings(a, s, vocabulary, **run.model) for a in self.arms for s in self.sizes]
-            for other, made in seen:
-                if made == (run.train, models):
+            for other, same in seen:
+                if same == run:
                     raise UserError(f"The variants {other} and {variant} are the same runs; keep one of them.")
-            seen.append((variant, (run.train, models)))
+            seen.append((variant, run))
 
     @property
     def budgets(self) -> tuple[float, ...]:

@@ -248,12 +248,14 @@ class _Run:
             torch.set_rng_state(own) if own is not None else torch.manual_seed(self.config.seed + self.group.rank)
         self.step, self.skipped, self.seconds = meta["step"], meta["skipped"], meta["seconds"]
 
-        def rows() -> list[float | None]:
+        def seen() -> Spikes:
             runs.truncate_steps(self.folder, self.step)
-            return [row["loss"] for row in runs.steps(self.folder)]
+            spikes = Spikes()
+            for row in runs.steps(self.folder):
+                spikes.see(row["loss"])
+            return spikes
 
-        for loss in self.group.on_first(rows):
-            self.spikes.see(loss)
+        self.spikes = self.group.on_first(seen)
 
     def _blank(self, names: Collection[str]) -> dict[str, Tensor]:
         """Tensors to load a checkpoint of those names into."""
