@@ -21,8 +21,8 @@ class QiesConfig(PreTrainedConfig):
     Attention layers:
         position: "rope", "learned" (with the gpt2 block only) or "none"; rope_theta, the base of its frequencies;
         rope_fraction: the share of a head's channel pairs that rotate, those of the highest frequencies;
-        nope_interval: every nope_interval-th attention layer (entanglement layers are not counted) has no positions,
-        0 for none;
+        nope_interval: 2 means that every second attention layer has no positions (entanglement layers are not
+        counted), 0 none;
         attention_conv_size: taps of the short convolution, 0 for none; attention_conv: where it stands, on the layer's
         "input" or on the "keys" alone.
     Entanglement layers:
