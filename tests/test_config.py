@@ -130,7 +130,7 @@ def test_an_empty_file_is_no_configuration(text, tmp_path):
 
 def test_a_repeated_key_of_a_file_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("train: {seq_len: 8}\nseed: 1\ntrain: {seq_len: 16}\n")
-    with pytest.raises(UserError, match="c.yaml is not valid YAML: the key 'train' in line 3 is a repeat"):
+    with pytest.raises(UserError, match=r"c.yaml is not valid YAML: the key 'train' in line 3 is a repeat"):
         load(RunConfig, tmp_path / "c.yaml")
 
 

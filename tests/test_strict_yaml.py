@@ -50,6 +50,22 @@ def test_what_is_refused_in_one_line(text, words):
 
 
 def test_what_is_written_reads_alike_in_both_versions_of_yaml():
-    words = ["1e5", "010", "21:20", "no", "0o17", "0x1f", "1_000", "~", "", "2001-01-01", "1.0", "=", "<<", "null", "50k"]
+    words = [
+        "1e5",
+        "010",
+        "21:20",
+        "no",
+        "0o17",
+        "0x1f",
+        "1_000",
+        "~",
+        "",
+        "2001-01-01",
+        "1.0",
+        "=",
+        "<<",
+        "null",
+        "50k",
+    ]
     values = {"v": [*words, "a: b", "\u00fc", 1e-5, 1e16, 1e-300, 10, -3, True, None, 1.5, 1e22, {"train.lr": 2e-3}]}
     assert loads(dumps(values)) == yaml.safe_load(dumps(values)) == values

@@ -69,8 +69,8 @@ class TrainConfig:
     save_every: int = 200  # steps between resumable checkpoints
     keep: int = field(default=2, metadata=LATER)  # newest checkpoints that stay
     milestones: tuple[int, ...] = field(default=(), metadata=LATER)  # steps whose checkpoints stay for good
-    branches: tuple[int, ...] = field(default=(), metadata=LATER | COUNT)  # token budgets of runs that will leave this one
-    warmup_tokens: int = field(default=0, metadata=LATER | COUNT)  # warm-up in tokens, free of the budget; 0: the fraction
+    branches: tuple[int, ...] = field(default=(), metadata=LATER | COUNT)  # token budgets of runs that branch off
+    warmup_tokens: int = field(default=0, metadata=LATER | COUNT)  # free of the budget; 0: the fraction `warmup`
     accumulate: int = field(default=1, metadata=LATER)  # micro-batches a step, on every process
     muon_precision: str = field(default="bf16", metadata=LATER)  # of the Newton-Schulz products: bf16 or fp32
     recompute: bool = field(default=False, metadata=LATER)  # activation checkpointing: less memory, a forward more
@@ -301,9 +301,7 @@ def _counted(value: Any, where: str) -> Any:
     return presets.parse_count(value, where) if isinstance(value, str) else value
 
 
-def load(
-    cls: type[C], path: str | Path, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None
-) -> C:
+def load(cls: type[C], path: str | Path, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> C:
     """Read a YAML file, whose `data.source` is relative to its folder, and `merge` overrides and options into it."""
     path = Path(os.path.expanduser(path))
     values = read(path)
@@ -359,8 +357,8 @@ def merge(
 ) -> dict[str, Any]:
     """Apply dotted overrides such as `train.seq_len=256`, whose values are read as YAML, to plain data.
 
-    `options` are keys that command-line options have set already, --arm arm and --data data.source. Raises UserError for an override of
-    another form, without a value, or of a key that an option or another override sets.
+    `options` are keys that command-line options have set already, as --data sets data.source. Raises UserError for an
+    override of another form, without a value, or of a key that an option or another override sets.
     """
     out: dict[str, Any] = copy.deepcopy(dict(values))
     by = {key: f"--{key.partition('.')[0]}" for key in options or {}}

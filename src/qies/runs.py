@@ -101,7 +101,9 @@ def require_same_data(shards: Shards, record: dict[str, Any], folder: Path) -> N
     """Raise UserError where the record in `folder` names other tokens, or another tokenizer, than `shards` have."""
     given, trained_on = shards.identity(), record.get("data", {})
     if trained_on.get("tokenizer_sha256", given["tokenizer_sha256"]) != given["tokenizer_sha256"]:
-        raise UserError(f"{folder} was trained with another tokenizer than that of {shards.folder}; give another --out.")
+        raise UserError(
+            f"{folder} was trained with another tokenizer than that of {shards.folder}; give another --out."
+        )
     if trained_on.get("hash", given["hash"]) != given["hash"]:
         raise UserError(f"{folder} was trained on other data (hash {trained_on['hash']}); give another --out.")
 

@@ -7,7 +7,7 @@ keeps the last value.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -26,8 +26,8 @@ SCALARS = (
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own way)
-    yaml_constructors: dict = {}  # noqa: RUF012
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML declares it so)
+    yaml_constructors: ClassVar[dict] = {}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -69,17 +69,18 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
 for _kind, _pattern, _first in SCALARS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(TAG + _kind, re.compile(_pattern + r"\Z"), _first)
-for _kind, _construct in {
-    "null": yaml.SafeLoader.construct_yaml_null,
-    "bool": _boolean,
-    "int": _integer,
-    "float": _real,
-    "str": yaml.SafeLoader.construct_yaml_str,
-    "seq": _list,
-    "map": _mapping,
-}.items():
-    _Loader.add_constructor(TAG + _kind, _construct)
-_Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
+_Loader.yaml_constructors.update(
+    {
+        TAG + "null": _Loader.construct_yaml_null,
+        TAG + "bool": _boolean,
+        TAG + "int": _integer,
+        TAG + "float": _real,
+        TAG + "str": _Loader.construct_yaml_str,
+        TAG + "seq": _list,
+        TAG + "map": _mapping,
+        None: _Loader.construct_undefined,
+    }
+)
 
 
 def loads(text: str) -> Any:
