@@ -129,6 +129,7 @@ def test_a_claimed_grid_has_what_was_there_and_what_is_added(settings, tmp_path)
     assert study.claim(settings, tmp_path / "out") == settings  # a claim writes nothing
 
 
+@pytest.mark.slow
 def test_a_finished_study_grows_and_keeps_its_runs(finished, settings, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "grown")
     before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/**/*") if p.is_file()}
