@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qies import cli, presets
+from qies import config as configs
 from qies.model import QiesConfig, QiesForCausalLM
 
 
@@ -38,6 +39,17 @@ def test_help(verb, capsys):
         (["train", "--tokens", "many", "--out", "OUT"], "tokens"),
         (["train", "--out", "OUT", "--arm", "transfomer"], "Did you mean 'transformer'"),
         (["train", "--out", "OUT", "--size", "100x"], "size"),
+        (["train", "--out", "OUT", "--size", "5k"], "size is 5k; it must lie between 20k and 20b"),
+        (["train", "--out", "OUT", "--tokens", "1g"], "tokens is '1g'; write a whole number, or one with k, m or b"),
+        (["train", "--out", "OUT", "--seed", "1", "seed=2"], "--seed and the override 'seed=2' set the same key"),
+        (["train", "--out", "OUT", "seed=1", "seed=2"], "'seed=1' and the override 'seed=2' set the same key"),
+        (["train", "--out", "OUT", "tokens=21:20"], "tokens is '21:20'"),
+        (["train", "--out", "OUT", "arm="], "has no value; write arm=VALUE"),
+        (["study", "--preset", "quick", "--out", "OUT", "sizes=[50k, 50K, 0.05m]"], "a list without repeats"),
+        (["study", "lr=3/s.yaml", "--out", "OUT"], "Give one study"),
+        (["plan", "--tokens", "many"], "--tokens is 'many'"),
+        (["plan", "lr=3/s.yaml"], "Unknown key 'model.lr'"),
+        (["data", "build", "builtin", "--out", "OUT", "--limit-tokens", "1x"], "--limit-tokens is '1x'"),
         (["train", "--out", "OUT", "train.seqlen=5"], "Did you mean 'seq_len'"),
         (["train", "--out", "OUT", "model.head_dm=5"], "Did you mean 'head_dim'"),
         (["train", "--out", "OUT", "--config", "absent.yaml"], "No configuration file"),
@@ -101,6 +113,15 @@ def test_overrides_may_stand_anywhere(capsys, tmp_path):
         assert call("study", *order) == 0
         hashes.append([r["config_hash"] for r in json.loads(capsys.readouterr().out)])
     assert hashes[0] == hashes[1] and len(hashes[0]) == 3
+
+
+@pytest.mark.parametrize("tokens", ["2m", "2e6", "2_000_000", "2000k"])
+def test_tokens_are_written_as_sizes_are(tokens, tmp_path, capsys):
+    assert call("plan", "--size", "400k", "--tokens", tokens, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 2_000_000
+    path = tmp_path / "run.yaml"
+    path.write_text(f"tokens: {tokens}\n")
+    assert configs.load(configs.RunConfig, path).tokens == 2_000_000
 
 
 def test_plan_prints_the_contract_as_json(capsys):

@@ -305,6 +305,28 @@ def test_a_run_on_two_devices_equals_that_on_one(grid, shard_folder, tmp_path, m
     assert len(attempts(folders[1])) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": {"rope_theta": 1e4}}, "model.rope_theta: 10000.0 -> 1000000.0"),
+        ({"data": {"hash": "0" * 64, "tokenizer_sha256": "0"}}, "another tokenizer"),
+        ({"data": {"hash": "0" * 64}}, "other data"),
+    ],
+)
+@pytest.mark.parametrize("status", ["planned", "done"])
+def test_a_record_of_another_model_or_text_is_no_run_of_this_ladder(
+    change, words, status, grid, shard_folder, fake, tmp_path
+):
+    """Neither found finished nor resumed."""
+    record = runs.plan(grid[1], 400) | {"status": status}
+    for part, values in change.items():
+        record[part] = record.get(part, {}) | values
+    runs.write(ladder.run_folder(tmp_path, grid[1]), record)
+    with pytest.raises(UserError, match=words):
+        ladder.execute(grid[:2], tmp_path, shard_folder, workers=1, command=fake())
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [content_hash(grid[1])]
+
+
 def test_a_batch_that_does_not_divide_among_the_devices_is_refused_before_a_run_is_planned(
     grid, shard_folder, tmp_path
 ):

@@ -1,5 +1,6 @@
 """`qies ladder`: what its actions print, when they end, and jobs that share a ladder with other controllers."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -66,6 +67,29 @@ def test_plan_run_and_status(study, file, fast, tmp_path, capsys):
     assert call("ladder", "status", "--out", out) == 0
     text = capsys.readouterr().out
     assert all(r["run"][:8] in text for r in found["runs"]) and "0:00 left" in text
+
+
+def test_a_finished_ladder_grows_and_keeps_its_runs(study, file, fast, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call("ladder", "run", file, "--out", out, "--workers", "2", "--json") == 0
+    first = {r["config_hash"]: r for r in json.loads(capsys.readouterr().out)}
+    before = {p: p.stat().st_mtime_ns for p in out.glob("runs/**/*") if p.is_file()}
+    assert call("ladder", "run", file, "--out", out, "train.lr_scale=2") == 2
+    assert "different study (train.lr_scale: 1.0 -> 2.0)" in capsys.readouterr().err
+
+    more = ["seeds=[2]", "arms=[no_phase]", "tokens_per_parameter=0.02"]
+    assert call("ladder", "run", file, "--out", out, "--workers", "2", "--json", *more) == 0
+    records = {r["config_hash"]: r for r in json.loads(capsys.readouterr().out)}
+    grid = dataclasses.replace(study, seeds=(0, 1, 2), arms=("qies", "no_phase"))
+    assert set(records) == {content_hash(c) for c in grid.runs()} and len(records) == 12
+    assert {k: records[k] for k in first} == first  # not done again
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items())
+
+    assert call("ladder", "status", "--out", out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["runs"]
+    assert {r["run"] for r in found} == set(records) and {r["state"] for r in found} == {"done"}
+    assert call("ladder", "run", file, "--out", out) == 0  # the shorter file takes nothing away
+    assert "12 of 12 runs are done already" in capsys.readouterr().out
 
 
 def test_watching_ends_when_the_last_run_does(study, file, fast, tmp_path, capsys):

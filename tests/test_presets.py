@@ -108,6 +108,21 @@ def test_bad_size(size):
         presets.parse_size(size)
 
 
+@pytest.mark.parametrize(("size", "words"), [("5k", "size is 5k; it must lie between 20k and 20b"),
+                                             ("21b", "between 20k and 20b"), ("50g", "Did you mean '50k'"),
+                                             ("50", "Did you mean '50k'"), ("many", "from 20k to 20b")])  # fmt: skip
+def test_a_size_out_of_range_names_the_range(size, words):
+    with pytest.raises(UserError, match=words):
+        presets.parse_size(size)
+
+
+@pytest.mark.parametrize("size", [*presets.SIZES, "1.25m", "20.001k", "12345678.9k"])
+def test_the_name_of_a_size_is_its_shortest_spelling(size):
+    n = presets.parse_size(size)
+    assert presets.parse_size(presets.size_name(n)) == n and len(presets.size_name(n)) <= len(size)
+    assert size not in presets.SIZES or presets.size_name(n) == size
+
+
 def test_bad_override_is_named():
     with pytest.raises(UserError, match="Did you mean 'head_dim'"):
         presets.settings("qies", "100k", VOCAB, headdim=3)

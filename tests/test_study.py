@@ -1,6 +1,7 @@
 """The main job on a small corpus: done once, resumed after a kill, refused where another study lives."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -93,13 +94,72 @@ def test_a_second_call_trains_nothing(finished, settings):
 
 def test_another_study_is_refused_and_nothing_is_overwritten(finished, settings, tmp_path):
     folder, _ = finished
-    other = configs.from_dict(StudyConfig, configs.to_dict(settings) | {"seeds": [7]})
-    with pytest.raises(UserError, match=r"seeds: \[0\] -> \[7\]"):
-        study.run_study(other, folder, Console(quiet=True))
+    before = (folder / "study.yaml").read_text()
+    for changed, words in (
+        ({"model": {"conv_size": 0}}, r"model.conv_size: absent -> 0"),
+        ({"train": {**configs.to_dict(settings)["train"], "lr_scale": 2.0}}, r"train.lr_scale: 1.0 -> 2.0"),
+        ({"name": "other"}, r"name: tiny -> other"),
+        ({"seeds": [0, 1], "data": {**configs.to_dict(settings)["data"], "seed": 5}}, r"data.seed: 0 -> 5"),
+    ):
+        other = configs.from_dict(StudyConfig, configs.to_dict(settings) | changed)
+        with pytest.raises(UserError, match=f"different study .*{words}"):
+            study.run_study(other, folder, Console(quiet=True))
+    assert (folder / "study.yaml").read_text() == before
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="holds no study"):
         study.run_study(settings, tmp_path, Console(quiet=True))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_claimed_grid_has_what_was_there_and_what_is_added(settings, tmp_path):
+    (tmp_path / "out").mkdir()
+    configs.save(settings, tmp_path / "out" / "study.yaml")
+    same = {"name", "data", "train", "model"}
+    own = {k: v for k, v in configs.to_dict(settings).items() if k in same}
+    more = configs.from_dict(StudyConfig, own | {
+        "arms": ["qies", "no_phase"], "sizes": ["50k", "0.06m"], "seeds": [3], "tokens_per_parameter": 0.02,
+        "variants": [{"train.lr_scale": 0.5}], "workers": 1, "prompts": ["x"],
+    })  # fmt: skip
+    grid = study.claim(more, tmp_path / "out")
+    assert grid.arms == ("transformer", "qies", "no_phase") and grid.sizes == ("50k", "100k", "200k", "60k")
+    assert grid.seeds == (0, 3) and grid.budgets == (0.012, 0.02) and grid.variants == ({}, {"train.lr_scale": 0.5})
+    assert grid.workers == 1 and grid.prompts == ("x",)
+    hashes = {configs.content_hash(c) for c in grid.runs()}
+    assert {configs.content_hash(c) for c in (*settings.runs(), *more.runs())} < hashes
+    assert study.claim(settings, tmp_path / "out") == settings  # a claim writes nothing
+
+
+@pytest.mark.slow
+def test_a_finished_study_grows_and_keeps_its_runs(finished, settings, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "grown")
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/**/*") if p.is_file()}
+    more = dataclasses.replace(settings, arms=("no_phase",), sizes=("50k",))
+    records = study.run_study(more, folder, Console(quiet=True))
+    assert {r["arm"] for r in records} == {"transformer", "qies", "no_phase"} and len(records) == 9
+    assert {r["status"] for r in records} == {"done"}
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items())
+    known = configs.load(StudyConfig, folder / "study.yaml")
+    assert known.arms == ("transformer", "qies", "no_phase") and known.sizes == settings.sizes
+    pairs = json.loads((folder / "comparison.json").read_text())["pairs"]
+    assert ("no_phase", "transformer") in {(p["candidate"], p["baseline"]) for p in pairs}
+    assert "no_phase" in build_report(folder).read_text()
+    told = io.StringIO()
+    study.run_all(settings, folder, Console(file=told))
+    assert "9 of 9 runs are done already" in told.getvalue()
+
+
+def test_a_study_whose_arm_was_defined_anew_is_refused(finished, settings, tmp_path):
+    """Its finished runs do not pass for those of today's arm, and nothing is written."""
+    folder = shutil.copytree(finished[0], tmp_path / "old")
+    config = next(c for c in settings.runs() if c.arm == "qies")
+    own = ladder.run_folder(folder / "runs", config)
+    record = runs.read(own)
+    runs.write(own, record | {"model": record["model"] | {"register_heads": 2}})
+    before = (folder / "study.yaml").read_text()
+    more = dataclasses.replace(settings, seeds=(0, 1))
+    with pytest.raises(UserError, match=r"model.register_heads: 2 -> 4\); give another --out"):
+        study.run_study(more, folder, Console(quiet=True))
+    assert (folder / "study.yaml").read_text() == before
 
 
 def test_a_study_killed_in_the_middle_ends_as_the_undisturbed_one(finished, settings, tmp_path):

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from qies import runs
 from qies.cli import main
-from qies.config import RunConfig, StudyConfig, content_hash, from_dict, override
+from qies.config import DataConfig, RunConfig, StudyConfig, content_hash, from_dict, override
 from qies.errors import UserError
 from qies.ladder.sweep import sweep
 from qies.study import run_study
@@ -30,11 +30,25 @@ def test_every_run_comes_once_in_every_variant():
 
 @pytest.mark.parametrize(
     ("variant", "words"),
-    [({"train.lr_scal": 1.0}, "lr_scale"), ({"seed.x": 1}, "goes below 'seed'"), ({"train.lr_scale": -1}, "positive")],
-)
+    [({"train.lr_scal": 1.0}, "lr_scale"), ({"seed.x": 1}, "goes below 'seed'"), ({"train.lr_scale": -1}, "positive"),
+     ({"arm": "qies"}, "cannot set 'arm': it is an axis"), ({"size": "100k"}, "cannot set 'size'"),
+     ({"seed": 3}, "cannot set 'seed'"), ({"tokens": 10**6}, "cannot set 'tokens'"),
+     ({"data.vocab_size": 512}, "cannot set 'data.vocab_size': a ladder trains on one corpus"),
+     ({"train": {"lr_scale": 2.0}}, "sets 'train' as a whole"), ({"model": {}}, "sets 'model' as a whole")],
+)  # fmt: skip
 def test_a_bad_variant_is_one_line(variant, words):
     with pytest.raises(UserError, match=words):
         study(variants=[variant]).runs()
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [[{}, {"train.lr_scale": 1.0}], [{"train.lr_scale": 0.5}, {}, {"train.lr_scale": 0.5}],
+     [{"train.lr_scale": 2}, {"train.lr_scale": 2.0}]],
+)  # fmt: skip
+def test_variants_that_repeat_each_other_are_refused(variants):
+    with pytest.raises(UserError, match=r"are the same runs; keep one of them"):
+        study(variants=variants)
 
 
 def test_a_study_refuses_a_sweep(tmp_path):
@@ -69,6 +83,41 @@ def test_means_standard_errors_and_paired_differences_by_hand(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["ladder", "sweep", "--out", str(tmp_path)])
     assert "lr_scale=0.5" in capsys.readouterr().out
+
+
+def finish(folder, loss: float, source: str = "builtin", known: str = "", **values) -> None:
+    """A finished run with dotted keys replaced."""
+    plain = RunConfig(arm="qies", size="50k", data=DataConfig(source, hash=known))
+    config = override(plain, {key.replace("__", "."): value for key, value in values.items()})
+    record = runs.plan(config, 4096) | {"status": "done"}
+    record["metrics"] = {"val_loss": loss, "val_bpb": 2.0, "induction": 0.2, "induction_onset": None}
+    runs.write(folder / record["config_hash"], record)
+
+
+def test_values_that_are_lists_are_told_apart(tmp_path, capsys):
+    for loss, steps in ((4.0, []), (4.1, [5]), (4.2, [5, 9])):
+        finish(tmp_path, loss, train__milestones=steps)
+    [cell] = sweep(tmp_path)["cells"]
+    found = [(list(row["variant"]["train.milestones"]), row["loss"]) for row in cell["variants"]]
+    assert found == [([], 4.0), ([5], 4.1), ([5, 9], 4.2)]
+    for words in ([], ["--json"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["ladder", "sweep", "--out", str(tmp_path), *words])
+        assert stop.value.code == 0
+    assert '"train.milestones": [' in capsys.readouterr().out
+
+
+def test_texts_are_told_apart_by_their_hash_and_else_by_their_name(tmp_path):
+    finish(tmp_path, 4.0, "registry")
+    finish(tmp_path, 4.1, "builtin", data__seed=5)
+    finish(tmp_path, 4.2, "/here/texts", "a" * 64)
+    finish(tmp_path, 4.3, "/there/texts", "b" * 64)
+    found = sweep(tmp_path)
+    assert found["swept"] == ["data.hash", "data.seed", "data.source"]
+    assert [row["loss"] for row in found["cells"][0]["variants"]] == [4.0, 4.1, 4.2, 4.3]
+    finish(tmp_path / "moved", 4.2, "/moved/other", "a" * 64)
+    with pytest.raises(UserError, match="two runs of qies 50k seed 0 alike"):
+        sweep(tmp_path)
 
 
 def test_no_run_and_the_same_run_twice_are_refused(tmp_path):

@@ -5,7 +5,6 @@ A key or a value that is not known is an error that names the nearest right one;
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -13,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from qies import strict_yaml
 from qies.errors import UserError, nearest
 
 C = TypeVar("C")
 
 INDUCTION_ONSET = 0.5  # nats per token gained on a repeated random segment: in-context copying has set in from here on
 
+COUNT = {"count": True}  # tokens: 1m is 1_000_000 there
 LATER = {"later": True}  # a field that earlier configurations lack: at its default it leaves `content_hash` as it was
 
 
@@ -46,6 +46,8 @@ class DataConfig:
     hash: str = field(default="", metadata=LATER)
 
     def __post_init__(self) -> None:
+        if not self.source.strip():
+            raise UserError('data.source is empty; give "builtin", "registry", "hub:OWNER/NAME" or a path.')
         _require(256 < self.vocab_size <= 2**31, "data.vocab_size", self.vocab_size, "an integer above 256")
         _require(0 < self.val_fraction < 0.5, "data.val_fraction", self.val_fraction, "a number in (0, 0.5)")
 
@@ -62,13 +64,13 @@ class TrainConfig:
     decay: float = 0.4  # fraction of the steps, at the end, down to zero
     clip_norm: float = 1.0
     max_skipped: int = 10  # non-finite steps left out before the run counts as diverged
-    eval_tokens: int = 262_144  # of the held-out text, at the end; 0 means all of it
+    eval_tokens: int = field(default=262_144, metadata=COUNT)  # of the held-out text, at the end; 0 means all of it
     precision: str = "auto"  # auto: bf16 autocast where the processor has bf16 matrix units, else fp32
     save_every: int = 200  # steps between resumable checkpoints
     keep: int = field(default=2, metadata=LATER)  # newest checkpoints that stay
     milestones: tuple[int, ...] = field(default=(), metadata=LATER)  # steps whose checkpoints stay for good
-    branches: tuple[int, ...] = field(default=(), metadata=LATER)  # token budgets of runs that will leave this one
-    warmup_tokens: int = field(default=0, metadata=LATER)  # warm-up in tokens, free of the budget; 0: the fraction
+    branches: tuple[int, ...] = field(default=(), metadata=LATER | COUNT)  # token budgets of runs that branch off
+    warmup_tokens: int = field(default=0, metadata=LATER | COUNT)  # free of the budget; 0: the fraction `warmup`
     accumulate: int = field(default=1, metadata=LATER)  # micro-batches a step, on every process
     muon_precision: str = field(default="bf16", metadata=LATER)  # of the Newton-Schulz products: bf16 or fp32
     recompute: bool = field(default=False, metadata=LATER)  # activation checkpointing: less memory, a forward more
@@ -93,11 +95,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: everything that decides its result. `model` overrides fields of the arm's `QiesConfig`."""
+    """One run: everything that decides its result. `model` overrides fields of the arm's `QiesConfig`.
+
+    `size` becomes its shortest spelling, so that 50K and 0.05m are the run of 50k.
+    """
 
     arm: str = "qies"
     size: str = "100k"
-    tokens: int = 1_000_000
+    tokens: int = field(default=1_000_000, metadata=COUNT)
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -107,7 +112,7 @@ class RunConfig:
         from qies import presets
 
         _choice("arm", self.arm, presets.ARMS)
-        presets.parse_size(self.size)
+        object.__setattr__(self, "size", presets.size_name(presets.parse_size(self.size)))
         least = self.train.seq_len * self.train.batch_size
         _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "an integer of 64 bits")
         _require(self.tokens >= least, "tokens", self.tokens, f"at least one batch ({least})")
@@ -179,8 +184,7 @@ class StudyConfig:
 
         for arm in self.arms:
             _choice("arms", arm, presets.ARMS)
-        for size in self.sizes:
-            presets.parse_size(size)
+        object.__setattr__(self, "sizes", tuple(presets.size_name(presets.parse_size(s)) for s in self.sizes))
         for name, values in {**{k: getattr(self, k) for k in ("arms", "sizes", "seeds")},
                              "tokens_per_parameter": self.budgets}.items():  # fmt: skip
             _require(len(values) > 0, name, values, "a list of at least one")
@@ -194,6 +198,28 @@ class StudyConfig:
             self.name,
             "letters, digits, - and _ only",
         )
+        self._check_variants()
+
+    def _check_variants(self) -> None:
+        """Raise UserError where a variant sets what the grid sets, or makes the runs of another one."""
+        seen: list[tuple[dict[str, Any], RunConfig]] = []
+        for variant in self.variants:
+            for key in variant:
+                if key in ("arm", "size", "seed", "tokens"):
+                    raise UserError(f"A variant cannot set '{key}': it is an axis of the grid; list its values there.")
+                if key in ("train", "model"):
+                    raise UserError(f"A variant sets '{key}' as a whole; name single keys, such as '{key}.KEY'.")
+                if key.partition(".")[0] == "data":
+                    raise UserError(
+                        f"A variant cannot set '{key}': a ladder trains on one corpus; make a ladder for each corpus, "
+                        "and give qies ladder sweep the folder that holds them."
+                    )
+            plain = RunConfig(tokens=2**62, data=self.data, train=self.train, model=dict(self.model))
+            run = override(plain, variant)
+            for other, same in seen:
+                if same == run:
+                    raise UserError(f"The variants {other} and {variant} are the same runs; keep one of them.")
+            seen.append((variant, run))
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -255,17 +281,28 @@ def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     if not isinstance(values, Mapping):
         raise UserError(f"{where or 'the configuration'} must be a mapping, not {type(values).__name__}.")
     hints = typing.get_type_hints(cls)
+    counts = {f.name for f in dataclasses.fields(cls) if f.metadata.get("count")}  # type: ignore[arg-type]
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in known:
             hint = nearest(str(key), known) or f" Known: {', '.join(known)}."
             raise UserError(f"Unknown key '{prefix}{key}'.{hint}")
+    values = {k: _counted(v, f"{prefix}{k}") if k in counts else v for k, v in values.items()}
     return cls(**{k: _convert(hints[k], v, f"{prefix}{k}") for k, v in values.items()})
 
 
-def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
-    """Read a YAML file, whose `data.source` is relative to its folder, and apply `key.sub=value` overrides."""
+def _counted(value: Any, where: str) -> Any:
+    """A number of tokens, or a list of them, with text such as 1m as a number."""
+    from qies import presets
+
+    if isinstance(value, list):
+        return [_counted(v, where) for v in value]
+    return presets.parse_count(value, where) if isinstance(value, str) else value
+
+
+def load(cls: type[C], path: str | Path, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> C:
+    """Read a YAML file, whose `data.source` is relative to its folder, and `merge` overrides and options into it."""
     path = Path(os.path.expanduser(path))
     values = read(path)
     data = values.get("data")
@@ -273,7 +310,7 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     source = data.get("source")
     if isinstance(source, str) and source and is_path(source):
         values["data"] = {**data, "source": str(path.absolute().parent / os.path.expanduser(source))}
-    return from_dict(cls, merge(values, overrides))
+    return from_dict(cls, merge(values, overrides, options))
 
 
 def is_path(source: str) -> bool:
@@ -281,33 +318,66 @@ def is_path(source: str) -> bool:
     return source != "builtin" and source.partition(":")[0] not in ("registry", "hub")
 
 
+def recorded(config: RunConfig) -> dict[str, Any]:
+    """The run as plain data for its record: text known by its hash is named without the folder where it was found."""
+    out = to_dict(config)
+    if config.data.hash:
+        kind, colon, rest = config.data.source.partition(":")
+        named = kind == "hub" and bool(colon)  # hub:PATH or hub:PATH:NAME, a folder laid out as the hub's are
+        path, more, name = rest.partition(":") if named else (config.data.source, "", "")
+        out["data"]["source"] = f"{'hub:' if named else ''}{os.path.basename(path.rstrip('/'))}{more}{name}"
+    return out
+
+
 def read(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file. Raises UserError where it holds nothing of the kind."""
+    """The keys and values of a YAML file. Raises UserError where it holds none."""
     if not path.is_file():
         raise UserError(f"No configuration file at {path}. Give the path of a YAML file.")
     if path.stat().st_size > 1_000_000:
         raise UserError(f"{path} is larger than 1 MB, which no configuration is.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{path} is not valid YAML: {reason}") from None
+        values = strict_yaml.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:  # UnicodeDecodeError is one
+        raise UserError(f"{path} is not valid YAML: {e}") from None
+    if not values and not isinstance(values, list):
+        raise UserError(f"{path} is empty; write at least one key and its value into it.")
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, not a {type(values).__name__}.")
     return values
 
 
-def merge(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply dotted overrides such as `train.seq_len=256` to plain data; values are read as YAML."""
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Command-line words as (files, overrides): an override is `key.sub=value`, unless a file has that name."""
+    files = [w for w in words if not re.match(r"[A-Za-z_][\w.]*=", w) or os.path.isfile(os.path.expanduser(w))]
+    return files, [w for w in words if w not in files]
+
+
+def merge(
+    values: Mapping[str, Any], overrides: Sequence[str], options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Apply dotted overrides such as `train.seq_len=256`, whose values are read as YAML, to plain data.
+
+    `options` are keys that command-line options have set already, as --data sets data.source. Raises UserError for an
+    override of another form, without a value, or of a key that an option or another override sets.
+    """
     out: dict[str, Any] = copy.deepcopy(dict(values))
+    by = {key: f"--{key.partition('.')[0]}" for key in options or {}}
+    for key, value in (options or {}).items():
+        _set(out, key, value)
     for item in overrides:
         key, eq, text = item.partition("=")
         if not eq or not key:
             raise UserError(f"Override '{item}' is not of the form key.sub=value.")
+        if not text.strip():
+            raise UserError(f"Override '{item}' has no value; write {key}=VALUE or leave it out.")
+        for other, what in by.items():
+            if f"{other}.".startswith(f"{key}.") or f"{key}.".startswith(f"{other}."):
+                raise UserError(f"{what} and the override '{item}' set the same key; give one of them.")
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError):
+            value = strict_yaml.loads(text)
+        except ValueError:
             raise UserError(f"Override '{item}' has a value that is not valid YAML.") from None
+        by[key] = f"The override '{item}'"
         _set(out, key, value)
     return out
 
@@ -322,10 +392,15 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+def to_yaml(config: Any) -> str:
+    """A configuration as YAML."""
+    return strict_yaml.dumps(to_dict(config))
+
+
 def save(config: Any, path: Path) -> None:
     """Write a configuration as YAML, whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial.write_text(to_yaml(config), encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -376,15 +451,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind is float and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)  # YAML 1.1 reads 1e-3 as text
-    if kind is str and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{where} must be of type {kind.__name__}, not {value!r}.")
+        hint = f" Write '{value}' in quotes." if kind is str and value is not None else ""
+        raise UserError(f"{where} must be of type {kind.__name__}, not {value!r}.{hint}")
     if kind is float and not math.isfinite(value):
         raise UserError(f"{where} must be a finite number, not {value}.")
     return value

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 from qies.errors import UserError, nearest
@@ -87,14 +88,39 @@ MODEL_FIELDS: dict[str, Any] = {
 }
 
 
+# A field that models had before it existed with another value than its default of today, and fields that are gone with
+# the value at which a model that has them is the one without.
+BEFORE: dict[str, Any] = {"attention_conv": "input", "register_heads": 0}
+GONE: dict[str, Any] = {"value_residual": False, "conv": "input"}
+
+UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+
+
 def parse_size(size: str) -> int:
     """'50k' -> 50_000, '1.5m' -> 1_500_000, '10b' -> 10_000_000_000. Raises UserError otherwise."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb])", str(size).lower())
-    number = round(float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[2]]) if match else 0
-    if not 20_000 <= number <= LARGEST:
+    if match is None:
         hint = nearest(size, SIZES) or " Write a number with k, m or b, from 20k to 20b, such as 400k."
         raise UserError(f"Unknown value '{size}' for size.{hint}")
+    number = round(Decimal(match[1]) * UNITS[match[2]])
+    if not 20_000 <= number <= LARGEST:
+        raise UserError(f"size is {size}; it must lie between 20k and 20b.")
     return number
+
+
+def size_name(parameters: int) -> str:
+    """The shortest spelling of a size: 50_000 -> '50k', 1_500_000 -> '1.5m'."""
+    unit = next(u for u in ("b", "m", "k", "") if parameters >= UNITS[u])
+    return f"{(Decimal(parameters) / UNITS[unit]).normalize():f}{unit}"
+
+
+def parse_count(text: str, name: str) -> int:
+    """A number of tokens: '1000000', '1_000_000', '1e6' and '1m' alike. Raises UserError, naming `name`, otherwise."""
+    match = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?(?:e\+?\d{1,2})?)([kmb]?)", text.strip().lower())
+    number = Decimal(match[1].replace("_", "")) * UNITS[match[2]] if match else Decimal("NaN")
+    if match is None or number != number.to_integral_value():
+        raise UserError(f"{name} is '{text}'; write a whole number, or one with k, m or b, such as 1m.")
+    return int(number)
 
 
 def shape(parameters: int) -> dict[str, int]:

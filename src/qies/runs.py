@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qies import __version__
-from qies.config import RunConfig, content_hash, to_dict
+from qies.config import RunConfig, content_hash, differences, recorded
 from qies.data import files
 from qies.errors import UserError
+
+if TYPE_CHECKING:
+    from qies.data.shards import Shards
 
 SCHEMA = 1
 STATUSES = ("planned", "running", "done", "failed", "diverged")
@@ -43,9 +46,10 @@ def plan(config: RunConfig, vocab_size: int) -> dict[str, Any]:
         "size": config.size,
         "seed": config.seed,
         "status": "planned",
-        "config": to_dict(config),
+        "config": recorded(config),
         "config_hash": content_hash(config),
         "model": values,
+        "learning_rates": learning_rates(config),
         "params": presets.count_parameters(values),
         "tokens": tokens,
         "steps": config.steps,
@@ -59,6 +63,49 @@ def plan(config: RunConfig, vocab_size: int) -> dict[str, Any]:
         "tokens_per_second": None,
         "peak_memory_bytes": None,
     }
+
+
+def learning_rates(config: RunConfig) -> dict[str, float]:
+    """The peak rates of the optimizers' groups before `train.lr_scale`, as the rule gives them for the run's size."""
+    from qies import presets
+
+    rule = presets.hyperparameters(presets.parse_size(config.size), config.tokens)
+    return {group: getattr(rule, f"{group}_lr") for group in ("matrix", "embedding", "head", "vector")}
+
+
+def require_same_definitions(config: RunConfig, record: dict[str, Any], folder: Path) -> None:
+    """Raise UserError, naming the fields, where the record in `folder` has another model or other learning rates than
+    `config` stands for today: the definition of its arm, or the rule for a size, has changed since.
+
+    Fields that models had not yet, or have no more, are compared by what they meant. Learning rates are compared where
+    the record holds them.
+    """
+    from qies import presets
+
+    then = record.get("model")
+    if not isinstance(then, dict) or not isinstance(then.get("vocab_size"), int):
+        raise UserError(f"{folder / 'run.json'} describes no model; delete that run's folder and run it again.")
+    now = {"model": presets.settings(config.arm, config.size, then["vocab_size"], **config.model)}
+    then = presets.MODEL_FIELDS | presets.BEFORE | then
+    old: dict[str, Any] = {"model": {k: v for k, v in then.items() if k not in presets.GONE or v != presets.GONE[k]}}
+    if "learning_rates" in record:
+        old["learning_rates"], now["learning_rates"] = record["learning_rates"], learning_rates(config)
+    if changed := differences(old, now):
+        raise UserError(
+            f"{folder} holds a run from before the definition of its arm changed ({'; '.join(changed)}); "
+            "give another --out."
+        )
+
+
+def require_same_data(shards: Shards, record: dict[str, Any], folder: Path) -> None:
+    """Raise UserError where the record in `folder` names other tokens, or another tokenizer, than `shards` have."""
+    given, trained_on = shards.identity(), record.get("data", {})
+    if trained_on.get("tokenizer_sha256", given["tokenizer_sha256"]) != given["tokenizer_sha256"]:
+        raise UserError(
+            f"{folder} was trained with another tokenizer than that of {shards.folder}; give another --out."
+        )
+    if trained_on.get("hash", given["hash"]) != given["hash"]:
+        raise UserError(f"{folder} was trained on other data (hash {trained_on['hash']}); give another --out.")
 
 
 def refuse_file(folder: Path) -> None:

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from qies import config as configs
 from qies import ladder, runs
-from qies.config import DataConfig, RunConfig, StudyConfig
+from qies.config import RunConfig, StudyConfig
 from qies.errors import Stopped, UserError, nearest
 from qies.presets import parse_size
 from qies.report.records import BASELINE, PROPOSAL
@@ -36,29 +35,49 @@ def preset(name: str, overrides: tuple[str, ...] = ()) -> StudyConfig:
     return configs.load(StudyConfig, PRESETS / f"{name}.yaml", overrides)
 
 
+# What may be added to a study that has runs, and what changes none of them.
+AXES = ("arms", "sizes", "seeds", "tokens_per_parameter", "variants")
+FREE = ("workers", "prompts")
+
+
 def claim(study: StudyConfig, folder: Path) -> StudyConfig:
-    """The study as `folder` knows it: where it was started before its text was identified by a hash, or from elsewhere,
-    its runs keep their names. Raises UserError when it holds something else; nothing is overwritten."""
+    """The study as `folder` will hold it: a grid of what it holds and what `study` adds on each axis.
+
+    Where it was started before its text was identified by a hash, or from elsewhere, its runs keep their names. Raises
+    UserError when it holds something else; nothing is overwritten.
+    """
     path = folder / "study.yaml"
     if path.is_file():
         try:
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise UserError(f"{path} cannot be read; give another --out or delete that folder.") from None
-        before = before if isinstance(before, dict) else {}
-        # How many runs stand side by side changes no result.
-        changes = configs.changes(before | {"workers": 0}, configs.to_dict(study) | {"workers": 0})
-        if changes:
+            known = configs.from_dict(StudyConfig, configs.read(path))
+        except UserError as e:
+            raise UserError(f"{folder} holds a study that cannot be continued ({e}); give another --out.") from None
+        old, new = ({k: v for k, v in configs.to_dict(s).items() if k not in (*AXES, *FREE)} for s in (known, study))
+        if changes := configs.changes(old, new):
             raise UserError(
                 f"{folder} holds a different study ({'; '.join(changes)}); give another --out or delete it."
             )
-        known = configs.from_dict(DataConfig, before.get("data", {}))
-        source = study.data.source if known.hash else known.source
-        return dataclasses.replace(study, data=dataclasses.replace(study.data, source=source, hash=known.hash))
+        source = study.data.source if known.data.hash else known.data.source
+        data = dataclasses.replace(study.data, source=source, hash=known.data.hash)
+        return dataclasses.replace(study, data=data, **_union(known, study))
     runs.refuse_file(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; give another --out.")
     return study
+
+
+def _union(known: StudyConfig, study: StudyConfig) -> dict[str, Any]:
+    """The axes of a grid that has the values of both, the known ones first."""
+
+    def joined(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
+        return a + tuple(value for value in b if value not in a)
+
+    axes = {axis: joined(getattr(known, axis), getattr(study, axis)) for axis in ("arms", "sizes", "seeds")}
+    budgets = joined(known.budgets, study.budgets)
+    axes["variants"] = joined(known.variants or ({},), study.variants or ({},))
+    if axes["variants"] == ({},):
+        axes["variants"] = ()
+    return axes | {"tokens_per_parameter": budgets if len(budgets) > 1 else budgets[0]}
 
 
 def plan_table(study: StudyConfig) -> Table:
@@ -102,7 +121,10 @@ def clock(seconds: float) -> str:
 
 
 def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
-    """Claim `folder`, check every run's settings and build the corpus. Returns the folder of shards."""
+    """Claim `folder`, check every run's settings, build the corpus and check the runs that are there.
+
+    `study.yaml` then has the whole grid. Returns the folder of shards.
+    """
     from qies.data.manifest import summary
     from qies.data.shards import build_shards, open_shards
     from qies.train.loop import check_data
@@ -111,10 +133,11 @@ def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
     for config in study.runs():  # every bad setting shows before anything is spent
         runs.plan(config, study.data.vocab_size)
     data = data_folder(study, folder)
-    new = not (folder / "study.yaml").exists()
-    if new:  # before anything else, so that a study killed while it reads its corpus is known again
+    path = folder / "study.yaml"
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    if before is None:  # before anything else, so that a study killed while it reads its corpus is known again
         runs.make_folder(folder)
-        configs.save(study, folder / "study.yaml")
+        configs.save(study, path)
     try:
         if data == folder / "data":
             with console.status(f"corpus {study.data.source}"):
@@ -122,11 +145,15 @@ def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
                 manifest = build_shards(study.data, data)
             if not built:
                 console.print(summary(manifest))
-        check_data(open_shards(data), study.train)
+        shards = open_shards(data)
+        check_data(shards, study.train)
+        ladder.check_runs(study.runs(), folder / "runs", shards)
     except UserError:
-        if new:  # a bad corpus leaves no claim behind
-            (folder / "study.yaml").unlink()
+        if before is None:  # a bad corpus leaves no claim behind
+            path.unlink()
         raise
+    if before is not None and configs.to_yaml(study) != before:
+        configs.save(study, path)
     return data
 
 
@@ -189,7 +216,8 @@ def analyse(study: StudyConfig, folder: Path, records: list[dict[str, Any]], con
     for name, make in (("entanglement", entanglement_of), ("samples", samples_of)):
         path = folder / f"{name}.json"
         before = json.loads(path.read_text()) if path.is_file() else {}
-        if before.get("runs") != stamp:
+        prompts = list(study.prompts)
+        if before.get("runs") != stamp or before.get("prompts", prompts) != prompts:
             with console.status(name):
                 runs.write_json(path, make(study, folder, done) | {"runs": stamp})
 

@@ -36,6 +36,8 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
     if args and args[0] in verbs and "overrides" in inspect.signature(verbs[args[0]]).parameters:
         args = [args[0], *_overrides_last(verbs[args[0]], args[1:])]
     try:
+        if args and args[0] in verbs:
+            _refuse_empty_paths(verbs[args[0]], args[1:])
         call = _parse(verbs, args, description)
         call()
         sys.stdout.flush()
@@ -87,6 +89,19 @@ def _overrides_last(verb: Callable[..., None], args: list[str]) -> list[str]:
         if "=" not in word and name.removeprefix("no-") not in flags and name not in (*flags, "help", "h"):
             options += [value for value in [next(rest, None)] if value is not None]
     return [*options, *others]
+
+
+def _refuse_empty_paths(verb: Callable[..., None], args: list[str]) -> None:
+    """Raise UserError for an empty word where a path is due: `Path("")` would be the working directory."""
+    kinds = {f"--{p.replace('_', '-')}": str(v.annotation) for p, v in inspect.signature(verb).parameters.items()}
+    for before, word in zip(["", *args], args, strict=False):
+        option, equals, value = word.partition("=")
+        if not word:
+            option = before.replace("_", "-") if before.startswith("--") and kinds.get(before) != "bool" else ""
+        elif not (equals and not value and word.startswith("--")):
+            continue
+        if not option or "Path" in kinds.get(option.replace("_", "-"), ""):
+            raise UserError(f"{option or 'An argument'} is empty; give a path, such as . for the working directory.")
 
 
 def _defer(verb: Callable[..., None], called: list[Callable[[], None]]) -> Callable[..., None]:

@@ -49,6 +49,46 @@ def test_every_name_of_a_place_is_the_same_run(name: str, here: Path, monkeypatc
         assert _hash("copy") != expected
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--out", "out", "--data", ""],
+        ["train", "--out", "out", "--data="],
+        ["train", "--out", "out", "data.source=''"],
+        ["train", "--out", "out", "data.source="],
+        ["train", "--out", ""],
+        ["train", "--out", "out", "--config="],
+        ["data", "build", "", "--out", "out"],
+        ["data", "build", "d", "--out", ""],
+        ["study", "", "--out", "out"],
+        ["study", "--preset", "quick", "--out", ""],
+        ["ladder", "status", "--out", ""],
+        ["report", ""],
+        ["fit", ""],
+        ["generate", "", "--prompt", "x"],
+    ],
+)
+def test_nothing_is_no_path(words, here: Path, capsys) -> None:
+    before = sorted(here.rglob("*"))
+    assert run(VERBS, words, "") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ("is empty" in error or "has no value" in error)
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("nofile/", "pattern."), ("Makefil", "pattern."), ("shard/", "Did you mean 'HERE/shards'?"),
+     ("nots.txt", "Did you mean 'HERE/notes.txt'?"), ("bultin", "Did you mean 'builtin'?"), ("zzz", "pattern.")],
+)  # fmt: skip
+def test_what_is_suggested_for_a_source_can_be_one(source, words, here: Path) -> None:
+    (here / "Makefile").touch()
+    (here / "notes.txt").touch()
+    with pytest.raises(UserError) as error:
+        locate(RunConfig(), source)
+    assert str(error.value).endswith(words.replace("HERE", str(here)))
+
+
 def test_names_of_corpora_have_the_hashes_they_had() -> None:
     assert content_hash(locate(RunConfig())) == content_hash(RunConfig()) == "f83df5cbe46531eb"
 
@@ -93,6 +133,24 @@ def test_a_run_goes_on_from_wherever_its_text_is(here: Path, capsys, monkeypatch
     next(Path("moved").glob("*.txt")).write_text("other text")
     assert run(VERBS, [*words, "--data", "moved"], "") == 2
     assert "holds another run (data.hash: " in capsys.readouterr().err
+
+
+def test_a_branch_finds_the_text_in_its_trunk(here: Path, capsys, monkeypatch) -> None:
+    """The trunk's record names the text without its place; its shards are beside it."""
+    words = ["train", "--size", "50k", "--json", "train.seq_len=8", "train.batch_size=2", "train.eval_tokens=32"]
+    more = ["train.warmup_tokens=32", "train.branches=[96]", "data.vocab_size=400", "data.val_fraction=0.2"]
+    assert run(VERBS, [*words, *more, "--tokens", "192", "--out", "trunk", "--data", "d"], "") == 0
+    trunk = json.loads(capsys.readouterr().out)
+    assert trunk["config"]["data"]["source"] == "d" and str(here) not in json.dumps(trunk)
+    shutil.move("d", "moved")
+    short = ["train", "--branch-from", "trunk", "--tokens", "96", "--json"]
+    assert run(VERBS, [*short, "--out", "short"], "") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["branch"]["from"] == trunk["config_hash"] and record["data"]["hash"] == trunk["data"]["hash"]
+    shutil.move("trunk/data", "shards-of-trunk")
+    assert run(VERBS, [*short, "--out", "other"], "") == 2
+    assert "trunk does not hold its text; give --data, where 'd' is" in capsys.readouterr().err
+    assert not Path("other").exists()
 
 
 def test_a_study_knows_its_text_again(here: Path, tiny) -> None:

@@ -33,6 +33,18 @@ def test_layers_without_positions_among_others():
     assert torch.allclose(zero(ids).logits, none(ids).logits, atol=1e-6)
 
 
+def test_layers_without_positions_are_counted_among_those_of_attention():
+    """In a 3:1 hybrid every second attention layer, not all of them and not none."""
+
+    def rotating(interval: int) -> list[bool]:
+        model = build("no_phase", num_hidden_layers=16, nope_interval=interval)
+        return [layer.mixer.rotates for layer in model.model.layers[3::4]]
+
+    assert rotating(0) == [True] * 4 and rotating(1) == [False] * 4
+    assert rotating(2) == [True, False, True, False] and rotating(4) == [True, True, True, False]
+    assert rotating(3) == [True, True, False, True]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("where", ["input", "keys"])
 def test_attention_with_a_convolution_by_its_definition(where):

@@ -97,7 +97,10 @@ def test_the_baseline_is_named_with_its_positions(study):
     ("model", "words"),
     [
         ({"position": "rope", "rope_theta": 500.0, "rope_fraction": 0.5}, "RoPE base 5e2 on 50% of each head"),
-        ({"position": "rope", "rope_theta": 1e4, "nope_interval": 4}, "RoPE base 1e4, NoPE in every 4th layer"),
+        (
+            {"position": "rope", "rope_theta": 1e4, "nope_interval": 4},
+            "RoPE base 1e4, NoPE in every 4th attention layer",
+        ),
         ({"position": "learned", "attention_conv_size": 0}, "learned position embedding, no short convolution"),
         (
             {"position": "none", "conv_size": 3, "layer_types": ["linear_attention"]},

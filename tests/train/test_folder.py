@@ -2,12 +2,13 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from qies import runs
-from qies.config import RunConfig, content_hash
+from qies.config import RunConfig, content_hash, from_dict
 from qies.errors import UserError
 from qies.train import folder as folders
 from qies.train import loop
@@ -72,6 +73,56 @@ def test_any_other_change_is_shown_and_logged(config, shards, unfinished, caplog
     changes = ["train.eval_tokens: 512 -> 256", "train.keep: 2 -> 1", "train.save_every: 4 -> 3"]
     assert record["config_changes"] == [{"step": 4, "changes": changes}]
     assert "train.save_every: 4 -> 3" in caplog.text
+
+
+@pytest.mark.parametrize("status", ["planned", "running", "done"])
+@pytest.mark.parametrize(
+    ("part", "field", "then", "words"),
+    [
+        ("model", "rope_theta", 1e4, r"model.rope_theta: 10000.0 -> 1000000.0"),
+        ("model", "attention_conv", None, r"model.attention_conv: input -> keys"),
+        ("model", "register_heads", None, r"model.register_heads: 0 -> 4"),
+        ("model", "value_residual", True, r"model.value_residual: True -> absent"),
+        ("learning_rates", "matrix", 0.02, r"learning_rates.matrix: 0.02 -> 0.04"),
+    ],
+)
+def test_a_run_from_before_its_arm_was_defined_anew_is_refused(part, field, then, words, status, config, tmp_path):
+    record = runs.plan(config, 400) | {"status": status}
+    values = {k: v for k, v in record[part].items() if k != field} | ({} if then is None else {field: then})
+    runs.write(tmp_path, record | {part: values})
+    with pytest.raises(UserError, match=f"definition of its arm changed .*{words}.*give another --out"):
+        folders.claim(config, tmp_path)
+
+
+def test_records_of_the_same_model_in_earlier_words_go_on(config, tmp_path):
+    record = runs.plan(config, 400)
+    del record["learning_rates"]  # not recorded at first
+    earlier = {k: v for k, v in record["model"].items() if k not in ("nope_interval", "rope_fraction", "register_mode")}
+    record["model"] = earlier | {"value_residual": False, "conv": "input"}
+    runs.write(tmp_path, record)
+    assert folders.claim(config, tmp_path) == record
+
+
+def test_committed_records_are_of_models_that_can_be_told(tmp_path):
+    """The runs of the quick study are those that its file stands for today."""
+    root = Path(__file__).parents[2] / "results" / "reference" / "quick" / "runs"
+    for record in runs.query(root):
+        found = from_dict(RunConfig, record["config"])
+        assert content_hash(found) == record["config_hash"]
+        runs.require_same_definitions(found, record, root / record["config_hash"])
+
+
+def test_no_record_of_a_run_holds_a_path(config, shards, text_folder, tmp_path):
+    """The text is known by its hash, in the record and in the checkpoints."""
+    known = dataclasses.replace(config, data=dataclasses.replace(config.data, hash="1" * 64))
+    assert known.data.source == str(text_folder)
+    with pytest.raises(Cut):
+        loop.train(known, shards, tmp_path / "run", progress=cut_after(6))
+    texts = [p.read_text() for p in (tmp_path / "run").rglob("*.json*")]
+    assert len(texts) > 3 and not any(str(text_folder.parent) in text for text in texts)
+    record = runs.read(tmp_path / "run")
+    assert record["config"]["data"]["source"] == text_folder.name and record["config_hash"] == content_hash(known)
+    assert loop.train(known, shards, tmp_path / "run")["status"] == "done"
 
 
 def test_later_fields_leave_the_hash_of_earlier_configurations(config):

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from qies import runs
-from qies.config import save
+from qies.config import RunConfig, save
 from qies.errors import UserError
 from qies.faults.kills import kill, lost_rank, move
 from qies.faults.lab import Lab, one_line
+from qies.train.loop import train
 from qies.train.parallel import Group
 
 TOLERANCE = 1e-5  # nats; fp32 sums in another order
@@ -22,6 +23,22 @@ def test_alone_a_group_is_the_identity():
     group = Group()
     assert group.rows(4) == slice(0, 4) and group.on_first(lambda: 3) == 3
     assert torch.equal(group.gather([1.0, 2.0]), torch.tensor([[1.0, 2.0]], dtype=torch.float64))
+
+
+def test_no_rows_are_sent_to_all_processes(shards, data_config, tiny, tmp_path):
+    """What `on_first` returns goes to every process: a checkpoint's notes or a number, whatever the steps were."""
+    sent = []
+
+    class Recording(Group):
+        def on_first(self, work):
+            sent.append(work())
+            return sent[-1]
+
+    config = RunConfig("qies", "50k", 32 * 4 * 6, data=data_config, train=tiny)
+    record = train(config, shards, tmp_path, group=Recording())
+    losses = [row["loss"] for row in runs.steps(tmp_path)]
+    assert record["status"] == "done" and record["metrics"]["train_loss"] == sum(losses) / 6
+    assert record["metrics"]["train_loss"] in sent and not any(isinstance(value, list) for value in sent)
 
 
 def test_the_slices_of_all_ranks_are_the_batch():

@@ -81,12 +81,11 @@ def ladder(
         cells = sweep(out)
         show(json, cells, lambda: Console().print(*map(_sweep_table, cells["cells"])))
         return
-    files = [w for w in overrides if "=" not in w]
-    changes = [w for w in overrides if "=" in w]
+    files, changes = config.split(overrides)
     if action == "status":
         if out is None or not (out / "study.yaml").is_file():
             raise UserError("Give --out DIR, the folder of a ladder that was started with qies ladder run.")
-        files = [str(out / "study.yaml")]
+        files = [*files, str(out / "study.yaml")]
     if len(files) != 1:
         raise UserError("Give one ladder file: a LADDER.yaml.")
     if action == "status":  # its text need not be there
@@ -99,6 +98,7 @@ def ladder(
         records = [runs.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
         show(json, records, lambda: console.print(studies.plan_table(chosen)))
     elif action == "run":
+        chosen = studies.claim(chosen, folder)
         here = max(1, ladders.cores() // threads) if submit is None else 1
         how: dict[str, Any] = {
             "workers": workers or chosen.workers or here, "threads": threads, "gpus": gpus,
@@ -109,7 +109,6 @@ def ladder(
             ladders.devices(how["workers"], gpus)
         if submit is not None:
             check(submit, sbatch, jobs, gpus)
-            chosen = studies.claim(chosen, folder)
             data = studies.prepare(chosen, folder, console)
             ids = ladders.submit(
                 studies.longest_first(chosen), folder / "runs", data, folder / "jobs",
@@ -168,7 +167,7 @@ def _sweep_table(cell: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for row in cell["variants"]:
         given = {key.partition(".")[2]: value for key, value in row["variant"].items() if value is not None}
-        words = ", ".join(f"{key}={value}" for key, value in given.items())
+        words = ", ".join(f"{key}={value[:8] if key == 'hash' else value}" for key, value in given.items())
         onsets = [_short(tokens) if tokens else "never" for tokens in row["onsets"].values()]
         behind = row["behind"]
         table.add_row(

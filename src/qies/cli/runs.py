@@ -47,8 +47,7 @@ def study(
     from qies import study as studies
     from qies.data.locate import locate
 
-    files = [w for w in overrides if "=" not in w]
-    changes = [w for w in overrides if "=" in w]
+    files, changes = config.split(overrides)
     if len(files) + (preset is not None) != 1:
         raise UserError("Give one study: a STUDY.yaml or --preset quick.")
     if preset is not None:
@@ -82,7 +81,7 @@ def plan(
     /,
     arm: str = "qies",
     size: str = "100k",
-    tokens: int | None = None,
+    tokens: str | None = None,
     vocab_size: int = 4096,
     seq_len: int = 512,
     gpus: int = 1,
@@ -106,7 +105,7 @@ def plan(
         overrides: Model fields to replace.
         arm: transformer, qies, real_registers, no_phase, fixed_phase, selective_phase, gpt2 or complex.
         size: Non-embedding parameters, from 20k to 20b.
-        tokens: Training tokens; by default 20 a parameter.
+        tokens: Training tokens, such as 2000000 or 2m; by default 20 a parameter.
         vocab_size: Tokens in the vocabulary.
         seq_len: Length of the training windows.
         gpus: GPUs in all, over which FSDP2 shards the model.
@@ -121,13 +120,14 @@ def plan(
     from qies import config, presets
     from qies.efficiency.plan import Cluster, plan_model, plan_text
 
-    counts = {"tokens": tokens, "vocab-size": vocab_size, "seq-len": seq_len, "micro-batch": micro_batch}
+    budget = None if tokens is None else presets.parse_count(tokens, "--tokens")
+    counts = {"tokens": budget, "vocab-size": vocab_size, "seq-len": seq_len, "micro-batch": micro_batch}
     for name, number in counts.items():
         if number is not None and number < 1:
             raise UserError(f"--{name} must be at least 1.")
     values = presets.settings(arm, size, vocab_size, **config.merge({}, overrides))
     result = plan_model(
-        values, arm, size, tokens, seq_len, cluster=Cluster(gpus, gpus_per_node, gpu_memory, gpu_flops, utilisation),
+        values, arm, size, budget, seq_len, cluster=Cluster(gpus, gpus_per_node, gpu_memory, gpu_flops, utilisation),
         micro_batch=micro_batch, checkpointing=activation_checkpointing, overrides=overrides,
     )  # fmt: skip
 
@@ -147,7 +147,7 @@ def data(
     tokenizer: str = "",
     text_field: str = "text",
     val_fraction: float = 0.03,
-    limit_tokens: int = 0,
+    limit_tokens: str = "0",
     seed: int = 0,
     workers: int = 1,
     include: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
@@ -179,7 +179,7 @@ def data(
         tokenizer: Take this one instead of training one: a folder, a tokenizer.json, or a name on the hub.
         text_field: Where the text is in a record of JSON, CSV, parquet or the hub.
         val_fraction: Share of the documents held out, unless the data set holds some out itself.
-        limit_tokens: End with the document that reaches so many training tokens; 0: no limit.
+        limit_tokens: Stop after the document that reaches this many training tokens, such as 100m; 0: no limit.
         seed: Which documents are held out.
         workers: Processes that tokenise. Their number does not change the result.
         include: Read only the files of a folder or pattern that match, such as 'part-*.jsonl'; may be given again.
@@ -188,6 +188,7 @@ def data(
         cache: Where "registry" keeps the archives it fetches; by default below the user's cache folder.
         json: Print the manifest, or the overlap.
     """
+    from qies import presets
     from qies.config import DataConfig, to_dict
     from qies.data.contamination import shards_overlap
     from qies.data.manifest import Build
@@ -204,11 +205,12 @@ def data(
         return
     if out is None:
         raise UserError("Give --out DIR, the folder of shards to write.")
+    limit = presets.parse_count(limit_tokens, "--limit-tokens")
     with building_bar(quiet=json) as progress:
         manifest = build_shards(
             DataConfig(source, vocab_size, val_fraction, seed),
             out,
-            build=Build(text_field, tokenizer, limit_tokens, include=include, exclude=exclude),
+            build=Build(text_field, tokenizer, limit, include=include, exclude=exclude),
             workers=workers,
             pack=pack,
             progress=progress,
@@ -224,7 +226,7 @@ def train(
     arm: str | None = None,
     size: str | None = None,
     data: str | None = None,
-    tokens: int | None = None,
+    tokens: str | None = None,
     seed: int | None = None,
     threads: int | None = None,
     resume: bool = True,
@@ -249,7 +251,7 @@ def train(
         arm: transformer, qies, real_registers, no_phase, fixed_phase, selective_phase, gpt2 or complex.
         size: Non-embedding parameters, such as 100k.
         data: "builtin", a file, folder or glob, hub:OWNER/NAME, or a folder that `qies data build` wrote.
-        tokens: Training tokens.
+        tokens: Training tokens, such as 1000000 or 1m.
         seed: Of the initial weights and the data order.
         threads: Processor threads; by default one.
         resume: Whether to go on in a folder that holds this run; --no-resume refuses.
@@ -275,19 +277,25 @@ def train(
     if threads is not None and not 1 <= threads <= 1024:
         raise UserError("--threads must be 1 to 1024.")
     trackers = parse(track)
-    named = {"arm": arm, "size": size, "tokens": tokens, "seed": seed}
-    flags = [f"{k}={v}" for k, v in named.items() if v is not None]
+    named = {"arm": arm, "size": size, "tokens": tokens, "seed": seed, "data.source": data}
+    options = {k: v for k, v in named.items() if v is not None}
     if config is not None:
-        chosen = configs.load(configs.RunConfig, config, [*flags, *overrides])
+        chosen = configs.load(configs.RunConfig, config, overrides, options)
     elif branch_from is not None:
         trunk = runs.read(branch_from)
         if trunk is None or not isinstance(trunk.get("config"), dict):
             raise UserError(f"{branch_from} holds no run to branch from; give the folder of the longer run.")
         base = configs.merge(trunk["config"], ["train.branches=[]", "train.milestones=[]"])
-        chosen = configs.from_dict(configs.RunConfig, configs.merge(base, [*flags, *overrides]))
+        chosen = configs.from_dict(configs.RunConfig, configs.merge(base, overrides, options))
     else:
-        chosen = configs.from_dict(configs.RunConfig, configs.merge({}, [*flags, *overrides]))
-    chosen = locate(chosen, data)
+        chosen = configs.from_dict(configs.RunConfig, configs.merge({}, overrides, options))
+    corpus = None  # of the trunk: its record names the text without the place where it was found
+    if branch_from is not None and chosen.data.hash and not options.get("data.source"):
+        corpus = branch_from / "data"
+        if not (corpus / "manifest.json").is_file():
+            raise UserError(f"{branch_from} does not hold its text; give --data, where '{chosen.data.source}' is.")
+    else:
+        chosen = locate(chosen)
     if not resume and runs.read(out) is not None:
         raise UserError(f"{out} holds a run already; leave --no-resume out or give another --out.")
     runs.plan(chosen, chosen.data.vocab_size)
@@ -295,7 +303,7 @@ def train(
 
     def prepare() -> Path:
         claim(chosen, out)
-        built = Path(chosen.data.source)
+        built = corpus or Path(chosen.data.source)
         if not (built / "manifest.json").is_file():
             built = out / "data"
             there = (built / "manifest.json").is_file()

@@ -34,7 +34,7 @@ def _identified(data: DataConfig) -> DataConfig:
     elif not is_path(data.source):
         open_stream(data)
         return data
-    elif data.source:
+    else:
         data = dataclasses.replace(data, source=_absolute(data.source))
         manifest = Path(data.source) / "manifest.json"
         if manifest.is_file():

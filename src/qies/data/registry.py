@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import yaml
-
+from qies import strict_yaml
 from qies.config import from_dict
 from qies.data.archives import read_files
 from qies.data.extract import READERS, read_text
@@ -71,7 +70,7 @@ class Pin:
 @cache
 def pins(path: Path = PINS) -> tuple[Pin, ...]:
     """The pinned packages, in the order of the corpus."""
-    return tuple(from_dict(Pin, values) for values in yaml.safe_load(path.read_text(encoding="utf-8")))
+    return tuple(from_dict(Pin, values) for values in strict_yaml.loads(path.read_text(encoding="utf-8")))
 
 
 def chosen_clients(source: str) -> tuple[str, ...]:

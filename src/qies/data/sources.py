@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import fnmatch
 import glob
 import hashlib
@@ -17,7 +19,7 @@ from qies.data import readers
 from qies.data.manifest import Skipped
 from qies.data.packed import is_compressed, open_file, reading
 from qies.data.readers import BATCH, Batch, grouped, kind, known_kinds
-from qies.errors import UserError, nearest
+from qies.errors import UserError
 
 # Files of plain text with these names describe the records beside them.
 _ABOUT = ("readme", "license", "licence", "copying", "notice", "changelog", "citation", "contributing", "authors",
@@ -181,13 +183,14 @@ def describe(skipped: Sequence[Skipped]) -> str:
 
 def unknown(source: str) -> UserError:
     """The error for a name that stands for no corpus, with what is most like it."""
-    try:
-        beside = [str(other) for other in Path(os.path.expanduser(source)).parent.iterdir()] if source else []
-    except OSError:
-        beside = []
+    path = Path(os.path.expanduser(source))
+    known = {"builtin": "builtin", "registry": "registry"}
+    with contextlib.suppress(OSError):
+        known |= {other.name: str(other) for other in path.parent.iterdir() if other.is_dir() or kind(other)}
+    close = difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)
     return UserError(
         f"no corpus '{source}': it is neither 'builtin', 'registry', 'hub:OWNER/NAME' nor an existing file, folder or "
-        "pattern." + nearest(source, ["builtin", "registry", *beside])
+        "pattern." + (f" Did you mean '{known[close[0]]}'?" if close else "")
     )
 
 

@@ -1,7 +1,10 @@
 """Many runs: planned, executed side by side in processes of their own, watched, and resumed after a kill."""
 
-from qies.ladder.controller import Slot, check_batches, cores, devices, execute, finished, run_folder
+from qies.ladder.controller import Slot, check_batches, check_runs, cores, devices, execute, finished, run_folder
 from qies.ladder.jobs import submit
 from qies.ladder.status import OVER, status
 
-__all__ = ["OVER", "Slot", "check_batches", "cores", "devices", "execute", "finished", "run_folder", "status", "submit"]
+__all__ = [
+    "OVER", "Slot", "check_batches", "check_runs", "cores", "devices", "execute", "finished", "run_folder", "status",
+    "submit",
+]  # fmt: skip

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qies import runs
 from qies.config import RunConfig, content_hash
@@ -19,6 +19,9 @@ from qies.errors import GONE, UserError
 from qies.ladder import lease as leases
 from qies.ladder.lease import STALE_SECONDS, Lease
 from qies.ladder.ranks import Ranks
+
+if TYPE_CHECKING:
+    from qies.data.shards import Shards
 
 POLL_SECONDS = 0.25
 SCAN_SECONDS = 1.0  # between looks for runs that have become free
@@ -95,12 +98,13 @@ def execute(
     from qies.data.shards import open_shards
 
     check_batches(configs, gpus)
-    vocab = open_shards(data).manifest.vocab_size
+    shards = open_shards(data)
+    check_runs(configs, root, shards)
     owner, tell = uuid.uuid4().hex[:12], event or (lambda *_: None)
     free = devices(workers, gpus)
     command = (*command, *(f"--track={','.join(track)}" for _ in track[:1]), str(data))
     for config in configs:
-        _plan(run_folder(root, config), config, vocab)
+        _plan(run_folder(root, config), config, shards.manifest.vocab_size)
         if retry_failed:
             leases.reset(run_folder(root, config), owner, retries)
     waiting = [c for c in configs if not _over(run_folder(root, c), retries)]
@@ -150,6 +154,16 @@ def finished(folder: Path) -> bool:
     """Whether the run in `folder` needs nothing more."""
     record = runs.read(folder)
     return record is not None and record["status"] in ("done", "diverged")
+
+
+def check_runs(configs: Sequence[RunConfig], root: Path, shards: Shards) -> None:
+    """Raise UserError where a record below `root` is of another model, other learning rates or other data than the
+    configuration of its name stands for today."""
+    for config in configs:
+        folder = run_folder(root, config)
+        if (record := runs.read(folder)) is not None:
+            runs.require_same_definitions(config, record, folder)
+            runs.require_same_data(shards, record, folder)
 
 
 def _over(folder: Path, retries: int) -> bool:

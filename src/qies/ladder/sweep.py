@@ -9,17 +9,19 @@ from statistics import fmean, stdev
 from typing import Any
 
 from qies import presets, runs
+from qies.config import DataConfig, TrainConfig, to_dict
 from qies.errors import UserError
 
 
 def sweep(folder: Path) -> dict[str, Any]:
     """The finished runs below `folder` by arm, size and tokens, and in each such cell by variant.
 
-    A variant is told by the settings of the model and of training that differ between runs of the folder. Each has n
+    A variant is identified by the settings of the model, of training and of the text that differ between runs of the
+    folder. Each has n
     (seeds), loss (mean, nats a token), se (its standard error over seeds; None for one seed), losses by seed, behind
     (mean difference to the best variant over the seeds that both have, with n and se), induction (mean final gain,
     nats a token) and onsets (tokens by seed; None where copying did not set in). The best variant has the lowest mean
-    of those with the most seeds. Raises UserError when no run has finished or one stands there twice.
+    of those with the most seeds. Raises UserError when no run has finished or the folder holds one twice.
     """
     records = [r for r in runs.query(folder) if r["status"] == "done"]
     if not records:
@@ -28,7 +30,7 @@ def sweep(folder: Path) -> dict[str, Any]:
     swept = sorted({k for s in settings for k in s if any(s.get(k) != other.get(k) for other in settings)})
     cells: dict[tuple[str, str, int], dict[tuple[Any, ...], dict[str, dict[str, Any]]]] = defaultdict(dict)
     for record, values in zip(records, settings, strict=True):
-        variant = tuple(values.get(key) for key in swept)
+        variant = tuple(_frozen(values.get(key)) for key in swept)
         seeds = cells[record["arm"], record["size"], record["tokens"]].setdefault(variant, {})
         if str(record["seed"]) in seeds:
             raise UserError(f"{folder} holds two runs of {record['arm']} {record['size']} seed {record['seed']} alike.")
@@ -38,9 +40,20 @@ def sweep(folder: Path) -> dict[str, Any]:
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """What the run's configuration sets of the model and of training, by dotted key."""
-    config = record["config"]
-    return {f"{part}.{key}": value for part in ("model", "train") for key, value in config[part].items()}
+    """What the run's configuration sets of the model, of training and of its text, by dotted key.
+
+    Text that has a hash is told by it, whatever it was called.
+    """
+    config, defaults = record["config"], {"model": {}, "train": to_dict(TrainConfig()), "data": to_dict(DataConfig())}
+    settings = {f"{part}.{k}": v for part, known in defaults.items() for k, v in (known | config[part]).items()}
+    if settings["data.hash"]:
+        del settings["data.source"]
+    return settings
+
+
+def _frozen(value: Any) -> Any:
+    """A value that can be part of a dictionary's key."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _cell(arm: str, size: str, tokens: int, variants: dict[Any, dict[str, Any]], swept: list[str]) -> dict[str, Any]:

@@ -63,7 +63,9 @@ class Attention(nn.Module):
         taps, self.conv_on = config.attention_conv_size, config.attention_conv
         self.conv = ShortConv(attention_conv_width(vars(config)), taps) if taps else None
         # Some layers without positions among others with them: Yang et al., arXiv:2501.18795.
-        self.rotates = not config.nope_interval or (layer_idx + 1) % config.nope_interval != 0
+        before = (config.layer_types or [])[:layer_idx]
+        number = before.count("full_attention") + 1  # of this layer among those of attention
+        self.rotates = not config.nope_interval or number % config.nope_interval != 0
         self.q_proj = linear(width, inner)
         self.k_proj = linear(width, inner)
         self.v_proj = linear(width, inner)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
-from qies.presets import HeadGroup, head_groups, inconsistent
+from qies.presets import BEFORE, HeadGroup, head_groups, inconsistent
 
 
 class QiesConfig(PreTrainedConfig):
@@ -19,7 +21,8 @@ class QiesConfig(PreTrainedConfig):
     Attention layers:
         position: "rope", "learned" (with the gpt2 block only) or "none"; rope_theta, the base of its frequencies;
         rope_fraction: the share of a head's channel pairs that rotate, those of the highest frequencies;
-        nope_interval: every so many layers an attention layer does not rotate, 0 for never;
+        nope_interval: 2 means that every second attention layer has no positions (entanglement layers are not
+        counted), 0 none;
         attention_conv_size: taps of the short convolution, 0 for none; attention_conv: where it stands, on the layer's
         "input" or on the "keys" alone.
     Entanglement layers:
@@ -90,6 +93,17 @@ class QiesConfig(PreTrainedConfig):
             raise ValueError(problem)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """The configuration of a saved dictionary. A field that it lacks because it was saved before the field existed
+        has the value that held then (`presets.BEFORE`)."""
+        return super().from_dict(_complete(config_dict), **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        """As `from_dict`, of a file."""
+        return cls(**_complete(cls._dict_from_json_file(json_file)))
+
     @property
     def final_logit_softcapping(self) -> float | None:
         """`logit_softcap` under the name that other libraries read; None where logits are not capped."""
@@ -115,3 +129,8 @@ class QiesConfig(PreTrainedConfig):
     def head_groups(self) -> tuple[HeadGroup, ...]:
         """The groups of alike heads that an entanglement layer is made of."""
         return head_groups(vars(self))
+
+
+def _complete(saved: dict[str, Any]) -> dict[str, Any]:
+    """Saved values with those that fields had before they existed: every saved configuration has its convolution."""
+    return BEFORE | saved if "attention_conv_size" in saved else saved

@@ -184,7 +184,7 @@ def positions(model: dict[str, Any]) -> str:
         if fraction is not None and fraction < 1:
             words += f" on {100 * fraction:.3g}% of each head"
         if every:
-            words += f", NoPE in every {every:.0f}th layer"
+            words += f", NoPE in every {every:.0f}th attention layer"
     words += _convolution(model, "attention_conv")
     if "linear_attention" in listed(model.get("layer_types")):
         words += f"; entanglement layers{_convolution(model, 'conv').replace(',', ' with', 1)}"

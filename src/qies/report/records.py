@@ -16,9 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
 from qies import runs as run_records
+from qies import strict_yaml
 from qies.errors import UserError
 from qies.report.text import count, number, si
 
@@ -221,11 +220,11 @@ def _read(folder: Path, file: str, notes: list[str]) -> dict[str, Any]:
     """A JSON or YAML mapping; {} with a note when it is absent or cannot be read."""
     try:
         text = (folder / file).read_text(encoding="utf-8")
-        value = yaml.safe_load(text) if file.endswith(".yaml") else json.loads(text)
+        value = strict_yaml.loads(text) if file.endswith(".yaml") else json.loads(text)
     except FileNotFoundError:
         notes.append(f"{file} is missing, so the page lacks its part.")
         return {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         notes.append(f"{file} could not be read, so the page lacks its part.")

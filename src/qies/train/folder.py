@@ -47,6 +47,7 @@ def claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         if fixed or record["status"] in ("done", "diverged"):
             why = "; ".join(fixed or changed)
             raise UserError(f"{folder} holds another run ({why}); give another --out or delete it.")
+    runs.require_same_definitions(config, record, folder)
     return record
 
 
@@ -70,16 +71,11 @@ def open_run(config: RunConfig, shards: Shards, folder: Path) -> dict[str, Any]:
         log.warning("%s goes on with another configuration: %s", folder, "; ".join(other))
         logged = [*record.get("config_changes", []), {"step": found[1]["step"] if found else 0, "changes": other}]
         planned = runs.plan(config, shards.manifest.vocab_size)
-        record |= {k: planned[k] for k in ("config", "config_hash", "tokens", "steps", "flops")}
+        record |= {k: planned[k] for k in ("config", "config_hash", "learning_rates", "tokens", "steps", "flops")}
         record["config_changes"] = logged
         runs.write(folder, record)
-    trained_on, given = record.setdefault("data", shards.identity()), shards.identity()
-    if trained_on["tokenizer_sha256"] != given["tokenizer_sha256"]:
-        raise UserError(
-            f"{folder} was trained with another tokenizer than that of {shards.folder}; give another --out."
-        )
-    if trained_on["hash"] != shards.hash:
-        raise UserError(f"{folder} was trained on other data (hash {record['data']['hash']}); give another --out.")
+    record.setdefault("data", shards.identity())
+    runs.require_same_data(shards, record, folder)
     return record
 
 

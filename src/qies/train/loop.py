@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
 from qies import presets, runs
-from qies.config import RunConfig, TrainConfig, changes, content_hash, to_dict
+from qies.config import RunConfig, TrainConfig, changes, content_hash, recorded, to_dict
 from qies.data.batches import Batches, val_batches
 from qies.data.files import follow_umask
 from qies.data.shards import Shards
@@ -248,12 +248,14 @@ class _Run:
             torch.set_rng_state(own) if own is not None else torch.manual_seed(self.config.seed + self.group.rank)
         self.step, self.skipped, self.seconds = meta["step"], meta["skipped"], meta["seconds"]
 
-        def rows() -> list[float | None]:
+        def seen() -> Spikes:
             runs.truncate_steps(self.folder, self.step)
-            return [row["loss"] for row in runs.steps(self.folder)]
+            spikes = Spikes()
+            for row in runs.steps(self.folder):
+                spikes.see(row["loss"])
+            return spikes
 
-        for loss in self.group.on_first(rows):
-            self.spikes.see(loss)
+        self.spikes = self.group.on_first(seen)
 
     def _blank(self, names: Collection[str]) -> dict[str, Tensor]:
         """Tensors to load a checkpoint of those names into."""
@@ -270,7 +272,7 @@ class _Run:
             "seconds": self.seconds,
             "sequences": self.step * self.train.batch_size,  # the data position
             "processes": self.group.size,
-            "config": to_dict(self.config),
+            "config": recorded(self.config),
             "config_hash": content_hash(self.config),
         }
         checkpoint.save(
@@ -284,8 +286,8 @@ class _Run:
         )
 
     def _finish(self) -> dict[str, Any]:
-        last = self.group.on_first(lambda: [r["loss"] for r in runs.steps(self.folder) if r["loss"] is not None][-50:])
-        if not last:
+        train_loss = self.group.on_first(self._train_loss)
+        if train_loss is None:
             return self._write("diverged", error="no step had a finite loss and gradient")
         metrics: dict[str, Any] = held_out_loss(
             self.model,
@@ -298,7 +300,7 @@ class _Run:
         )
         if not math.isfinite(metrics["val_loss"]):
             return self._write("diverged", error="the held-out loss is not finite")
-        metrics["train_loss"] = sum(last) / len(last)
+        metrics["train_loss"] = train_loss
         final, tokens = self._induction(), self.step * self.train.seq_len * self.train.batch_size
         ends = {"tokens": tokens, "induction": final}  # a run resumed at its last step has no row of it
         first = self.group.on_first(lambda: onset([*runs.steps(self.folder), ends]))
@@ -309,6 +311,11 @@ class _Run:
         if self.group.rank == 0:
             checkpoint.remove(self.checkpoints, self.config.milestones)
         return record
+
+    def _train_loss(self) -> float | None:
+        """Mean of the last 50 finite losses; None where there is none."""
+        last = [row["loss"] for row in runs.steps(self.folder) if row["loss"] is not None][-50:]
+        return sum(last) / len(last) if last else None
 
     def _induction(self) -> float | None:
         """The induction score; None where it is not finite, as in a run that diverges."""
