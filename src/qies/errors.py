@@ -34,6 +34,12 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def speaks() -> bool:
+    """Whether this process reports what is wrong: one that runs alone, or the first of those of one run."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """The sentence that points at the option most like `word`, or "" when none is close."""
     close = difflib.get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=0.5)

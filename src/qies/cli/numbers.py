@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from tyro.conf import Positional
 
+from qies.storage import require_writable, write_text
 from qies.errors import Stopped, UserError
 from qies.plotting import Figure
 from qies.terminal import show
@@ -30,6 +31,8 @@ def report(folder: Positional[Path], /, svg: Path | None = None) -> None:
     _check_outputs(None, svg=svg)
     from qies.report import build_report, write_summary_svg
 
+    if folder.is_dir():
+        require_writable(folder / "report.html")
     print(build_report(folder))
     if svg is not None:
         write_summary_svg(folder, svg)
@@ -124,7 +127,7 @@ def _bench_faults(
     if out is not None:
         runs.write_json(out, value)
     if markdown is not None:
-        runs.write_text(markdown, faults.page(value))
+        write_text(markdown, faults.page(value))
     show(json, value, lambda: Console().print(faults.table(rows, seed)))
     if any(row.held < row.injections for row in rows):
         raise Stopped("something that must hold did not; the lines above say what.")
@@ -302,14 +305,21 @@ def compare(
 
 
 def _check_outputs(figures: Path | None, **files: Path | None) -> None:
-    """Raise UserError, before work is spent, when the files cannot be written or figures is no folder."""
+    """Raise UserError, before work is spent, when the files cannot be written or figures cannot be a folder."""
     for option, path in files.items():
         if path is not None and path.is_dir():
             raise UserError(f"--{option} {path} is a folder; give a file.")
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"--{option} {path}: there is no folder {path.parent}; make it first.")
-    if figures is not None and figures.exists() and not figures.is_dir():
-        raise UserError(f"--figures {figures} is a file; give a folder.")
+        if path is not None:
+            require_writable(path)
+    if figures is not None:
+        for folder in (figures, *figures.absolute().parents):
+            if folder.is_dir():
+                require_writable(folder / "figure.svg")
+                return
+            if folder.exists():
+                raise UserError(f"--figures {figures}: {folder} is a file; give a folder.")
 
 
 def _save(drawn: dict[str, Figure], folder: Path) -> None:

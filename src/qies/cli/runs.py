@@ -65,8 +65,10 @@ def study(
         console.print(f"about {studies.clock(sum(total) / workers)} on {workers} cores; nothing was run.")
         return
     chosen = studies.claim(chosen, folder)
+    table = studies.plan_table(chosen)
+    runs.make_folder(folder)
     if not json:
-        console.print(studies.plan_table(chosen))
+        console.print(table)
     records = studies.run_study(chosen, folder, console)
     from qies.report.page import build_report
 
@@ -74,6 +76,7 @@ def study(
     show(json, records, lambda: console.print(studies.result_table(chosen, records)))
     console.print(f"report: {page}")
     studies.require_done(records, folder)
+    studies.require_analysed(folder)
 
 
 def plan(
@@ -269,7 +272,7 @@ def train(
     from qies.train.folder import branch, claim
     from qies.train.loop import check_data
     from qies.train.loop import train as train_run
-    from qies.train.parallel import start
+    from qies.train.parallel import check_batch, rank_and_size, start
     from qies.train.tracking import parse, tracking
 
     if out is None:
@@ -299,10 +302,12 @@ def train(
     if not resume and runs.read(out) is not None:
         raise UserError(f"{out} holds a run already; leave --no-resume out or give another --out.")
     runs.plan(chosen, chosen.data.vocab_size)
+    check_batch(chosen.train, rank_and_size()[1])
     torch.set_num_threads(threads or 1)
 
     def prepare() -> Path:
         claim(chosen, out)
+        runs.make_folder(out)
         built = corpus or Path(chosen.data.source)
         if not (built / "manifest.json").is_file():
             built = out / "data"

@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from qies import runs
+from qies.storage import write_text
 from qies.report import charts
 from qies.report.answer import answer
 from qies.report.blocks import Chart, Passage, Section, Table
@@ -52,7 +52,7 @@ def build_report(folder: Path) -> Path:
         plotly=Markup(get_plotlyjs()),
     )
     path = study.folder / "report.html"
-    runs.write_text(path, page)
+    write_text(path, page)
     return path
 
 

@@ -97,10 +97,8 @@ def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
     free = ("tokens", "train.branches", "train.milestones", "train.keep", "train.save_every", "train.eval_tokens")
     if other := [c for c in changes(to_dict(whole), to_dict(config)) if not c.startswith(free)]:
         raise UserError(f"a branch of {trunk} can have another budget only, not {'; '.join(other)}.")
-    size = presets.parse_size(config.size)
-    if whole.warmup_steps != config.warmup_steps or (
-        presets.hyperparameters(size, whole.tokens) != presets.hyperparameters(size, config.tokens)
-    ):
+    # Of the rule for a size and budget a run takes the learning rates alone.
+    if whole.warmup_steps != config.warmup_steps or runs.learning_rates(whole) != runs.learning_rates(config):
         raise UserError(
             f"warm-up or learning rates of {trunk} depend on its budget, so nothing can branch from it; "
             "train the longer run with train.warmup_tokens."
