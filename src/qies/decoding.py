@@ -50,8 +50,8 @@ def continue_text(
 ) -> list[str]:
     """Continuations of `prompts` (without the prompts), one each. `sample` depends on `seed` alone.
 
-    Raises UserError for a value out of range, a prompt that is no Unicode text, or more tokens than the model has learned
-    positions for (see `room`).
+    Raises UserError for a value out of range, a prompt that is no Unicode text, or more tokens than the model has
+    learned positions for (see `room`).
     """
     if decoding not in DECODINGS:
         hint = nearest(decoding, DECODINGS) or f" Known: {', '.join(DECODINGS)}."
@@ -62,7 +62,9 @@ def continue_text(
     if not -(2**63) <= seed < 2**63:
         raise UserError(f"seed is {seed}; it must be an integer of 64 bits.")
     if not 1e-6 <= temperature < math.inf:  # fp32 holds logits divided by no less
-        raise UserError(f"temperature is {temperature}; it must be finite and at least 1e-6 (greedy decoding is its limit 0).")
+        raise UserError(
+            f"temperature is {temperature}; it must be finite and at least 1e-6 (greedy decoding is its limit 0)."
+        )
     for prompt in prompts:
         left = room(model, tokenizer, prompt)
         if left is not None and max_new_tokens > left:

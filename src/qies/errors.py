@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
+INTERRUPTED = "interrupted; run the same command again."
 GONE = "is gone (killed, or failed by itself)"  # said of a rank by those that end because of it
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from qies import __version__
-from qies.errors import Stopped, UserError, nearest, speaks
+from qies.errors import INTERRUPTED, Stopped, UserError, nearest, speaks
 
 Verbs = Mapping[str, Callable[..., None]]
 # What the system refuses, whatever the program does: a full disk, a file system that is read-only, permissions.
@@ -45,7 +45,7 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
     except Stopped as e:
         return _complain(str(e), e.code)
     except KeyboardInterrupt:
-        return _complain("interrupted; run the same command again.", 130)
+        return _complain(INTERRUPTED, 130)
     except SystemExit as e:
         left = isinstance(e.__context__, BrokenPipeError)  # the reader of stdout, as rich found it
         return 128 + signal.SIGPIPE if left else int(e.code or 0)
@@ -56,7 +56,9 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
         if isinstance(e, OSError) and e.errno in SYSTEM:
             _drop_output()
             where = f"{e.filename}: " if e.filename is not None else ""
-            return _complain(f"{where}{e.strerror}; free space or change permissions and run the same command again.", 1)
+            return _complain(
+                f"{where}{e.strerror}; free space or change permissions and run the same command again.", 1
+            )
         traceback.print_exc()
         return _complain(f"internal failure: {e}", 1)
     return 0
@@ -80,7 +82,7 @@ def _dispatch(verbs: Verbs, args: list[str], description: str) -> None:
 
 
 def _drop_output() -> None:
-    """What is left in the buffer of stdout goes nowhere if it cannot be written: Python would report that at its end."""
+    """Discard what is left in the buffer of stdout if it cannot be written: Python would report that at its end."""
     try:
         sys.stdout.flush()
     except OSError:

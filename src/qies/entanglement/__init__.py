@@ -1,4 +1,4 @@
-"""What the entangled state holds: the states of a model, and spectra and entropies of Psi across the cut key | value."""
+"""The entangled states of a model, and their spectra and entropies across the cut key | value."""
 
 from qies.entanglement.measures import (
     entropy_ceiling,

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qies.storage import write_text
 from qies.errors import UserError
 from qies.plotting.scale import Scale, make_scale
 from qies.plotting.style import FIRST, Style
+from qies.storage import write_text
 
 CROWD = 60
 # None stands for "not known" and leaves a gap.

@@ -68,7 +68,7 @@ def open_run(config: RunConfig, shards: Shards, folder: Path) -> dict[str, Any]:
                 f"{folder} is at step {found[1]['step']}, beyond the {config.steps} of this configuration "
                 f"({'; '.join(other)}); give another --out."
             )
-        log.warning("%s goes on with another configuration: %s", folder, "; ".join(other))
+        log.warning("%s resumes with a changed configuration: %s", folder, "; ".join(other))
         logged = [*record.get("config_changes", []), {"step": found[1]["step"] if found else 0, "changes": other}]
         planned = runs.plan(config, shards.manifest.vocab_size)
         record |= {k: planned[k] for k in ("config", "config_hash", "learning_rates", "tokens", "steps", "flops")}

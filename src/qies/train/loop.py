@@ -155,6 +155,7 @@ class _Run:
         self.model.train()
         self._compile()
         memory.reset_peak()
+        self.stop.stepping = True
         milestones = self.config.milestones
         while self.step < self.config.steps:
             started = time.perf_counter()
@@ -351,10 +352,15 @@ class _Run:
 
 
 class _StopSignals:
-    """Turns SIGTERM and SIGINT into a request that the loop honours at the end of a step."""
+    """Turns SIGTERM and SIGINT into a request that the loop honours at the end of a step.
+
+    SIGINT raises KeyboardInterrupt where that would take long or save nothing: before the first step, while kernels are
+    compiled, and when it comes a second time.
+    """
 
     def __init__(self) -> None:
         self.code = 0
+        self.stepping = False
 
     def __enter__(self) -> _StopSignals:
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -365,4 +371,6 @@ class _StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and (self.code or not self.stepping):
+            raise KeyboardInterrupt
         self.code = 128 + number

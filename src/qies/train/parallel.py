@@ -121,7 +121,9 @@ def start(folder: Path) -> Iterator[Group]:
     """
     rank, size = rank_and_size()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", _integer("LOCAL_RANK", 0, 0, torch.cuda.device_count())) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", _integer("LOCAL_RANK", 0, 0, torch.cuda.device_count())) if cuda else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
     if size == 1:
