@@ -49,8 +49,8 @@ TABLE = {
     'qies generate runs/first --prompt "The people of the United States" --decoding sample': How(
         more="--max-new-tokens 4"
     ),
-    "qies fit runs.csv --form approach3 --bootstrap 400": How({"--bootstrap 400": "--bootstrap 4"}),
-    "qies compare results/quick --arms qies transformer": How(),
+    "qies compare results/reference/quick --arms qies transformer": How(),
+    "qies fit results/reference/quick --arm qies --form power": How(more="--bootstrap 0"),
     "qies plan --size 10b --gpus 64 --seq-len 4096": How(),
     "qies compare results/reference/quick --arms qies no_phase --json gains.json": How(),
     'qies fit runs.csv --columns "params=N (M)*1e6" "tokens=D (B)*1e9" flops=PF-days*8.64e19 "loss=Val Loss"': How(),
@@ -153,7 +153,6 @@ def workspace(text_folder, tmp_path, monkeypatch):
     shutil.copytree(text_folder, "my_texts")
     Path("results").mkdir()
     Path("results/reference").symlink_to(ROOT / "results" / "reference")
-    Path("results/quick").symlink_to(ROOT / "results" / "reference" / "quick")
     rng = np.random.default_rng(0)
     grid = [(n, d) for n in (1e8, 3e8, 1e9, 3e9) for d in (2e9, 1e10, 5e10)]
     rows = ["params,tokens,loss,N (M),D (B),PF-days,Val Loss"]
