@@ -1,4 +1,4 @@
-"""What README.md and docs/comparing.md say of the quick study is what its committed records say."""
+"""What README.md and docs/comparing.md say of the committed studies is what their records say."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from qies.scaling import compare, read_runs
 
 ROOT = Path(__file__).parent.parent
 QUICK = ROOT / "results" / "reference" / "quick"
+FAIR = QUICK.parent / "fair-200k"
 SIZES = ("40k", "60k", "100k")
 
 
@@ -33,3 +34,19 @@ def test_the_readmes_losses(arm):
 def test_the_verdicts(document, baseline):
     verdict = compare(read_runs(QUICK), "qies", baseline).summary().split(", and its ")[0]
     assert f'"{verdict}' in words(document)
+
+
+@pytest.mark.parametrize(
+    ("arm", "name"),
+    [("transformer", "transformer (RoPE base 1e8)"), ("qies", "qies"), ("real_registers", "real_registers (twin)"),
+     ("no_phase", "no_phase (control)")],
+)  # fmt: skip
+def test_the_readmes_table_of_the_fair_comparison(arm, name):
+    found = [record["metrics"] for record in runs.query(FAIR, arm=arm, status="done")]
+    assert len(found) == 5
+    loss, induction = (np.mean([metrics[key] for metrics in found]) for key in ("val_loss", "induction"))
+    against = ""
+    if arm != "transformer":
+        [pair] = compare(read_runs(FAIR), arm, "transformer").to_dict()["paired"]
+        against = f"{pair['difference']:+.3f} ({pair['lo']:+.3f} to {pair['hi']:+.3f}) "
+    assert f"| {name} | {loss:.4f} | {against}| {induction:.2f} |" in words("README.md")

@@ -113,7 +113,7 @@ def test_watching_ends_when_the_last_run_does(study, file, fast, tmp_path, capsy
     [
         (["ladder", "run"], "Give one ladder file"),
         (["ladder", "plan", "absent.yaml"], "No configuration file"),
-        (["ladder", "go", "FILE"], "invalid choice"),
+        (["ladder", "go", "FILE"], "Unknown value 'go' for ACTION"),
         (["ladder", "run", "FILE", "armz=[qies]"], "Did you mean 'arms'"),
         (["ladder", "run", "FILE", "--workers", "0"], "--workers must be at least 1"),
         (["ladder", "run", "FILE", "--gpus", "2"], "runs of 2 GPUs need"),

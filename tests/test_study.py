@@ -14,10 +14,12 @@ import pytest
 from rich.console import Console
 
 from qies import config as configs
-from qies import ladder, runs, study
+from qies import ladder, presets, runs, study
+from qies.cli import VERBS
 from qies.config import DataConfig, RunConfig, StudyConfig
 from qies.errors import UserError
 from qies.report.page import build_report
+from qies.terminal import run
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,45 @@ def test_a_second_call_trains_nothing(finished, settings):
     before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/**/*")}
     assert study.run_study(settings, folder, Console(quiet=True)) == records
     assert before == {p: p.stat().st_mtime_ns for p in folder.glob("runs/**/*")}
+
+
+@pytest.mark.parametrize("error", [UserError("no room for it"), ZeroDivisionError("by design")])
+def test_an_analysis_that_fails_costs_neither_the_runs_nor_the_page(error, finished, settings, tmp_path, monkeypatch):
+    """It is one line of the page, the exit code is 1, and the next call makes it."""
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "tiny")
+    (tmp_path / "tiny" / "samples.json").unlink()
+    whole = (folder / "samples.json").read_text()
+    configs.save(settings, tmp_path / "tiny.yaml")
+    again = ["study", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "tiny")]
+
+    def fails(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "samples_of", fails)
+        assert run(VERBS, again, "") == 1
+    page = (tmp_path / "tiny" / "report.html").read_text()
+    assert "The analysis of samples.json failed" in page and str(error) in page
+    assert run(VERBS, again, "") == 0
+    assert (tmp_path / "tiny" / "samples.json").read_text() == whole
+    assert "The analysis of samples.json failed" not in (tmp_path / "tiny" / "report.html").read_text()
+
+
+def test_samples_end_with_the_positions_that_a_model_has_learned(settings, shard_folder, tmp_path, monkeypatch):
+    """A prompt that takes them all is named; another arm's samples are made."""
+    from qies.data.shards import open_shards
+    from qies.model import QiesConfig, QiesForCausalLM
+
+    tokenizer = open_shards(shard_folder).tokenizer()
+    few = dataclasses.replace(settings, arms=("gpt2",), prompts=("Ada", "Ada " * 20))
+    [record, *_] = [runs.plan(c, 400) | {"status": "done"} for c in few.runs()]
+    values = presets.settings("gpt2", record["size"], 400, max_position_embeddings=16)
+    model = tmp_path / "runs" / record["config_hash"] / "model"
+    QiesForCausalLM(QiesConfig(**values, eos_token_id=tokenizer.eos_token_id)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    short, long = study.samples_of(few, tmp_path, [record])["arms"]["gpt2"]["continuations"]
+    assert short and long == "(the prompt takes all 16 learned positions)"
 
 
 def test_another_study_is_refused_and_nothing_is_overwritten(finished, settings, tmp_path):

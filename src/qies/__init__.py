@@ -28,4 +28,9 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_WHERE[name]), name)
 
 
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted(__all__)
+
+
 register_with_transformers()

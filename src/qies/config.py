@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qies import strict_yaml
+from qies import storage, strict_yaml
 from qies.errors import UserError, nearest
 
 C = TypeVar("C")
@@ -399,9 +399,7 @@ def to_yaml(config: Any) -> str:
 
 def save(config: Any, path: Path) -> None:
     """Write a configuration as YAML, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(to_yaml(config), encoding="utf-8")
-    os.replace(partial, path)
+    storage.write_text(path, to_yaml(config))
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

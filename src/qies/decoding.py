@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def continue_text(
 ) -> list[str]:
     """Continuations of `prompts` (without the prompts), one each. `sample` depends on `seed` alone.
 
-    Raises UserError for a value out of range, or a prompt that is no Unicode text.
+    Raises UserError for a value out of range, a prompt that is no Unicode text, or more tokens than the model has
+    learned positions for (see `room`).
     """
     if decoding not in DECODINGS:
         hint = nearest(decoding, DECODINGS) or f" Known: {', '.join(DECODINGS)}."
@@ -59,13 +61,18 @@ def continue_text(
             raise UserError(f"{name} is {number}; it must be at least 1.")
     if not -(2**63) <= seed < 2**63:
         raise UserError(f"seed is {seed}; it must be an integer of 64 bits.")
-    if not temperature > 0:
-        raise UserError(f"temperature is {temperature}; it must be positive (use --decoding greedy for 0).")
+    if not 1e-6 <= temperature < math.inf:  # fp32 holds logits divided by no less
+        raise UserError(
+            f"temperature is {temperature}; it must be finite and at least 1e-6 (greedy decoding is its limit 0)."
+        )
     for prompt in prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"The prompt {prompt[:40]!r} is not UTF-8; give it as UTF-8 text.") from None
+        left = room(model, tokenizer, prompt)
+        if left is not None and max_new_tokens > left:
+            what = f"lower max_new_tokens from {max_new_tokens} to {left} or less" if left > 0 else "shorten the prompt"
+            raise UserError(
+                f"The model has learned {model.config.max_position_embeddings} positions, and the prompt takes "
+                f"{model.config.max_position_embeddings - left}; {what}."
+            )
     how = (
         {"do_sample": True, "temperature": temperature, "top_k": top_k}
         if decoding == "sample"
@@ -73,9 +80,8 @@ def continue_text(
     )
     out = []
     for prompt in prompts:
-        # As in training: a document begins with the end-of-text token, and special tokens typed in text are text.
-        [own] = encode_texts(tokenizer.backend_tokenizer, [prompt])
-        ids = torch.tensor([[tokenizer.eos_token_id, *own.tolist()]])
+        own = _encode(tokenizer, prompt)
+        ids = torch.tensor([own])
         torch.manual_seed(seed)
         tokens = model.generate(
             ids,
@@ -86,6 +92,25 @@ def continue_text(
         )
         # Decoded together: by itself a continuation may lose the space it begins with.
         plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        whole, before = tokenizer.decode(tokens[0, 1:], **plain), tokenizer.decode(own.tolist(), **plain)
+        whole, before = tokenizer.decode(tokens[0, 1:], **plain), tokenizer.decode(own[1:], **plain)
         out.append(whole[len(before) :])
     return out
+
+
+def room(model: QiesForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> int | None:
+    """How many tokens can follow `prompt` (0 or less: none) where positions are learned; None where any number can."""
+    learned = model.config.max_position_embeddings if model.config.position == "learned" else None
+    return None if learned is None else learned - len(_encode(tokenizer, prompt))
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """The prompt as in training: a document begins with the end-of-text token, special tokens typed in text are text.
+
+    Raises UserError for a prompt that is no Unicode text.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"The prompt {prompt[:40]!r} is not UTF-8; give it as UTF-8 text.") from None
+    [own] = encode_texts(tokenizer.backend_tokenizer, [prompt])
+    return [tokenizer.eos_token_id, *own.tolist()]

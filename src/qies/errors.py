@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
+INTERRUPTED = "interrupted; run the same command again."
 GONE = "is gone (killed, or failed by itself)"  # said of a rank by those that end because of it
 
 
@@ -32,6 +33,12 @@ def leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def speaks() -> bool:
+    """Whether this process reports what is wrong: one that runs alone, or the first of those of one run."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

@@ -93,6 +93,15 @@ MODEL_FIELDS: dict[str, Any] = {
 BEFORE: dict[str, Any] = {"attention_conv": "input", "register_heads": 0}
 GONE: dict[str, Any] = {"value_residual": False, "conv": "input"}
 
+# What a user may look for among the fields of the model: where it is set instead.
+ELSEWHERE = {
+    "arm": " The arm is set by --arm, or by the key arm.",
+    "size": " The size is set by --size, or by the key size.",
+    "tokens": " The token budget is set by --tokens, or by the key tokens.",
+    "vocab_size": " The vocabulary belongs to the data: --vocab-size of qies plan, data.vocab_size of a run.",
+    "layer_types": " The arm decides the types of the layers; num_hidden_layers sets their number.",
+}
+
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
@@ -141,7 +150,7 @@ def shape(parameters: int) -> dict[str, int]:
     }
 
 
-def settings(arm: str, size: str, vocab_size: int, **overrides: Any) -> dict[str, Any]:
+def settings(arm: str, size: str, vocab_size: int, /, **overrides: Any) -> dict[str, Any]:
     """The keyword arguments of `QiesConfig` for an arm and size.
 
     `overrides` replace single fields; the MLP width then still brings the model to the size's N, unless it is
@@ -151,9 +160,8 @@ def settings(arm: str, size: str, vocab_size: int, **overrides: Any) -> dict[str
         raise UserError(f"Unknown value '{arm}' for arm.{nearest(arm, ARMS) or f' Known: {chr(44).join(ARMS)}.'}")
     for key, value in overrides.items():
         if key not in MODEL_FIELDS:
-            raise UserError(
-                f"Unknown key 'model.{key}'.{nearest(key, MODEL_FIELDS) or f' Known: {chr(44).join(MODEL_FIELDS)}.'}"
-            )
+            hint = ELSEWHERE.get(key) or nearest(key, MODEL_FIELDS) or f" Known: {', '.join(MODEL_FIELDS)}."
+            raise UserError(f"Unknown key 'model.{key}'.{hint}")
         default = MODEL_FIELDS[key]
         kind = int if default is None else type(default)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -204,6 +212,10 @@ def inconsistent(values: Mapping[str, Any]) -> str | None:
     for name, smallest in least.items():
         if values[name] < smallest:
             return f"model.{name} is {values[name]}; it must be at least {smallest}."
+    if values["intermediate_size"] is not None and values["intermediate_size"] < 1:
+        return f"model.intermediate_size is {values['intermediate_size']}; it must be at least 1."
+    if not 0 <= values["logit_softcap"] < math.inf:
+        return f"model.logit_softcap is {values['logit_softcap']}; it must be 0 (off) or a positive number."
     if values["head_dim"] % 2:
         return f"model.head_dim is {values['head_dim']}; it must be even (Re and Im halves)."
     for name in ("phase_fraction", "rope_fraction"):

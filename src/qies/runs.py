@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qies import __version__
+from qies import __version__, storage
 from qies.config import RunConfig, content_hash, differences, recorded
 from qies.data import files
 from qies.errors import UserError
@@ -116,11 +116,13 @@ def refuse_file(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` unless it is there. Raises UserError where the system does not let us."""
+    """Make `folder` unless it is there. Raises UserError where the system does not let us, or not write there."""
     try:
         files.make_folder(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}); give another folder.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):  # on a file system that is read-only too
+        raise UserError(f"{folder} cannot be written; change its permissions or give another folder.")
 
 
 def write(folder: Path, record: dict[str, Any]) -> None:
@@ -129,16 +131,9 @@ def write(folder: Path, record: dict[str, Any]) -> None:
     write_json(folder / "run.json", record)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text to a temporary name beside `path` and rename it into place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def write_json(path: Path, value: Any) -> None:
-    """JSON by `write_text`; NaN and infinity, which JSON has not, raise ValueError."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """JSON by `storage.write_text`; NaN and infinity, which JSON has not, raise ValueError."""
+    storage.write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any] | None:

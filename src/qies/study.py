@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -205,21 +206,55 @@ def data_folder(study: StudyConfig, folder: Path) -> Path:
 
 
 def analyse(study: StudyConfig, folder: Path, records: list[dict[str, Any]], console: Console) -> None:
-    """Fits, comparisons, entanglement and samples, each into its own JSON file."""
+    """Fits, comparisons, entanglement and samples, each into its own JSON file.
+
+    One that fails costs neither the others nor the page: its file then holds the reason under `error`, in one line
+    (`require_analysed`), and the next call tries it again.
+    """
     done = [r for r in records if r["status"] == "done"]
-    runs.write_json(folder / "fits.json", fit_arms(study, done))
-    compared = compare_arms(study, folder)
-    runs.write_json(folder / "comparison.json", compared)
-    for pair in compared["pairs"]:
-        console.print(f"{pair['candidate']} against {pair['baseline']}: {pair['verdict']}; {pair['reason']}.")
-    stamp = sorted(r["config_hash"] for r in done)
-    for name, make in (("entanglement", entanglement_of), ("samples", samples_of)):
+    prompts = list(study.prompts)
+    asked = {"runs": sorted(r["config_hash"] for r in done)}
+    for name, make, same in (
+        ("fits", lambda: fit_arms(study, done), None),
+        ("comparison", lambda: compare_arms(study, folder), None),
+        ("entanglement", lambda: entanglement_of(study, folder, done), asked),
+        ("samples", lambda: samples_of(study, folder, done), asked | {"prompts": prompts}),
+    ):
         path = folder / f"{name}.json"
-        before = json.loads(path.read_text()) if path.is_file() else {}
-        prompts = list(study.prompts)
-        if before.get("runs") != stamp or before.get("prompts", prompts) != prompts:
-            with console.status(name):
-                runs.write_json(path, make(study, folder, done) | {"runs": stamp})
+        with console.status(name):
+            if same and _holds(path, same):
+                continue
+            try:
+                runs.write_json(path, make() | (asked if same else {}))
+            except (UserError, Stopped) as e:
+                runs.write_json(path, {"schema": 1, "error": " ".join(str(e).split())})
+            except Exception as e:  # whatever it is, the runs are done and the page shall be written
+                traceback.print_exc()
+                runs.write_json(path, {"schema": 1, "error": " ".join(f"{type(e).__name__}: {e}".split())})
+    for pair in _read(folder / "comparison.json").get("pairs", []):
+        console.print(f"{pair['candidate']} against {pair['baseline']}: {pair['verdict']}; {pair['reason']}.")
+
+
+def require_analysed(folder: Path) -> None:
+    """Raise Stopped, with each reason, when analyses of the study in `folder` have failed."""
+    parts = {name: _read(folder / f"{name}.json") for name in ("fits", "comparison", "entanglement", "samples")}
+    if failed := [f"{name}: {part['error']}" for name, part in parts.items() if "error" in part]:
+        raise Stopped(f"the runs are done, but {len(failed)} analyses failed ({'; '.join(failed)})")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The analysis in `path`; {} where there is none that can be read."""
+    try:
+        part = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return part if isinstance(part, dict) else {}
+
+
+def _holds(path: Path, values: dict[str, Any]) -> bool:
+    """Whether the analysis in `path` is of these values."""
+    part = _read(path)
+    return all(part.get(key) == value for key, value in values.items())
 
 
 def fit_arms(study: StudyConfig, done: list[dict[str, Any]]) -> dict[str, Any]:
@@ -272,7 +307,7 @@ def entanglement_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]
     from qies.data.batches import val_batches
     from qies.data.shards import open_shards
     from qies.decoding import load_model
-    from qies.entanglement.capture import capture_states, entropies
+    from qies.entanglement import capture, entropies
 
     shards = open_shards(data_folder(study, folder))
     length = study.train.seq_len
@@ -287,7 +322,7 @@ def entanglement_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]
         if record is None or "linear_attention" not in record["model"]["layer_types"]:
             continue
         model, _ = load_model(folder / "runs" / record["config_hash"])
-        states = capture_states(model, torch.from_numpy(ids), positions)
+        states = capture(model, torch.from_numpy(ids), positions)
         arms[arm] = {record["size"]: entropies(states, positions)}
     text = {"source": f"{shards.manifest.corpus}, validation", "tokens": int(ids.size)}
     return {"schema": 1, "text": text, "arms": arms}
@@ -295,14 +330,21 @@ def entanglement_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]
 
 def samples_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]) -> dict[str, Any]:
     """Sampled continuations of the study's prompts by each arm's largest model."""
-    from qies.decoding import continue_text, load_model
+    from qies.decoding import continue_text, load_model, room
 
     arms: dict[str, Any] = {}
     for arm in study.arms:
         record = largest(study, done, arm)
         if record is not None:
             model, tokenizer = load_model(folder / "runs" / record["config_hash"])
-            texts = continue_text(model, tokenizer, study.prompts, max_new_tokens=48, decoding="sample")
+            texts = []
+            for prompt in study.prompts:
+                left = room(model, tokenizer, prompt)
+                if left is not None and left < 1:
+                    texts.append(f"(the prompt takes all {model.config.max_position_embeddings} learned positions)")
+                    continue
+                length = 48 if left is None else min(48, left)
+                texts += continue_text(model, tokenizer, [prompt], max_new_tokens=length, decoding="sample")
             arms[arm] = {"size": record["size"], "continuations": texts}
     return {"schema": 1, "prompts": list(study.prompts), "arms": arms}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import io
@@ -22,41 +23,79 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from qies.errors import Stopped, UserError, nearest
+from qies import __version__
+from qies.errors import INTERRUPTED, Stopped, UserError, nearest, speaks
 
 Verbs = Mapping[str, Callable[..., None]]
+# What the system refuses, whatever the program does: a full disk, a file system that is read-only, permissions.
+SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
 
 
 def run(verbs: Verbs, args: list[str], description: str) -> int:
     """Run the verb that `args` name; the exit code: 0, 2 on bad input, 1 on an internal failure, 128 + n after
-    signal n."""
-    if args and not args[0].startswith("-") and args[0] not in verbs:
-        hint = nearest(args[0], verbs) or f" Known: {', '.join(verbs)}."
-        return _complain(f"Unknown verb '{args[0]}'.{hint}")
-    if args and args[0] in verbs and "overrides" in inspect.signature(verbs[args[0]]).parameters:
-        args = [args[0], *_overrides_last(verbs[args[0]], args[1:])]
+    signal n. Characters that the terminal's encoding lacks are printed as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        if args and args[0] in verbs:
-            _refuse_empty_paths(verbs[args[0]], args[1:])
-        call = _parse(verbs, args, description)
-        call()
+        _dispatch(verbs, args, description)
         sys.stdout.flush()
     except UserError as e:  # of several processes all raise it alike, and the first says it
-        return _complain(str(e)) if os.environ.get("RANK", "0") == "0" else 2
+        return _complain(str(e)) if speaks() else 2
     except Stopped as e:
         return _complain(str(e), e.code)
     except KeyboardInterrupt:
-        return _complain("stopped; run the same command again to go on.", 130)
+        return _complain(INTERRUPTED, 130)
     except SystemExit as e:
         left = isinstance(e.__context__, BrokenPipeError)  # the reader of stdout, as rich found it
         return 128 + signal.SIGPIPE if left else int(e.code or 0)
     except Exception as e:
         if isinstance(e, BrokenPipeError) and _reader_gone():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
+            _drop_output()
             return 128 + signal.SIGPIPE
+        if isinstance(e, OSError) and e.errno in SYSTEM:
+            _drop_output()
+            where = f"{e.filename}: " if e.filename is not None else ""
+            return _complain(
+                f"{where}{e.strerror}; free space or change permissions and run the same command again.", 1
+            )
         traceback.print_exc()
         return _complain(f"internal failure: {e}", 1)
     return 0
+
+
+def _dispatch(verbs: Verbs, args: list[str], description: str) -> None:
+    if args == ["--version"]:
+        print(f"qies {__version__}")
+        return
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview(verbs, description))
+        return
+    name, *rest = args
+    if name not in verbs:
+        hint = nearest(name, [*verbs, "--version", "--help"]) or f" Known: {', '.join(verbs)}."
+        raise UserError(f"Unknown {'option' if name.startswith('-') else 'verb'} '{name}'.{hint}")
+    if "overrides" in inspect.signature(verbs[name]).parameters:
+        rest = _overrides_last(verbs[name], rest)
+    _refuse_empty_paths(verbs[name], rest)
+    _parse(verbs, [name, *rest], description)()
+
+
+def _drop_output() -> None:
+    """Discard what is left in the buffer of stdout if it cannot be written: Python would report that at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _overview(verbs: Verbs, description: str) -> str:
+    """The verbs, each with the first sentence of its help."""
+    lines = ["usage: qies VERB [OPTIONS]", "", description, ""]
+    for name, verb in verbs.items():
+        first = re.split(r"(?<=\.)\s", inspect.getdoc(verb) or "", maxsplit=1)[0]
+        lines.append(f"  {name:<{max(map(len, verbs))}}  {' '.join(first.split())}")
+    return "\n".join([*lines, "", "qies VERB --help describes a verb; qies --version prints the version."])
 
 
 def _parse(verbs: Verbs, args: list[str], description: str) -> Callable[[], None]:
@@ -66,9 +105,7 @@ def _parse(verbs: Verbs, args: list[str], description: str) -> Callable[[], None
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            tyro.extras.subcommand_cli_from_dict(
-                deferred, args=args or ["--help"], prog="qies", description=description
-            )
+            tyro.extras.subcommand_cli_from_dict(deferred, args=args, prog="qies", description=description)
     except SystemExit as e:
         if e.code in (0, None):
             raise
@@ -124,15 +161,34 @@ def _expanded(value: Any) -> Any:
 def _one_line(text: str, verbs: Verbs, args: list[str]) -> str:
     """The parser's framed message as one sentence."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    words = re.sub(r"[│╭╮╰╯─┄]+|-{4,}|^\s*[|+]|[|+]\s*$", " ", plain, flags=re.MULTILINE)  # the frame
-    words = " ".join(words.split())
-    words = re.sub(r"^(Unrecognized options) (?=Unrecognized)|^(Parsing error|Required options) ", "", words)
-    words = re.split(r"\s*(?:For full helptext|Perhaps you meant|Got errors:)", words)[0]
-    verb = f"qies {args[0]}" if args and args[0] in verbs else "qies"
-    hint = ""
-    if (unknown := re.search(r"--[\w-]+", words)) and args and args[0] in verbs:
-        hint = nearest(unknown[0], [f"--{p.replace('_', '-')}" for p in inspect.signature(verbs[args[0]]).parameters])
-    return f"{words}.{hint} See {verb} --help."
+    lines = re.sub(r"[│╭╮╰╯─┄]+|-{4,}|^[|+]|[|+]\s*$", " ", plain, flags=re.MULTILINE).splitlines()  # the frame
+    words = " ".join(" ".join(lines).split())
+    parameters = inspect.signature(verbs[args[0]]).parameters
+    options = [f"--{name.replace('_', '-')}" for name, p in parameters.items() if p.kind != p.POSITIONAL_ONLY]
+    end = f" See qies {args[0]} --help."
+    if "Missing from" in words:  # each missing argument on a line of its own, its help indented deeper
+        names = [found[1] for line in lines if (found := re.match(r" {4,7}(\S+)", line))]
+        needed = [n.upper() for n, p in parameters.items() if p.kind == p.POSITIONAL_ONLY and p.default is p.empty]
+        flags = [name for name in names if name.startswith("--")]
+        needed = needed[len(needed) - (len(names) - len(flags)) :]
+        return f"qies {args[0]} needs {' and '.join([*needed, *flags])}.{end}"
+    if found := re.search(r"Missing value for argument '(\S+)'. Expected (\d+) values", words):
+        return f"{found[1]} needs {'a value' if found[2] == '1' else f'{found[2]} values'}.{end}"
+    if found := re.search(r"invalid choice '(.*?)' for argument '(\S+)'. Expected one of \((.*?)\)", words):
+        choices = [word for word in re.findall(r"'(.*?)'", found[3]) if word != "None"]
+        name = found[2] if found[2].startswith("-") else found[2].upper()
+        hint = nearest(found[1], choices) or f" Known: {', '.join(choices)}."
+        return f"Unknown value '{found[1]}' for {name}.{hint}"
+    if found := re.search(r"Error parsing (\S+): (?:no type matching (\S+) could be instantiated from \[)?(.*)", words):
+        kinds = found[2] or ("INT" if "int()" in found[3] else "FLOAT")
+        wanted = [f"'{literal}'" for literal in re.findall(r"{(.*?)}", kinds) if literal != "None"]
+        wanted += [word for kind, word in (("INT", "an integer"), ("FLOAT", "a number")) if kind in kinds.split("|")]
+        if wanted and (value := re.search(r"'(.*?)'", found[3])):
+            return f"{found[1]} is '{value[1]}'; it must be {' or '.join(wanted)}.{end}"
+    if found := re.search(r"Unrecognized (?:or misplaced )?options: (\S+)", words):
+        kind = "Unknown option" if found[1].startswith("-") else "Unexpected argument"
+        return f"{kind} '{found[1]}'.{nearest(found[1], options) if kind == 'Unknown option' else ''}{end}"
+    return f"{words}{end}"
 
 
 def _reader_gone() -> bool:

@@ -42,7 +42,7 @@ def _model(given: list, *tokens: int):
         given.append(ids[0].tolist())
         return torch.cat([ids, torch.tensor([tokens])], 1)
 
-    return SimpleNamespace(generate=generate)
+    return SimpleNamespace(generate=generate, config=SimpleNamespace(position="rope", max_position_embeddings=1))
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qies import presets
 from qies.efficiency.plan import plan_model
-from qies.entanglement.capture import capture_states, entropies
+from qies.entanglement import capture, entropies
 from qies.errors import UserError
 from qies.model import QiesCache, QiesConfig, QiesForCausalLM
 from qies.model import entanglement as mixer_module
@@ -166,7 +166,7 @@ def test_the_cache_holds_what_the_plan_says(overrides):
 
 def test_captured_states_come_group_by_group():
     model, ids = stirred("registers"), torch.randint(0, 97, (4, 12))
-    states = capture_states(model, ids, (5, 12))
+    states = capture(model, ids, (5, 12))
     assert {layer: [list(s.shape) for s in groups] for layer, groups in states.items()} == {
         layer: [[2, 4, 2, 16, 16], [2, 4, 3, 4, 2]] for layer in (0, 1, 2)
     }

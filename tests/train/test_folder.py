@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qies import runs
+from qies import presets, runs
 from qies.config import RunConfig, content_hash, from_dict
 from qies.errors import UserError
 from qies.train import folder as folders
@@ -188,6 +188,17 @@ def test_what_cannot_branch_is_refused(trunk, config, shards, tmp_path):
     with pytest.raises(UserError, match="depend on its budget"):
         folders.branch(dataclasses.replace(config, tokens=STEP * 40), tmp_path / "plain", tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_only_what_a_run_takes_from_the_rule_must_agree(config, tmp_path):
+    """The rule's batch for 1m and 4m tokens differs, but a run has its own; its learning rates are the same."""
+    whole = changed(dataclasses.replace(config, tokens=4_000_000), warmup_tokens=40_960, branches=(1_000_000,))
+    rules = [presets.hyperparameters(50_000, tokens) for tokens in (1_000_000, 4_000_000)]
+    assert rules[0] != rules[1]
+    runs.write(tmp_path / "trunk", runs.plan(whole, config.data.vocab_size))
+    short = dataclasses.replace(changed(whole, branches=()), tokens=1_000_000)
+    with pytest.raises(UserError, match="no checkpoint at step"):  # the next thing that is asked
+        folders.branch(short, tmp_path / "trunk", tmp_path / "a")
 
 
 def test_a_branch_cut_off_while_it_starts_is_made_again(trunk, shards, tmp_path, monkeypatch):

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from qies import runs
-from qies.config import RunConfig, save
+from qies.cli import VERBS
+from qies.config import RunConfig, TrainConfig, save
 from qies.errors import UserError
 from qies.faults.kills import kill, lost_rank, move
 from qies.faults.lab import Lab, one_line
+from qies.terminal import run
 from qies.train.loop import train
-from qies.train.parallel import Group
+from qies.train.parallel import Group, check_batch, rank_and_size
 
 TOLERANCE = 1e-5  # nats; fp32 sums in another order
 
@@ -43,8 +45,59 @@ def test_no_rows_are_sent_to_all_processes(shards, data_config, tiny, tmp_path):
 
 def test_the_slices_of_all_ranks_are_the_batch():
     assert [list(range(6))[Group(r, 3).rows(6)] for r in range(3)] == [[0, 1], [2, 3], [4, 5]]
-    with pytest.raises(UserError, match="multiple of the 4 processes"):
-        Group(0, 4).rows(6)
+    with pytest.raises(UserError, match="multiple of 4 processes x 1 micro-batches"):
+        check_batch(TrainConfig(batch_size=6), 4)
+    check_batch(TrainConfig(batch_size=8, accumulate=2), 4)
+    with pytest.raises(UserError, match="multiple of 4 processes x 4 micro-batches"):
+        check_batch(TrainConfig(batch_size=8, accumulate=4), 4)
+
+
+def test_a_batch_that_does_not_divide_leaves_nothing_behind(config, shards, tmp_path):
+    odd = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=3))
+    with pytest.raises(UserError, match="multiple of 2 processes"):
+        train(odd, shards, tmp_path / "run", group=Group(0, 2))
+    assert not (tmp_path / "run").exists()
+
+
+GROUP = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "1"}, "RANK is set, but WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; it must be an integer of at least 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "-2", "RANK": "1"}, "WORLD_SIZE is '-2'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+        ({"WORLD_SIZE": "1", "RANK": "x"}, "RANK is 'x'; it must be an integer from 0 to 0"),
+        (GROUP | {"RANK": "2"}, "RANK is '2'; it must be an integer from 0 to 1"),
+        ({k: v for k, v in GROUP.items() if k != "MASTER_ADDR"}, "MASTER_ADDR is not set"),
+        ({k: v for k, v in GROUP.items() if k != "MASTER_PORT"}, "MASTER_PORT is not set"),
+        (GROUP | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'; it must be an integer from 0 to 65535"),
+        (GROUP, "train.batch_size is 3; it must be a multiple of 2 processes"),
+    ],
+)
+def test_an_environment_that_is_no_group_is_one_line(variables, words, shard_folder, tmp_path, capsys, monkeypatch):
+    for name in (*GROUP, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "out"
+    argv = ["train", "--size", "50k", "--tokens", "8192", "--data", str(shard_folder), "train.batch_size=3"]
+    assert run(VERBS, [*argv, "--out", str(out)], "") == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and words in captured.err and not captured.out
+    assert not out.exists()
+
+
+def test_a_lone_process_and_those_of_torchrun_know_their_place(monkeypatch):
+    for name in GROUP:
+        monkeypatch.delenv(name, raising=False)
+    assert rank_and_size() == (0, 1)
+    for name, value in (GROUP | {"RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    assert rank_and_size() == (1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +150,6 @@ def test_torchrun_with_micro_batches_and_recomputation_equals_one(arm, config, t
     from pathlib import Path
 
     from qies.data.shards import open_shards
-    from qies.train.loop import train
 
     short = dataclasses.replace(config, arm=arm, tokens=32 * 4 * 20)
     train(short, open_shards(Path(config.data.source)), tmp_path / "one")
@@ -137,7 +189,7 @@ def test_a_run_moves_from_two_processes_to_one_and_back(lab):
 def test_bad_input_ends_all_ranks_before_training_and_the_first_says_why(lab):
     launch = lab.train(lab.folder(), "train.batch_size=5", size=2)
     assert launch.codes() == [2, 2]
-    assert one_line(launch.errors[0]) and "multiple of the 2 processes" in launch.errors[0] and not launch.errors[1]
+    assert one_line(launch.errors[0]) and "multiple of 2 processes" in launch.errors[0] and not launch.errors[1]
 
 
 @pytest.mark.slow

@@ -5,12 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from qies.cli.ladders import ladder
-from qies.cli.models import generate
-from qies.cli.numbers import bench, compare, fit, report
-from qies.cli.runs import data, plan, study, train
-from qies.errors import leave
-from qies.terminal import run
+import qies
+from qies.errors import INTERRUPTED, leave
+
+try:  # a second in which Ctrl-C is likely too
+    from qies.cli.ladders import ladder
+    from qies.cli.models import generate
+    from qies.cli.numbers import bench, compare, fit, report
+    from qies.cli.runs import data, plan, study, train
+    from qies.terminal import run
+except KeyboardInterrupt:
+    print(f"qies: {INTERRUPTED}", file=sys.stderr)
+    sys.exit(130)
 
 VERBS: dict[str, Callable[..., None]] = {
     "study": study,
@@ -29,4 +35,4 @@ VERBS: dict[str, Callable[..., None]] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0, 2 on bad input, 1 on an internal failure, 128 + n after signal n."""
     args = list(sys.argv[1:] if argv is None else argv)
-    leave(run(VERBS, args, str(__doc__)))
+    leave(run(VERBS, args, str(qies.__doc__)))

@@ -34,7 +34,7 @@ def ladder(
     watch: bool = False,
     json: bool = False,
 ) -> None:
-    """Many runs: sizes x budgets x arms x seeds. Start `run` as often as you like: controllers share the work.
+    """Train many runs: sizes x budgets x arms x seeds. Several controllers (`run`) may share one ladder.
 
     For example:
 
@@ -45,21 +45,21 @@ def ladder(
         qies ladder sweep --out ladders/learning-rates
 
     Args:
-        action: plan, run, status, or sweep: a table of a ladder's `variants`, means over seeds, best first.
+        action: plan, run, status, or sweep: a table of the ladder's `variants`, means over seeds, best first.
         overrides: A ladder file (the keys of a study), and dotted overrides of its keys; status and sweep need only
             --out.
         out: The ladder's folder; by default results/NAME.
-        workers: Runs side by side; by default one for each `threads` cores, and in a submitted job one.
-        threads: Processor threads of a run.
-        gpus: GPUs of each run, which has a process on each; its batch must divide among them.
-        retries: New attempts after a run's first failure.
-        retry_failed: Try again the runs that were given up.
-        track: Where metrics go beside metrics.jsonl: tensorboard, trackio, or both with a comma between.
-        submit: Leave the runs to jobs and return: "slurm", or "local" for background processes of this host.
-        jobs: Jobs to submit; each works on the ladder until nothing is left.
-        minutes: Time limit of a job; one that reaches it saves its runs and is queued again.
-        sbatch: More options of sbatch as KEY=VALUE words in one string, such as "partition=gpu account=mine".
-        watch: Let status refresh until every run is over.
+        workers: Concurrent runs; by default one per `threads` cores, and one in a submitted job.
+        threads: CPU threads of each run.
+        gpus: GPUs of each run, with one process per GPU; the batch must be divisible among them.
+        retries: Maximum number of retries of a failed run.
+        retry_failed: Retry runs that have no retries left.
+        track: Also log metrics to tensorboard, trackio, or both (comma-separated).
+        submit: Submit jobs and return: "slurm", or "local" for background processes of this host.
+        jobs: Number of jobs to submit; each takes runs until none is left.
+        minutes: Time limit of a job; at the limit it saves its runs and is requeued.
+        sbatch: Further sbatch options as KEY=VALUE words in one string, such as "partition=gpu account=mine".
+        watch: Refresh the status until every run has ended.
         json: Print JSON.
     """
     from qies import config, runs
@@ -148,7 +148,7 @@ def _short(number: float) -> str:
 def _table(found: dict[str, Any]) -> Table:
     from qies.study import clock
 
-    left = f"{clock(found['seconds_left'])} left with the runs now active"
+    left = f"{clock(found['seconds_left'])} left with the active runs"
     table = Table(box=None, caption=left, collapse_padding=True, pad_edge=False)  # fits 80 columns
     for column in ("run", "arm", "size", "tokens", "seed", "state", "step", "tok/s", "loss", "left"):
         table.add_column(column, justify="left" if column in ("run", "arm", "state") else "right", no_wrap=True)

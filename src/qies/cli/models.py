@@ -29,12 +29,12 @@ def generate(
 
     Args:
         checkpoint: A run's folder, or a folder with config.json and safetensors.
-        prompt: The text to continue. A special token typed in it, such as <|endoftext|>, is plain text, as in training.
+        prompt: The text to continue. Special tokens in it, such as <|endoftext|>, are plain text, as in training.
         decoding: greedy or sample.
-        max_new_tokens: Length of the continuation.
-        temperature: Of the sampling.
-        top_k: How many tokens sampling chooses among.
-        seed: Of the sampling.
+        max_new_tokens: Maximum number of new tokens.
+        temperature: Sampling temperature.
+        top_k: Number of most likely tokens to sample from.
+        seed: Sampling seed.
         json: Print prompt and continuation as JSON.
     """
     from qies.decoding import continue_text, load_model

@@ -12,11 +12,12 @@ from tyro.conf import Positional
 
 from qies.errors import Stopped, UserError
 from qies.plotting import Figure
+from qies.storage import require_writable, write_text
 from qies.terminal import show
 
 
 def report(folder: Positional[Path], /, svg: Path | None = None) -> None:
-    """Write report.html of a study folder from its records alone.
+    """Write the report.html of a study folder from its records.
 
     For example:
 
@@ -25,11 +26,13 @@ def report(folder: Positional[Path], /, svg: Path | None = None) -> None:
 
     Args:
         folder: The study's folder.
-        svg: Also write the loss-against-parameters figure here.
+        svg: Also write the figure of loss against parameters to this file.
     """
     _check_outputs(None, svg=svg)
     from qies.report import build_report, write_summary_svg
 
+    if folder.is_dir():
+        require_writable(folder / "report.html")
     print(build_report(folder))
     if svg is not None:
         write_summary_svg(folder, svg)
@@ -48,13 +51,15 @@ def bench(
     markdown: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Speed side by side with named rivals, in one run: medians, and ratios round by round. Or faults, counted.
+    """Benchmark speed against reference implementations, or inject faults and count what holds.
+
+    Speed: medians, and ratios round by round.
 
     `op`: the entanglement op, forward and backward, against transformers' gated delta rule and causal SDPA.
     `train`: whole training steps of the arms against GPT-2 and Qwen3-Next of transformers.
-    `threads`: the same training steps by many runs of one thread, one run of many threads, many runs of many.
-    `faults`: kills, damaged checkpoints, full disks and more, injected into small real runs; exits with 1 if
-    something that must hold did not.
+    `threads`: the same training steps with many runs of one thread, one run of many threads, and many of many.
+    `faults`: kills, damaged checkpoints, full disks and more, injected into small training runs; the
+    exit code is 1 if a requirement is violated.
 
     For example:
 
@@ -67,14 +72,14 @@ def bench(
 
     Args:
         what: op, train, threads or faults.
-        rounds: Timed rounds after one that does not count.
-        threads: Processor threads of op and train.
+        rounds: Timed rounds, after one warm-up round.
+        threads: CPU threads of op and train.
         cases: BxTxHxKxV for op, SIZE:T for train, RUNSxTHREADS for threads, by default a few of each; names of rows for
             faults, by default all.
-        quick: Inject each fault a few times only.
-        seed: What the moments of faults are drawn from.
-        out: Also write the JSON here; rows of faults that it has and that are not injected now stay.
-        markdown: Also write the table of faults here.
+        quick: Inject each fault only a few times.
+        seed: Seed of the random moments at which faults are injected.
+        out: Also write the JSON to this file; its rows of faults that are not injected now are kept.
+        markdown: Also write the table of faults to this file.
         json: Print JSON.
     """
     import torch
@@ -124,10 +129,10 @@ def _bench_faults(
     if out is not None:
         runs.write_json(out, value)
     if markdown is not None:
-        runs.write_text(markdown, faults.page(value))
+        write_text(markdown, faults.page(value))
     show(json, value, lambda: Console().print(faults.table(rows, seed)))
     if any(row.held < row.injections for row in rows):
-        raise Stopped("something that must hold did not; the lines above say what.")
+        raise Stopped("a requirement was violated; see the lines above.")
 
 
 def _measured(what: str) -> dict[str, Any]:
@@ -186,26 +191,26 @@ def fit(
             share it).
         arm: Fit the runs of this arm only.
         flops: Convention of C: 6ND or another multiple, or given; by default the table's, and 6ND where it has none.
-        delta: Residual beyond which a run counts linearly; by default the form's (1e-3 for approach3).
+        delta: Threshold of the Huber loss; by default the form's (1e-3 for approach3).
         criterion: Residuals of log loss, or of the loss itself (least squares, unless --delta is given); by default the
             form's.
-        method: Of approach2: parabola, or an Akima spline through the sizes of each budget.
-        floor: Of downstream: the accuracy of chance, or free (default) to fit it.
-        ceiling: Of downstream: the accuracy of a perfect model (default 1), or free to fit it.
-        drop_worst: Leave out so many runs, one by one the furthest from the fit, instead of what looks diverged; 0
-            keeps every run that has numbers.
-        bootstrap: Draws for the intervals; 0 takes Student's t. By default Student's t, unless a bootstrap shows it to
-            be too narrow.
-        resample: What a draw resamples: runs, or seeds within runs.
-        level: Coverage of the intervals.
-        seed: Of the bootstrap.
-        leave_largest: Also fit without the so many largest sizes and predict them.
+        method: For approach2: a parabola, or an Akima spline, through the sizes of each budget.
+        floor: For downstream: the accuracy of chance, or free (default) to fit it.
+        ceiling: For downstream: the accuracy of a perfect model (default 1), or free to fit it.
+        drop_worst: Drop this number of runs, each time the one furthest from the fit, instead of those that look
+            diverged; 0 drops none.
+        bootstrap: Number of bootstrap draws for the intervals; 0 uses Student's t. By default Student's t, unless a
+            bootstrap shows that it is too narrow.
+        resample: What each draw resamples: runs, or seeds within runs.
+        level: Confidence level of the intervals.
+        seed: Seed of the bootstrap.
+        leave_largest: Also fit without this number of largest sizes, and predict them.
         beside: Other forms of N and D to compare with.
-        predict: Points N,D to predict the loss at.
+        predict: Points N,D at which to predict the loss.
         at_compute: FLOPs, counted as in the table, at which to give the best N and D.
         best_per_cell: Fit only the lowest loss at every arm, N and D: for sweeps of hyperparameters.
-        json: Write the result here as JSON.
-        figures: Write the figures into this folder as SVG: loss against N, D and C, residuals, bootstrap.
+        json: Write the result to this JSON file.
+        figures: Write SVG figures to this folder: loss against N, D and C, residuals, bootstrap.
     """
     from qies import runs as records
     from qies.scaling.fits import AUTO_DRAWS
@@ -252,9 +257,10 @@ def compare(
     best_per_cell: bool = False,
     power: bool = False,
 ) -> None:
-    """What one arm gains over another: gains in compute, parameters, data and time, paired tests, a verdict.
+    """Compare two arms: gains in compute, parameters, data and time, paired tests, and a verdict.
 
-    A gain of 2 in compute: the baseline needs twice the FLOPs for the same loss. docs/comparing.md has the rule.
+    A compute gain of 2 means that the baseline needs twice the FLOPs for the same loss. docs/comparing.md states the
+    rule of the verdict.
 
     For example:
 
@@ -265,15 +271,15 @@ def compare(
     Args:
         runs: A table (CSV, TSV, JSONL, JSON, Parquet) or a folder of run records.
         arms: The candidate and its baseline.
-        json: Write the whole result here as JSON.
-        figures: Write the figures into this folder as SVG: gains, frontier, paired differences.
+        json: Write the whole result to this JSON file.
+        figures: Write SVG figures to this folder: gains, frontier, paired differences.
         columns: The table's names for ours, as OURS=THEIRS or OURS=THEIRS*FACTOR; besides those of fit, wall_seconds.
         flops: How FLOPs are counted: 6ND, another multiple of ND, or given. By default the table's, else 6ND.
         form: surface (L(N, D) an arm), power (power laws along the runs) or auto.
-        level: Coverage of every interval.
+        level: Confidence level of every interval.
         best_per_cell: Compare only the lowest loss at every arm, N and D: for sweeps of hyperparameters.
-        power: Also print how often studies of 3 to 8 sizes and 1 to 8 seeds, with the noise of these runs, would find a
-            gain of 1.1, 1.2 or 1.3; `plan` in the JSON.
+        power: Also print the power of studies of 3 to 8 sizes and 1 to 8 seeds, with the noise of these runs, to detect
+            a gain of 1.1, 1.2 or 1.3; `plan` in the JSON.
     """
     from qies import runs as records
     from qies.scaling import compare as compare_arms
@@ -302,14 +308,21 @@ def compare(
 
 
 def _check_outputs(figures: Path | None, **files: Path | None) -> None:
-    """Raise UserError, before work is spent, when the files cannot be written or figures is no folder."""
+    """Raise UserError, before work is spent, when the files cannot be written or figures cannot be a folder."""
     for option, path in files.items():
         if path is not None and path.is_dir():
             raise UserError(f"--{option} {path} is a folder; give a file.")
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"--{option} {path}: there is no folder {path.parent}; make it first.")
-    if figures is not None and figures.exists() and not figures.is_dir():
-        raise UserError(f"--figures {figures} is a file; give a folder.")
+        if path is not None:
+            require_writable(path)
+    if figures is not None:
+        for folder in (figures, *figures.absolute().parents):
+            if folder.is_dir():
+                require_writable(folder / "figure.svg")
+                return
+            if folder.exists():
+                raise UserError(f"--figures {figures}: {folder} is a file; give a folder.")
 
 
 def _save(drawn: dict[str, Figure], folder: Path) -> None:

@@ -26,9 +26,9 @@ def study(
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
-    """The main job: plan every run, train, evaluate, fit, analyse, write report.html.
+    """Run a study: train a grid of models, fit scaling laws, compare the arms and write report.html.
 
-    Finished runs are not done again; a killed study goes on where it stopped.
+    Finished runs are kept, and an interrupted study resumes.
 
     For example:
 
@@ -38,9 +38,9 @@ def study(
 
     Args:
         overrides: A study file, and dotted overrides of its keys.
-        preset: A study that comes with the package: quick.
-        out: Where results go; by default results/NAME.
-        dry_run: Print every run with parameters, FLOPs, tokens and estimated time, and stop.
+        preset: A study of the package: quick.
+        out: The output folder; by default results/NAME.
+        dry_run: Print every run with its parameters, FLOPs, tokens and estimated time, without running it.
         json: Print the run records (or with --dry-run the planned ones) as JSON.
     """
     from qies import config, ladder, runs
@@ -65,8 +65,10 @@ def study(
         console.print(f"about {studies.clock(sum(total) / workers)} on {workers} cores; nothing was run.")
         return
     chosen = studies.claim(chosen, folder)
+    table = studies.plan_table(chosen)
+    runs.make_folder(folder)
     if not json:
-        console.print(studies.plan_table(chosen))
+        console.print(table)
     records = studies.run_study(chosen, folder, console)
     from qies.report.page import build_report
 
@@ -74,6 +76,7 @@ def study(
     show(json, records, lambda: console.print(studies.result_table(chosen, records)))
     console.print(f"report: {page}")
     studies.require_done(records, folder)
+    studies.require_analysed(folder)
 
 
 def plan(
@@ -93,7 +96,7 @@ def plan(
     activation_checkpointing: bool = False,
     json: bool = False,
 ) -> None:
-    """What an arm and size would cost: parameters, FLOPs, memory on each GPU, days, the command. Nothing is built.
+    """Estimate the cost of a model: parameters, FLOPs, memory per GPU and days, with the torchrun command.
 
     For example:
 
@@ -105,16 +108,16 @@ def plan(
         overrides: Model fields to replace.
         arm: transformer, qies, real_registers, no_phase, fixed_phase, selective_phase, gpt2 or complex.
         size: Non-embedding parameters, from 20k to 20b.
-        tokens: Training tokens, such as 2000000 or 2m; by default 20 a parameter.
-        vocab_size: Tokens in the vocabulary.
-        seq_len: Length of the training windows.
-        gpus: GPUs in all, over which FSDP2 shards the model.
-        gpus_per_node: GPUs of one machine.
-        gpu_memory: Memory of a GPU in gigabytes.
-        gpu_flops: Peak FLOPs a second of a GPU in bfloat16; by default an H100's.
-        utilisation: Share of the peak that the model's own FLOPs reach.
-        micro_batch: Sequences on a GPU at once.
-        activation_checkpointing: Keep the inputs of blocks only, and run each again in the backward pass.
+        tokens: Training tokens, such as 2000000 or 2m; by default 20 per parameter.
+        vocab_size: Vocabulary size.
+        seq_len: Training sequence length in tokens.
+        gpus: Total number of GPUs; FSDP2 shards the model over them.
+        gpus_per_node: GPUs per machine.
+        gpu_memory: Memory of one GPU in GB.
+        gpu_flops: Peak bfloat16 FLOP/s of one GPU; by default an H100's.
+        utilisation: Model FLOPs utilisation, as a fraction of the peak.
+        micro_batch: Sequences per GPU in one forward pass.
+        activation_checkpointing: Keep only the inputs of blocks and recompute the rest in the backward pass.
         json: Print JSON.
     """
     from qies import config, presets
@@ -156,9 +159,10 @@ def data(
     cache: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Corpus to token shards: documents split by document, de-duplicated, tokenised, hashed. A killed build goes on.
+    """Build token shards from a corpus, or measure the overlap of shards with an evaluation pack.
 
-    docs/data.md has the sources and what is written.
+    Documents are deduplicated, split into training and validation, and tokenized. An interrupted build resumes.
+    docs/data.md describes the sources and the output.
 
     For example:
 
@@ -170,22 +174,22 @@ def data(
         qies data contamination data/c4 --pack eval_pack/
 
     Args:
-        action: build, or contamination: what the training text of a folder of shards has in common with a pack.
+        action: build, or contamination: the overlap of the training text of a folder of shards with a pack.
         source: "builtin", "registry" (or "registry:pip"), "hub:OWNER/NAME" or "hub:OWNER/NAME:CONFIG", or a file, a
             folder or a glob of text, jsonl, JSON arrays, CSV (also .gz, .zst, .xz, .bz2) or parquet; for contamination
             the folder of shards.
         out: The folder of shards to write.
-        vocab_size: Size of the byte-level BPE vocabulary to train.
-        tokenizer: Take this one instead of training one: a folder, a tokenizer.json, or a name on the hub.
-        text_field: Where the text is in a record of JSON, CSV, parquet or the hub.
-        val_fraction: Share of the documents held out, unless the data set holds some out itself.
+        vocab_size: Vocabulary size of the byte-level BPE tokenizer to train.
+        tokenizer: Use this tokenizer instead of training one: a folder, a tokenizer.json, or a name on the hub.
+        text_field: Field of the text in records of JSON, CSV, parquet or the hub.
+        val_fraction: Fraction of the documents held out, unless the data set has its own validation split.
         limit_tokens: Stop after the document that reaches this many training tokens, such as 100m; 0: no limit.
-        seed: Which documents are held out.
-        workers: Processes that tokenise. Their number does not change the result.
-        include: Read only the files of a folder or pattern that match, such as 'part-*.jsonl'; may be given again.
-        exclude: Leave out the files that match; may be given again.
-        pack: An evaluation pack (a folder of .jsonl and .txt files), whose 13-grams are looked for in the text.
-        cache: Where "registry" keeps the archives it fetches; by default below the user's cache folder.
+        seed: Seed of the choice of held-out documents.
+        workers: Number of tokenizer processes; the result does not depend on it.
+        include: Read only files that match this glob, such as 'part-*.jsonl'; repeatable.
+        exclude: Skip files that match this glob; repeatable.
+        pack: An evaluation pack (a folder of .jsonl and .txt files) whose 13-grams are searched for in the text.
+        cache: Cache folder for the archives of "registry"; by default below the user's cache folder.
         json: Print the manifest, or the overlap.
     """
     from qies import presets
@@ -234,7 +238,7 @@ def train(
     track: str = "",
     json: bool = False,
 ) -> None:
-    """Train one run. The same command again resumes it, or finds it done. torchrun trains it on many processes.
+    """Train one run, or resume it. With torchrun, train it on several processes.
 
     For example:
 
@@ -247,16 +251,16 @@ def train(
     Args:
         overrides: Dotted keys of the run's configuration.
         out: The run's folder (required).
-        config: A YAML file of a run; the other options replace its values.
+        config: A YAML file of a run; the other options override its values.
         arm: transformer, qies, real_registers, no_phase, fixed_phase, selective_phase, gpt2 or complex.
         size: Non-embedding parameters, such as 100k.
         data: "builtin", a file, folder or glob, hub:OWNER/NAME, or a folder that `qies data build` wrote.
         tokens: Training tokens, such as 1000000 or 1m.
-        seed: Of the initial weights and the data order.
-        threads: Processor threads; by default one.
-        resume: Whether to go on in a folder that holds this run; --no-resume refuses.
-        branch_from: The folder of a longer run with this budget among its train.branches; its settings are taken over.
-        track: Where metrics go beside metrics.jsonl: tensorboard, trackio, or both with a comma between.
+        seed: Seed of the initial weights and the data order.
+        threads: CPU threads; by default one.
+        resume: Resume the run that the folder holds; with --no-resume such a folder is an error.
+        branch_from: The folder of a longer run whose train.branches include this budget; its settings are used.
+        track: Also log metrics to tensorboard, trackio, or both (comma-separated).
         json: Print the run record.
     """
     import torch
@@ -269,7 +273,7 @@ def train(
     from qies.train.folder import branch, claim
     from qies.train.loop import check_data
     from qies.train.loop import train as train_run
-    from qies.train.parallel import start
+    from qies.train.parallel import check_batch, rank_and_size, start
     from qies.train.tracking import parse, tracking
 
     if out is None:
@@ -297,12 +301,14 @@ def train(
     else:
         chosen = locate(chosen)
     if not resume and runs.read(out) is not None:
-        raise UserError(f"{out} holds a run already; leave --no-resume out or give another --out.")
+        raise UserError(f"{out} holds a run already; omit --no-resume or give another --out.")
     runs.plan(chosen, chosen.data.vocab_size)
+    check_batch(chosen.train, rank_and_size()[1])
     torch.set_num_threads(threads or 1)
 
     def prepare() -> Path:
         claim(chosen, out)
+        runs.make_folder(out)
         built = corpus or Path(chosen.data.source)
         if not (built / "manifest.json").is_file():
             built = out / "data"

@@ -1,4 +1,4 @@
-"""What the entangled state holds: spectra and entropies of Psi across the cut key | value."""
+"""The entangled states of a model, and their spectra and entropies across the cut key | value."""
 
 from qies.entanglement.measures import (
     entropy_ceiling,
@@ -8,8 +8,11 @@ from qies.entanglement.measures import (
     schmidt_spectrum,
     von_neumann_entropy,
 )
+from qies.entanglement.states import capture, entropies
 
 __all__ = [
+    "capture",
+    "entropies",
     "entropy_ceiling",
     "page_entropy",
     "participation_ratio",

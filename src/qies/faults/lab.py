@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,9 @@ class Launch:
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([victim.__name__])
+        before_all = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C as it imports is ours to tell
+        ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before_all)
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = str(s.getsockname()[1])

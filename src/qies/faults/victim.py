@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import qies.train.loop  # noqa: F401 (what the fork server is to have imported)
 
 def main(command: list[str], env: dict[str, str], log: Path, fresh: bool, before: Callable[[], None] | None) -> None:
     """Run `python COMMAND` with its output in `log`.out and `log`.err; `before` is called first, unless `fresh`."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the fork server blocks it
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(log.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, descriptor)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from qies.errors import Stopped, UserError, leave
+from qies.errors import Stopped, UserError, leave, speaks
 
 PATIENCE = 7 * 86_400.0  # seconds to wait for an orphan of a dead controller that still holds the run's folder
 
@@ -47,7 +47,7 @@ def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> i
         print(error, file=sys.stderr)
         return error.code
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
             print(error, file=sys.stderr)
         return 2
     return 0

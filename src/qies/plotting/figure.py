@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qies import runs
 from qies.errors import UserError
 from qies.plotting.scale import Scale, make_scale
 from qies.plotting.style import FIRST, Style
+from qies.storage import write_text
 
 CROWD = 60
 # None stands for "not known" and leaves a gap.
@@ -182,7 +182,7 @@ class Figure:
             raise UserError(f"{path} is neither .svg nor .html; a figure is written as one of them.")
         if not path.parent.is_dir():
             raise UserError(f"{path.parent} is no folder; make it first or write the figure elsewhere.")
-        runs.write_text(path, self.svg() if kind == ".svg" else self._page())
+        write_text(path, self.svg() if kind == ".svg" else self._page())
         return path
 
     def _page(self) -> str:

@@ -11,7 +11,6 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from qies import runs
 from qies.report import charts
 from qies.report.answer import answer
 from qies.report.blocks import Chart, Passage, Section, Table
@@ -22,6 +21,7 @@ from qies.report.records import Cell, Run, Study, listed, mapping, read_study
 from qies.report.summary import VARIABLES, loss_against
 from qies.report.text import count, digits, mebibytes, number, percent, show, si
 from qies.report.verdict import verdict
+from qies.storage import write_text
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def build_report(folder: Path) -> Path:
         plotly=Markup(get_plotlyjs()),
     )
     path = study.folder / "report.html"
-    runs.write_text(path, page)
+    write_text(path, page)
     return path
 
 

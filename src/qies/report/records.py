@@ -229,6 +229,9 @@ def _read(folder: Path, file: str, notes: list[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         notes.append(f"{file} could not be read, so the page lacks its part.")
         return {}
+    if "error" in value:
+        notes.append(f"The analysis of {file} failed, so the page lacks its part: {value['error']}")
+        return {}
     return value
 
 

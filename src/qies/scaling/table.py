@@ -342,7 +342,7 @@ def _compute(
     factor = 6.0
     if flops not in (None, "given"):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*\*?\s*ND", flops or "", re.IGNORECASE)
-        if match is None:
+        if match is None or not float(match[1]):
             raise UserError(f"FLOPs convention '{flops}' is unknown; give 6ND, another multiple of ND, or 'given'.")
         factor = float(match[1])
     label = f"{factor:g}ND"
@@ -362,7 +362,7 @@ def _compute(
         return params, tokens, compute, label
     named = {c for c, used in zip(conventions, use_given, strict=False) if used and c}
     if len(named) > 1:
-        raise UserError(f"{path} counts FLOPs by {len(named)} conventions; give --flops 6ND to count all runs alike.")
+        raise UserError(f"{path} counts FLOPs by {len(named)} conventions; give --flops 6ND to use one for all runs.")
     convention = named.pop() if named else "given"
     convention += f", D = C/{factor:g}N" if no_tokens.any() else f", N = C/{factor:g}D" if no_params.any() else ""
     if not use_given.all():

@@ -68,7 +68,7 @@ def open_run(config: RunConfig, shards: Shards, folder: Path) -> dict[str, Any]:
                 f"{folder} is at step {found[1]['step']}, beyond the {config.steps} of this configuration "
                 f"({'; '.join(other)}); give another --out."
             )
-        log.warning("%s goes on with another configuration: %s", folder, "; ".join(other))
+        log.warning("%s resumes with a changed configuration: %s", folder, "; ".join(other))
         logged = [*record.get("config_changes", []), {"step": found[1]["step"] if found else 0, "changes": other}]
         planned = runs.plan(config, shards.manifest.vocab_size)
         record |= {k: planned[k] for k in ("config", "config_hash", "learning_rates", "tokens", "steps", "flops")}
@@ -97,10 +97,8 @@ def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
     free = ("tokens", "train.branches", "train.milestones", "train.keep", "train.save_every", "train.eval_tokens")
     if other := [c for c in changes(to_dict(whole), to_dict(config)) if not c.startswith(free)]:
         raise UserError(f"a branch of {trunk} can have another budget only, not {'; '.join(other)}.")
-    size = presets.parse_size(config.size)
-    if whole.warmup_steps != config.warmup_steps or (
-        presets.hyperparameters(size, whole.tokens) != presets.hyperparameters(size, config.tokens)
-    ):
+    # Of the rule for a size and budget a run takes the learning rates alone.
+    if whole.warmup_steps != config.warmup_steps or runs.learning_rates(whole) != runs.learning_rates(config):
         raise UserError(
             f"warm-up or learning rates of {trunk} depend on its budget, so nothing can branch from it; "
             "train the longer run with train.warmup_tokens."

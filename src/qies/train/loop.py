@@ -8,9 +8,7 @@ import logging
 import math
 import os
 import platform
-import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -30,11 +28,11 @@ from qies.data.files import follow_umask
 from qies.data.shards import Shards
 from qies.errors import Stopped, UserError
 from qies.model import QiesConfig, QiesForCausalLM
-from qies.train import checkpoint
+from qies.train import checkpoint, memory
 from qies.train.folder import CHECKPOINTS, FIXED, open_run
 from qies.train.induction import due, induction_gain, onset
 from qies.train.optim import Optimizers
-from qies.train.parallel import Group
+from qies.train.parallel import Group, check_batch
 from qies.train.schedule import warmup_stable_decay
 from qies.train.spikes import Spikes
 from qies.train.validation import held_out_loss
@@ -102,6 +100,7 @@ def train(
     """
     keep_memory()
     group = group or Group()
+    check_batch(config.train, group.size)  # before anything is written
     with ExitStack() as held:
 
         def opened() -> dict[str, Any]:
@@ -130,11 +129,6 @@ class _Run:
 
     def __init__(self, config, shards, folder, record, progress, stop, group, parent) -> None:
         self.group, self.slice = group, group.rows(config.train.batch_size)
-        if config.train.batch_size // group.size % config.train.accumulate:
-            raise UserError(
-                f"train.batch_size is {config.train.batch_size}; it must be a multiple of {group.size} processes x "
-                f"{config.train.accumulate} micro-batches (train.accumulate)."
-            )
         self.config, self.shards, self.folder, self.record = config, shards, folder, record
         self.progress, self.stop, self.train, self.parent = progress, stop, config.train, parent
         self.checkpoints = folder / CHECKPOINTS
@@ -156,9 +150,12 @@ class _Run:
         self.record.pop("error", None)  # of an attempt that failed
         if self.group.rank == 0:
             (self.folder / "error.log").unlink(missing_ok=True)
+        memory.reset_peak()
         self._write("running")
         self.model.train()
         self._compile()
+        memory.reset_peak()
+        self.stop.stepping = True
         milestones = self.config.milestones
         while self.step < self.config.steps:
             started = time.perf_counter()
@@ -337,14 +334,13 @@ class _Run:
 
     def _write(self, status: str, **more: Any) -> dict[str, Any]:
         done = self.step * self.train.seq_len * self.train.batch_size
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.record |= {
             "status": status,
             "skipped_steps": self.skipped,
             "spikes": self.spikes.count,
             "wall_seconds": round(self.seconds, 3),
             "tokens_per_second": round(done / self.seconds, 1) if self.seconds else None,
-            "peak_memory_bytes": max(peak, self.record.get("peak_memory_bytes") or 0),
+            "peak_memory_bytes": max(memory.peak(), self.record.get("peak_memory_bytes") or 0),
             "processes": self.group.size,
             "threads": torch.get_num_threads(),
             "precision": "fp32" if self.precision is nullcontext else "bf16",
@@ -356,10 +352,15 @@ class _Run:
 
 
 class _StopSignals:
-    """Turns SIGTERM and SIGINT into a request that the loop honours at the end of a step."""
+    """Turns SIGTERM and SIGINT into a request that the loop honours at the end of a step.
+
+    SIGINT raises KeyboardInterrupt where that would take long or save nothing: before the first step, while kernels are
+    compiled, and when it comes a second time.
+    """
 
     def __init__(self) -> None:
         self.code = 0
+        self.stepping = False
 
     def __enter__(self) -> _StopSignals:
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -370,4 +371,6 @@ class _StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and (self.code or not self.stepping):
+            raise KeyboardInterrupt
         self.code = 128 + number

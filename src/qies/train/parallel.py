@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from qies import runs
+from qies.config import TrainConfig
 from qies.errors import GONE, Stopped, UserError
 from qies.model import QiesForCausalLM
 from qies.train.deferred import Deferred
@@ -49,9 +51,7 @@ class Group:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def rows(self, batch: int) -> slice:
-        """This process's part of `batch` sequences. Raises UserError when they do not divide evenly."""
-        if batch % self.size:
-            raise UserError(f"train.batch_size is {batch}; it must be a multiple of the {self.size} processes.")
+        """This process's part of `batch` sequences, a multiple of the processes (see `check_batch`)."""
         each = batch // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
@@ -117,11 +117,13 @@ class Group:
 def start(folder: Path) -> Iterator[Group]:
     """The group that torchrun's environment describes: gloo on CPUs, nccl on GPUs; one process without torchrun.
 
-    Raises Stopped, naming the rank, when another process of the group is gone.
+    Raises UserError as `rank_and_size` does, and Stopped, naming the rank, when another process of the group is gone.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    rank, size = rank_and_size()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", _integer("LOCAL_RANK", 0, 0, torch.cuda.device_count())) if cuda else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
     if size == 1:
@@ -145,6 +147,45 @@ def start(folder: Path) -> Iterator[Group]:
         watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and the number of processes, from the variables that torchrun sets
+    (https://docs.pytorch.org/docs/stable/elastic/run.html); (0, 1) where they are not set.
+
+    Raises UserError where they do not describe a group.
+    """
+    size = _integer("WORLD_SIZE", 1, 1)
+    if "WORLD_SIZE" not in os.environ and "RANK" in os.environ:
+        raise UserError(f"RANK is set, but WORLD_SIZE is not; {_START}.")
+    if size > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise UserError(f"WORLD_SIZE is {size}, but {name} is not set; {_START}.")
+        _integer("MASTER_PORT", 0, 0, 2**16)
+    return _integer("RANK", 0, 0, size), size
+
+
+def check_batch(settings: TrainConfig, size: int) -> None:
+    """Raise UserError unless the batch divides into equal micro-batches on each of `size` processes."""
+    if settings.batch_size % (size * settings.accumulate):
+        raise UserError(
+            f"train.batch_size is {settings.batch_size}; it must be a multiple of {size} processes x "
+            f"{settings.accumulate} micro-batches (train.accumulate)."
+        )
+
+
+_START = "start the processes with torchrun, or unset the variable for a single process"
+
+
+def _integer(name: str, default: int, least: int, below: int | None = None) -> int:
+    """The environment variable as an integer of at least `least` and less than `below`."""
+    text = os.environ.get(name, str(default))
+    number = int(text) if re.fullmatch(r"\d{1,9}", text) else -1
+    if number < least or (below is not None and number >= below):
+        wanted = f"an integer from {least} to {below - 1}" if below is not None else f"an integer of at least {least}"
+        raise UserError(f"The environment variable {name} is '{text}'; it must be {wanted}; {_START}.")
+    return number
 
 
 class _Watch:

@@ -20,7 +20,7 @@ from qies.model import QiesCache, QiesForCausalLM
 
 
 @torch.no_grad()
-def capture_states(model: QiesForCausalLM, ids: Tensor, positions: Sequence[int]) -> dict[int, list[Tensor]]:
+def capture(model: QiesForCausalLM, ids: Tensor, positions: Sequence[int]) -> dict[int, list[Tensor]]:
     """The states of every entanglement layer after each number of tokens in `positions` (ascending).
 
     ids [B,T] -> {layer: one [P,B,H,2m,V] fp32 for each group of heads}; empty for a model without such layers. Raises
