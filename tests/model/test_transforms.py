@@ -1,5 +1,5 @@
-"""What torch can do with a model: function transforms, exports, deterministic mode, another default dtype, and gradients
-through a carried state."""
+"""What torch can do with a model: function transforms, exports, deterministic mode, another default dtype, and
+gradients through a carried state."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from qies.model import QiesCache
 
 SOME = ["qies", "complex", "transformer", "gpt2"]
+SLOW = ["complex", "transformer", "selective_phase"]
 
 
 @pytest.fixture
@@ -17,8 +18,9 @@ def ids():
 
 
 def close(got, want, tolerance=1e-5):
-    scale = max(1.0, want.abs().max().item())
-    torch.testing.assert_close(got, want, atol=tolerance * scale, rtol=0)
+    """In the Frobenius norm."""
+    assert got.shape == want.shape and torch.isfinite(got).all()
+    assert (got - want).norm() <= tolerance * max(1.0, want.norm())
 
 
 def loss_of(model):
@@ -78,15 +80,15 @@ def test_transforms_of_packed_rows(name, ids):
 
     x = embeds.clone().requires_grad_()
     (want,) = torch.autograd.grad(loss(x), x)
-    close(grad(loss)(embeds), want)
+    close(grad(loss)(embeds), want, 2e-5)
 
 
-@pytest.mark.parametrize("name", [*SOME, "selective_phase"])
+@pytest.mark.parametrize("name", ["qies", "gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_an_export_takes_masks_and_any_length(name):
     class Logits(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = stirred(name)
+            self.model = stirred(name, **({"num_hidden_layers": 2} if name == "qies" else {}))
 
         def forward(self, input_ids, attention_mask):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
@@ -150,9 +152,9 @@ def test_the_default_dtype_changes_nothing(name, dtype, ids):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradients_flow_through_a_carried_state(name, padded):
-    model = stirred(name)
+    model = stirred(name).double()  # in float32 a gradient of this model is good to 1e-4 only
     generator = torch.Generator().manual_seed(5)
-    embeds, weights = torch.randn(2, 13, 32, generator=generator), torch.randn(2, 13, 97, generator=generator)
+    embeds, weights = (torch.randn(2, 13, n, generator=generator).double() for n in (32, 97))
     mask = torch.ones(2, 13, dtype=torch.long)
     if padded:
         mask[0, :2] = 0
@@ -172,9 +174,9 @@ def test_gradients_flow_through_a_carried_state(name, padded):
         total.backward()
 
     in_chunks(leaves[1], cut=False)
-    close(leaves[1].grad, leaves[0].grad, 2e-5)
+    close(leaves[1].grad, leaves[0].grad, 1e-5)
     for n, g in whole.items():
-        close(dict(model.named_parameters())[n].grad, g, 2e-5)
+        close(dict(model.named_parameters())[n].grad, g, 1e-5)
     in_chunks(leaves[2], cut=True)
     assert torch.isfinite(leaves[2].grad).all() and not torch.allclose(leaves[2].grad, leaves[0].grad, rtol=0.01)
-    close(leaves[2].grad[:, 7:], leaves[0].grad[:, 7:], 2e-5)
+    close(leaves[2].grad[:, 7:], leaves[0].grad[:, 7:], 1e-5)

@@ -118,7 +118,10 @@ def test_packed_texts_are_convolved_alone(batch, length, width, taps, seed):
     texts = (torch.rand(batch, length) < 0.3).cumsum(1)
     rows = [[row[number == i][None] for i in number.unique()] for row, number in zip(x, texts, strict=True)]
     want = torch.cat([torch.cat([definition(t, weight) for t in row], 1) for row in rows])
-    for y in (causal_conv(x, weight, texts=texts)[0], conv._definition(x, weight, x.new_zeros(batch, taps - 1, width), texts)[0]):
+    for y in (
+        causal_conv(x, weight, texts=texts)[0],
+        conv._definition(x, weight, x.new_zeros(batch, taps - 1, width), texts)[0],
+    ):
         torch.testing.assert_close(y, want)
         torch.testing.assert_close(
             torch.autograd.grad(y, (x, weight), grad, retain_graph=True),

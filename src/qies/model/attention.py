@@ -40,8 +40,8 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, fraction: f
 
 def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, causal_mask: Tensor | None, blocks: Tensor | None, **kwargs):
     """Attention by the implementation the configuration names: q [B,H,T,K], k, v [B,H,S,K] -> o [B,T,H,K] and the
-    weights [B,H,T,S] where it gives them. `causal_mask` None means plain causal order, inside equal `blocks` [B,T] where
-    they are given."""
+    weights [B,H,T,S] where it gives them. `causal_mask` None means plain causal order, inside equal `blocks` [B,T]
+    where they are given."""
     name = module.config._attn_implementation
     if name == "sdpa" and causal_mask is None and q.shape[2] == k.shape[2]:
         return causal_attention(q, k, v, blocks).transpose(1, 2), None
@@ -72,8 +72,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *, angles, causal_mask, blocks, mask, texts, past_key_values, **kwargs):
         """x [B,T,D] -> [B,T,D] and the weights or None. `causal_mask` is None when plain causal order holds;
-        mask [B,T] bool, False at pads; texts [B,T], the number of each token's text in a packed row, and blocks the same
-        with 0 at pads: tokens attend within their block."""
+        mask [B,T] bool, False at pads; texts [B,T], the number of each token's text in a packed row, and blocks the
+        same with 0 at pads: tokens attend within their block."""
         batch, length, _ = x.shape
         memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         if self.conv is not None and self.conv_on == "input":

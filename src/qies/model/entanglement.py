@@ -57,9 +57,7 @@ class Entanglement(nn.Module):
         if self.conv is not None:
             x = self.conv(x, mask, memory, texts)
         runs = zip(self.groups, self.events(x, mask), read_states(memory, len(self.groups)), strict=True)
-        outputs, states = zip(
-            *(evolve(*e, state=s, mode=group.mode, texts=texts) for group, e, s in runs), strict=True
-        )
+        outputs, states = zip(*(evolve(*e, state=s, mode=group.mode, texts=texts) for group, e, s in runs), strict=True)
         if memory is not None:
             write_states(memory, states)
         if not self.reads:

@@ -176,7 +176,7 @@ class QiesModel(QiesPreTrainedModel):
             attention_mask = rows.real if rows.mask is None else rows.mask
         if rows.mask is not None and self._remembers():
             raise ValueError(
-                "This attention_mask [B, 1, T, T] is not causal in blocks, one for each text, or stands beside a cache; "
+                "This attention_mask [B, 1, T, T] is not causal in blocks, one for each text, or goes with a cache; "
                 "entangled states and convolutions cannot follow it: give a mask [B, T] and seq_idx."
             )
         causal_mask = angles = None
@@ -312,9 +312,7 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         if labels is not None and shift_labels is None:
             if attention_mask is not None and attention_mask.ndim == 2:
                 labels = _of_real_tokens(labels, attention_mask[:, -labels.shape[1] :].bool())
-            rows = read_rows(
-                labels.shape, attention_mask, position_ids, seq_idx, _ends(cu_seq_lens_q, cu_seq_lens_k)
-            )
+            rows = read_rows(labels.shape, attention_mask, position_ids, seq_idx, _ends(cu_seq_lens_q, cu_seq_lens_k))
             if rows.texts is not None:
                 labels = labels.masked_fill(first_tokens(rows.texts), -100)
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)

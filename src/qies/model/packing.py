@@ -42,8 +42,9 @@ def read_rows(
     cu_seq_lens: [N+1], the ends of N texts in the B * T tokens, from 0 on.
     cached: whether a cache holds tokens before these. Then a row is one text.
 
-    Raises ValueError for shapes or values that do not fit, and for packed texts beside a cache. Where the numbers cannot
-    be read, as in an export, whatever is given is taken to mark pads or texts, but beside a cache position_ids are not.
+    Raises ValueError for shapes or values that do not fit, and for packed texts beside a cache. Where the numbers
+    cannot be read, as in an export, whatever is given is taken to mark pads or texts, but beside a cache position_ids
+    are not.
     """
     real = mask = None
     marks = []

@@ -39,7 +39,9 @@ def causal_conv(
         if x.device.type != "cpu" or transformed():
             return _definition(x, weight, x.new_zeros(batch, left, width), texts)
         recent = x[:, max(0, length - left) :]
-        return _CausalConv.apply(x, weight, texts), torch.cat([x.new_zeros(batch, left - recent.shape[1], width), recent], 1)
+        return _CausalConv.apply(x, weight, texts), torch.cat(
+            [x.new_zeros(batch, left - recent.shape[1], width), recent], 1
+        )
     if texts is not None:
         raise UserError("causal_conv takes a state or texts, not both; the first text would not be alone.")
     if state.shape != (batch, left, width):
@@ -47,9 +49,7 @@ def causal_conv(
     return _definition(x, weight, state)
 
 
-def _definition(
-    x: Tensor, weight: Tensor, state: Tensor, texts: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _definition(x: Tensor, weight: Tensor, state: Tensor, texts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     length, taps = x.shape[1], weight.to(x.dtype).T
     past = torch.cat([state.to(x.dtype), x], 1)
     y = torch.zeros_like(x)

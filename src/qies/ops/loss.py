@@ -44,8 +44,8 @@ def linear_cross_entropy(
     hidden `[N, D]`, weight `[V, D]`, targets int64 `[N]` in [0, V) or `ignore_index`. `softcap=None` leaves
     the logits as they are. "mean" averages over the targets not ignored (0 when all are); "none" gives
     `[N]`, 0 where ignored. The product runs in autocast's dtype, all else and the result in fp32 (float64 for
-    float64). Where the fast path runs (on CPU, for "mean", outside torch.func) it has no second derivative. Raises UserError for
-    shapes that do not fit.
+    float64). Where the fast path runs (on CPU, for "mean", outside torch.func) it has no second derivative. Raises
+    UserError for shapes that do not fit.
     Soft-capping of logits: Gemma 2, arXiv:2408.00118.
     """
     if hidden.dim() != 2 or weight.shape[1:] != hidden.shape[1:] or targets.shape != hidden.shape[:1]:

@@ -53,7 +53,10 @@ class _Fused(torch.autograd.Function):
         inputs = (q, k, v, beta, log_alpha, theta)
         arrays = [flat(x) for x in inputs]
         first, starts, place, count = plan(arrays[4], sizes, B)
-        kept, phases = torch.empty(count * K * V if keep else 0, dtype=torch.float32), np.empty(len(starts) * m if keep else 0)
+        kept, phases = (
+            torch.empty(count * K * V if keep else 0, dtype=torch.float32),
+            np.empty(len(starts) * m if keep else 0),
+        )
         o = torch.empty(v.shape, dtype=working(v))
         if state is None:
             last = torch.zeros(B, H, K, V, dtype=torch.float32)
