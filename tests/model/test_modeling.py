@@ -99,17 +99,6 @@ def test_padding_changes_neither_loss_nor_gradients(model, ids, side):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
 
 
-def test_packed_texts_are_refused_where_a_state_would_mix_them(model, ids):
-    positions = torch.cat([torch.arange(10), torch.arange(7)])[None]
-    if "linear_attention" in model.config.layer_types:
-        with pytest.raises(ValueError, match="position_ids start again inside a row"):
-            model(ids[:1, :17], position_ids=positions)
-    else:
-        model(ids[:1, :17], position_ids=positions)
-    whole = model(ids[:1, :17], position_ids=torch.arange(17)[None]).logits
-    torch.testing.assert_close(whole, model(ids[:1, :17]).logits)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_prompt_continues_as_if_it_were_alone(model, ids, side):

@@ -100,3 +100,17 @@ def test_it_differentiates_once():
     args = inputs(1, 1, 4, 2)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(causal_attention(*args).sum(), args, create_graph=True)
+
+
+def test_packed_texts_attend_to_themselves(blocks):
+    torch.manual_seed(0)
+    args = inputs(2, 3, 21, 8)
+    texts = torch.stack([torch.arange(3).repeat_interleave(torch.tensor(n)) for n in ([5, 1, 15], [9, 9, 3])])
+    grad = torch.randn(args[0].shape)
+    allowed = (texts[:, :, None] == texts[:, None]).tril()[:, None]
+    q, k, v = args
+    for found in (causal_attention(*args, texts), module._definition(*args, texts), module._written_out(*args, texts)):
+        want = (q @ k.mT * 8**-0.5).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
+        check((found, args), (want, args), grad, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(causal_attention(*args, texts), want)

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qies.errors import UserError
+from qies.ops import conv
 from qies.ops.conv import causal_conv
 
 
@@ -105,3 +106,26 @@ def test_bad_shapes_are_named():
         causal_conv(x, torch.randn(2, 3))
     with pytest.raises(UserError, match="state is"):
         causal_conv(x, torch.randn(3, 4), torch.randn(2, 4, 3))
+
+
+@settings(deadline=None, max_examples=30)
+@given(**shapes, taps=st.integers(1, 5), seed=st.integers(0, 99))
+def test_packed_texts_are_convolved_alone(batch, length, width, taps, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(batch, length, width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(width, taps, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(batch, length, width, dtype=torch.float64)
+    texts = (torch.rand(batch, length) < 0.3).cumsum(1)
+    rows = [[row[number == i][None] for i in number.unique()] for row, number in zip(x, texts, strict=True)]
+    want = torch.cat([torch.cat([definition(t, weight) for t in row], 1) for row in rows])
+    for y in (
+        causal_conv(x, weight, texts=texts)[0],
+        conv._definition(x, weight, x.new_zeros(batch, taps - 1, width), texts)[0],
+    ):
+        torch.testing.assert_close(y, want)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, (x, weight), grad, retain_graph=True),
+            torch.autograd.grad(want, (x, weight), grad, retain_graph=True),
+        )
+    with pytest.raises(UserError, match="not both"):
+        causal_conv(x, weight, x.new_zeros(batch, taps - 1, width), texts)

@@ -76,3 +76,62 @@ def test_bad_input_is_one_line(change, message):
     with pytest.raises(UserError, match=message) as error:
         entangle(**args)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode,disc", [("real", False), ("complex", True)])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("backend", ["naive", "chunk", "auto"])
+def test_packed_texts_each_start_from_the_initial_state(mode, disc, carried, backend):
+    """Also from one that is learned: its gradient is the sum over all texts."""
+    lengths = [[3, 40, 1, 20], [30, 2, 32]]
+    args = inputs(2, 64, 2, 3, 4, mode=mode, disc=disc, state=carried)
+    dtype = torch.float32 if backend == "auto" else torch.float64
+    numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
+
+    def packed(*six, state, mode):
+        return entangle(*six, state=state, mode=mode, backend=backend, texts=torch.stack(numbers))
+
+    def alone(*six, state, mode):
+        outputs, states = [], []
+        for b, row in enumerate(lengths):
+            texts = zip(*(x[b : b + 1].split(row, 1) for x in six), strict=True)
+            S = None if state is None else state[b : b + 1]
+            o, last = zip(*(entangle_naive(*text, S, mode) for text in texts), strict=True)
+            outputs.append(torch.cat(o, 1))
+            states.append(last[-1])
+        return torch.cat(outputs), torch.cat(states)
+
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    assert_close(evaluate(packed, args, mode, dtype), evaluate(alone, args, mode), tolerance)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"log_alpha": None}, "log_alpha must be a tensor, not NoneType; without damping give zeros"),
+        ({"beta": None}, "beta must be a tensor, not NoneType"),
+        ({"beta": torch.full((1, 8, 1), 3.0)}, r"beta must lie in \[0, 2\] but spans \[3, 3\]"),
+        ({"beta": torch.full((1, 8, 1), -0.5)}, r"beta must lie in \[0, 2\]"),
+        ({"log_alpha": torch.full((1, 8, 1), 0.25)}, "log_alpha must be <= 0 but reaches 0.25"),
+        ({"texts": torch.zeros(1, 7)}, r"texts is \[1, 7\]"),
+        (
+            {"mode": "complex", "beta": torch.tensor([1.0, 1.5]).expand(1, 8, 1, 2), "state": None},
+            r"\|1 - beta\| <= 1 but it reaches 1.5",
+        ),
+    ],
+)
+def test_values_out_of_range_are_one_line(change, message):
+    args = dict(zip(NAMES, inputs(), strict=True)) | change
+    with pytest.raises(UserError, match=message) as error:
+        entangle(**args)
+    assert "\n" not in str(error.value)
+
+
+def test_values_at_the_ends_of_their_range():
+    *args, S = (x.bfloat16() for x in inputs())
+    for beta, log_alpha in ((0.0, -torch.inf), (2.0, 0.0), (torch.nan, -1.0)):
+        given = [*args[:3], torch.full_like(args[3], beta), torch.full_like(args[4], log_alpha), args[5]]
+        assert entangle(*given, state=S, backend="chunk")[0].shape == args[2].shape
+    angles = torch.rand(1, 8, 1, 1) * 7  # eigenvalues on the unit circle, rounded
+    beta = torch.cat([1 - angles.cos(), -angles.sin()], -1).bfloat16()
+    entangle(*args[:3], beta, *args[4:], mode="complex", state=S[..., :2], backend="chunk")

@@ -33,7 +33,9 @@ def sweep(folder: Path) -> dict[str, Any]:
         variant = tuple(_frozen(values.get(key)) for key in swept)
         seeds = cells[record["arm"], record["size"], record["tokens"]].setdefault(variant, {})
         if str(record["seed"]) in seeds:
-            raise UserError(f"{folder} holds two identical runs: {record['arm']} {record['size']} seed {record['seed']}.")
+            raise UserError(
+                f"{folder} holds two identical runs: {record['arm']} {record['size']} seed {record['seed']}."
+            )
         seeds[str(record["seed"])] = record["metrics"]
     order = sorted(cells, key=lambda cell: (presets.parse_size(cell[1]), cell[2], cell[0]))
     return {"schema": 1, "swept": swept, "cells": [_cell(*cell, cells[cell], swept) for cell in order]}

@@ -40,12 +40,13 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, fraction: f
     return (position_ids[..., None].float() * frequency)[:, :, None]
 
 
-def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, causal_mask: Tensor | None, **kwargs):
+def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, causal_mask: Tensor | None, blocks: Tensor | None, **kwargs):
     """Attention by the implementation the configuration names: q [B,H,T,K], k, v [B,H,S,K] -> o [B,T,H,K] and the
-    weights [B,H,T,S] where it gives them. `causal_mask` None means plain causal order."""
+    weights [B,H,T,S] where it gives them. `causal_mask` None means plain causal order, inside equal `blocks` [B,T]
+    where they are given."""
     name = module.config._attn_implementation
     if name == "sdpa" and causal_mask is None and q.shape[2] == k.shape[2]:
-        return causal_attention(q, k, v).transpose(1, 2), None
+        return causal_attention(q, k, v, blocks).transpose(1, 2), None
     run = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name, sdpa_attention_forward)
     return run(module, q, k, v, causal_mask, scaling=q.shape[-1] ** -0.5, dropout=0.0, **kwargs)
 
@@ -73,18 +74,19 @@ class Attention(nn.Module):
         self.gate = OutputGate(width, config.num_attention_heads, inner, config.gate)
         self.o_proj = linear(inner, width, std=0.0)
 
-    def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, **kwargs):
+    def forward(self, x: Tensor, *, angles, causal_mask, blocks, mask, texts, past_key_values, **kwargs):
         """x [B,T,D] -> [B,T,D] and the weights or None. `causal_mask` is None when plain causal order holds;
-        mask [B,T] bool, False at pads."""
+        mask [B,T] bool, False at pads; texts [B,T], the number of each token's text in a packed row, and blocks the
+        same with 0 at pads: tokens attend within their block."""
         batch, length, _ = x.shape
         memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         if self.conv is not None and self.conv_on == "input":
-            x = self.conv(x, mask, memory)
+            x = self.conv(x, mask, memory, texts)
         shape = (batch, length, -1, self.head_dim)
         q = rms_norm(self.q_proj(x).view(shape)) * self.q_scale.to(x.dtype)
         keys = self.k_proj(x)
         if self.conv is not None and self.conv_on == "keys":
-            keys = self.conv(keys, mask, memory)
+            keys = self.conv(keys, mask, memory, texts)
         k = rms_norm(keys.view(shape))
         v = self.v_proj(x).view(shape)
         if angles is not None and self.rotates:
@@ -92,5 +94,5 @@ class Attention(nn.Module):
         q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        o, weights = attend(self, q, k, v, causal_mask, **kwargs)
+        o, weights = attend(self, q, k, v, causal_mask, blocks, **kwargs)
         return self.o_proj(self.gate(x, o)), weights

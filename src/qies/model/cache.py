@@ -56,6 +56,9 @@ class AttentionStateLayer(LinearAttentionAndFullAttentionLayer):
 class QiesCache(DynamicCache):
     """A `DynamicCache` whose layers follow `config.layer_types`, and that knows its size.
 
+    Gradients flow through it from one forward pass to the earlier ones; `detach_()` cuts them (truncated
+    backpropagation through time).
+
     `get_seq_length()` also works for stacks without attention, where nothing else counts the tokens.
     """
 
@@ -77,6 +80,14 @@ class QiesCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.seen_tokens = 0
+
+    def detach_(self) -> QiesCache:
+        """Cut the graph behind everything held, in place: gradients of later tokens do not reach earlier ones."""
+        for layer in self.layers:
+            _each_state(layer, torch.Tensor.detach)
+            if isinstance(layer, AttentionStateLayer) and layer.keys is not None:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        return self
 
     def crop(self, tokens_to_remove: int) -> None:
         for layer in sorted(self.layers, key=lambda layer: layer.is_croppable):  # a refusal comes before any change
@@ -111,7 +122,7 @@ def read_conv(layer) -> Tensor | None:
 def write_states(layer, states: Iterable[Tensor]) -> None:
     """Keep the states, one for each group of heads; a layer without convolution is marked as filled too."""
     for i, state in enumerate(states):
-        layer.recurrent_states[i] = state.detach()
+        layer.recurrent_states[i] = state
         layer.is_recurrent_states_initialized[i] = True
         layer.has_previous_state[i] = True
         layer.device, layer.dtype = state.device, state.dtype
@@ -119,7 +130,7 @@ def write_states(layer, states: Iterable[Tensor]) -> None:
 
 def write_conv(layer, inputs: Tensor) -> None:
     """Keep the last inputs of the short convolution."""
-    layer.conv_states[0] = inputs.detach()
+    layer.conv_states[0] = inputs
     layer.is_conv_states_initialized[0] = True
     layer.device = inputs.device
 

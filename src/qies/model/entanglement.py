@@ -15,7 +15,7 @@ from transformers import initialization as init
 from qies.model.cache import read_states, write_states
 from qies.model.configuration import QiesConfig
 from qies.model.layers import OutputGate, ShortConv, linear, split
-from qies.ops.entangle import entangle
+from qies.ops.entangle import evolve
 from qies.presets import HeadGroup
 
 
@@ -52,13 +52,14 @@ class Entanglement(nn.Module):
         self.gate = OutputGate(width, sum(g.heads for g in self.groups), values, config.gate)
         self.o_proj = linear(values, width, std=0.0)
 
-    def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, **kwargs):
-        """x [B,T,D] -> [B,T,D] and None; mask [B,T] bool, False at pads, which leave the states untouched."""
+    def forward(self, x: Tensor, *, angles, causal_mask, mask, texts, past_key_values, **kwargs):
+        """x [B,T,D] -> [B,T,D] and None; mask [B,T] bool, False at pads, which leave the states untouched; texts [B,T],
+        the number of each token's text in a packed row: each starts from an empty state."""
         memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         if self.conv is not None:
-            x = self.conv(x, mask, memory)
+            x = self.conv(x, mask, memory, texts)
         runs = zip(self.groups, self.events(x, mask), read_states(memory, len(self.groups)), strict=True)
-        outputs, states = zip(*(entangle(*e, state=s, mode=group.mode) for group, e, s in runs), strict=True)
+        outputs, states = zip(*(evolve(*e, state=s, mode=group.mode, texts=texts) for group, e, s in runs), strict=True)
         if memory is not None:
             write_states(memory, states)
         if not self.reads:
@@ -132,7 +133,7 @@ class Entanglement(nn.Module):
 
 def _spread(first: float, last: float, heads: int) -> Tensor:
     """Evenly spaced on the log scale, [H]."""
-    return torch.logspace(math.log10(first), math.log10(last), heads)
+    return torch.logspace(math.log10(first), math.log10(last), heads, dtype=torch.float32)
 
 
 def _kept(x: Tensor | None, keep: Tensor | None) -> Tensor | None:

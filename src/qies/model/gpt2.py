@@ -26,13 +26,13 @@ class Gpt2Attention(nn.Module):
         self.o_proj = nn.Linear(inner, width)
         self.o_proj.residual = True  # type: ignore[assignment]
 
-    def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, **kwargs):
+    def forward(self, x: Tensor, *, angles, causal_mask, blocks, mask, texts, past_key_values, **kwargs):
         """x [B,T,D] -> [B,T,D] and the weights or None."""
         shape = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (t.view(shape).transpose(1, 2) for t in self.qkv_proj(x).chunk(3, -1))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        o, weights = attend(self, q, k, v, causal_mask, **kwargs)
+        o, weights = attend(self, q, k, v, causal_mask, blocks, **kwargs)
         return self.o_proj(o.flatten(2)), weights
 
 

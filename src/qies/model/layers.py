@@ -56,16 +56,19 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, taps))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache=None) -> Tensor:
-        """x [B,T,D] -> [B,T,D]; mask [B,T] bool, False at pads; cache: the layer's memory or None."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache=None, texts: Tensor | None = None) -> Tensor:
+        """x [B,T,D] -> [B,T,D]; mask [B,T] bool, False at pads; cache: the layer's memory or None; texts [B,T] int64,
+        the number of each token's text in a packed row, or None."""
         past = read_conv(cache)
         if mask is None:
-            y, inputs = causal_conv(x, self.weight, past)
+            y, inputs = causal_conv(x, self.weight, past, texts)
         else:
             # Pads may stand anywhere: bring the real tokens together, convolve, and put them back.
-            order = torch.argsort((~mask).long(), dim=1, stable=True)[..., None].expand_as(x)
+            order = torch.argsort((~mask).long(), dim=1, stable=True)
+            texts = None if texts is None else texts.gather(1, order)
+            order = order[..., None].expand_as(x)
             real = (x * mask[..., None]).gather(1, order)
-            packed, _ = causal_conv(real, self.weight, past)
+            packed, _ = causal_conv(real, self.weight, past, texts)
             y = torch.zeros_like(packed).scatter(1, order, packed) * mask[..., None]
             inputs = self._last_inputs(real, mask.sum(1), past)
         if cache is not None:

@@ -13,10 +13,11 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
 
 from qies.model.attention import Attention, rotary_angles
@@ -25,7 +26,10 @@ from qies.model.configuration import QiesConfig
 from qies.model.entanglement import Entanglement
 from qies.model.gpt2 import Gpt2Attention, Gpt2Block
 from qies.model.layers import MLP, ShortConv, is_matrix, linear
+from qies.model.packing import Rows, ends_of, positions_of, read_rows
 from qies.objective import language_modelling, language_modelling_of_logits
+from qies.ops.entangle import first_tokens
+from qies.ops.entangle.chunk import readable
 from qies.ops.norm import rms_norm
 
 MIXERS = {"full_attention": Attention, "linear_attention": Entanglement}
@@ -134,6 +138,13 @@ class QiesModel(QiesPreTrainedModel):
 
     With `output_hidden_states` the L + 1 of them [B,T,D]; with `output_attentions` the weights [B,H,T,S] of the
     attention layers, which only `attn_implementation="eager"` gives.
+
+    Several texts may be packed into one row. They are told apart by any of: position_ids [B,T] that start again;
+    seq_idx [B,T], their numbers; cu_seq_lens_q (and the equal cu_seq_lens_k) [N+1], their ends in the B * T tokens; an
+    attention_mask [B,1,T,T] that is causal in blocks. Each is computed as if it were alone: states, phases,
+    convolutions and positions begin anew. This goes without a cache. An attention_mask [B,1,T,T] of another kind is
+    taken where every layer is attention without a convolution, and refused elsewhere. max_length_q and max_length_k
+    follow from the ends and are not read.
     """
 
     def __init__(self, config: QiesConfig) -> None:
@@ -159,14 +170,28 @@ class QiesModel(QiesPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
+        _refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = embeds.shape[1]
+        rows = read_rows(
+            embeds.shape[:2],
+            attention_mask,
+            position_ids,
+            seq_idx,
+            _ends(cu_seq_lens_q, cu_seq_lens_k),
+            cached=past_key_values is not None or bool(use_cache),
+        )
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and rows.texts is None
         if self.gradient_checkpointing and self.training:  # a layer that runs again would write its state again
             if past_key_values is not None:
                 raise ValueError("Gradient checkpointing cannot go on from past_key_values: leave them out, or eval().")
@@ -176,15 +201,28 @@ class QiesModel(QiesPreTrainedModel):
         if past_key_values is not None and not isinstance(past_key_values, QiesCache):
             raise ValueError("past_key_values must be a qies.model.QiesCache: build it with QiesCache(model.config).")
 
-        mask = _pad_mask(attention_mask, length)
-        if "linear_attention" in self.config.layer_types and attention_mask is None:
-            _refuse_packing(position_ids)
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = rows.real if rows.mask is None else rows.mask
+        if rows.mask is not None and self._remembers():
+            raise ValueError(
+                "This attention_mask [B, 1, T, T] is not causal in blocks, one for each text, or goes with a cache; "
+                "entangled states and convolutions cannot follow it: give a mask [B, T] and seq_idx."
+            )
         causal_mask = angles = None
+        varlen: dict[str, Tensor | int] = {}
+        blocks = rows.texts
+        if blocks is not None and rows.real is not None:
+            blocks = (blocks + 1) * rows.real
         if "full_attention" in self.config.layer_types:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            if position_ids is None:
+            if position_ids is None and rows.texts is not None:
+                position_ids = positions_of(rows.texts, rows.real)
+            elif position_ids is None:
+                seen = past_key_values.get_seq_length() if past_key_values is not None else 0
                 position_ids = _positions(attention_mask, seen, length, embeds.device)
-            causal_mask = create_causal_mask(self.config, embeds, attention_mask, past_key_values, position_ids)
+            if blocks is None:
+                causal_mask = create_causal_mask(self.config, embeds, attention_mask, past_key_values)
+            else:
+                causal_mask, varlen = self._packed_mask(embeds, blocks, rows)
             if self.config.position == "rope":
                 angles = rotary_angles(
                     position_ids, self.config.head_dim, self.config.rope_theta, self.config.rope_fraction
@@ -192,16 +230,52 @@ class QiesModel(QiesPreTrainedModel):
 
         x = self._embed(embeds, position_ids)
         for layer in self.layers:
-            x, _ = layer(x, angles=angles, causal_mask=causal_mask, mask=mask, past_key_values=past_key_values)
+            x, _ = layer(
+                x,
+                angles=angles,
+                causal_mask=causal_mask,
+                blocks=blocks,
+                mask=rows.real,
+                texts=rows.texts,
+                past_key_values=past_key_values,
+                **varlen,
+            )
         if past_key_values is not None:
             past_key_values.seen_tokens += length
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def _remembers(self) -> bool:
+        """Whether a layer has a memory that an attention mask does not reach."""
+        config = self.config
+        hybrid = "linear_attention" in config.layer_types
+        return hybrid or (config.block != "gpt2" and bool(config.attention_conv_size))
+
+    def _packed_mask(self, embeds: Tensor, blocks: Tensor, rows: Rows) -> tuple[Tensor | None, dict[str, Tensor | int]]:
+        """The mask of packed rows and what else the attention implementation takes; `blocks` [B,T] are equal where
+        tokens may attend to each other."""
+        name = self.config._attn_implementation
+        if name == "sdpa":
+            return None, {}  # `attend` takes the blocks themselves
+        if is_flash_attention_requested(self.config):
+            if rows.real is not None:
+                raise ValueError(f"Packed texts with pads do not go with {name}; use attn_implementation='sdpa'.")
+            ends = ends_of(blocks)
+            longest = int(ends.diff().max())
+            return None, {
+                "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest
+            }  # fmt: skip
+        mask = create_causal_mask(
+            self.config, embeds, None, None, and_mask_function=packed_sequence_mask_function(blocks)
+        )
+        if mask is None:
+            raise ValueError(f"Packed texts do not go with the attention '{name}'; use attn_implementation='sdpa'.")
+        return mask, {}
 
     def _embed(self, embeds: Tensor, position_ids: Tensor | None) -> Tensor:
         """What enters the first block, [B,T,D]: normalised embeddings, or GPT-2's sum with learned positions."""
         if self.embed_positions is None or position_ids is None:
             return self.norm(embeds)
-        if int(position_ids.max()) >= self.config.max_position_embeddings:
+        if readable(position_ids) and int(position_ids.max()) >= self.config.max_position_embeddings:
             raise ValueError(f"The text is longer than the {self.config.max_position_embeddings} learned positions.")
         return embeds + self.embed_positions(position_ids)
 
@@ -235,16 +309,20 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Next-token logits [B,T,V], soft-capped, and the loss.
 
         labels [B,T] are the inputs themselves, shifted here; `shift_labels` [B,T] (a keyword) come already shifted.
         The labels alone decide what counts: -100 is ignored and nothing else, whatever attention_mask says. With
-        padding on the left mark the first token of a text too, or it is predicted from the pad before it. The loss is
-        the mean over what counts, or the sum divided by `num_items_in_batch` where the trainer accumulates gradients.
-        While training with labels the logits are not kept (`logits` is None): the loss comes straight from the hidden
-        states.
+        padding on the left mark the first token of a text too, or it is predicted from the pad before it. In packed
+        rows, which QiesModel describes, the first token of a text is never predicted from the text before it: collators
+        mark it -100, which Trainer's count relies on. The loss is the mean over what counts, or the sum divided by
+        `num_items_in_batch` where the trainer accumulates gradients. While training with labels the logits are not kept
+        (`logits` is None): the loss comes straight from the hidden states.
         """
         shift_labels = kwargs.pop("shift_labels", None)  # not in the signature: Trainer would expect it in every batch
         out = self.model(
@@ -254,12 +332,18 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
             return_dict=True,
             **kwargs,
         )
         hidden = out.last_hidden_state
         loss = logits = None
         if labels is not None and shift_labels is None:
+            rows = read_rows(labels.shape, attention_mask, position_ids, seq_idx, _ends(cu_seq_lens_q, cu_seq_lens_k))
+            if rows.texts is not None:
+                labels = labels.masked_fill(first_tokens(rows.texts), -100)
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         if shift_labels is not None and is_matrix(self.lm_head):
             loss = language_modelling(
@@ -317,21 +401,20 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
-def _pad_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """The present tokens' [B,T] bool mask, or None when nothing is padded."""
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None
-    mask = attention_mask[:, -length:].bool()
-    return None if bool(mask.all()) else mask
+def _refuse_unknown(kwargs: dict) -> None:
+    """Raise TypeError for arguments that mean nothing here; transformers' own go to what records outputs."""
+    for name, value in kwargs.items():
+        if value is not None and name not in ("output_attentions", "output_hidden_states"):
+            raise TypeError(f"QiesModel.forward() got an unexpected keyword argument '{name}'")
 
 
-def _refuse_packing(position_ids: Tensor | None) -> None:
-    """Raise ValueError for several texts packed into one row, which transformers' attention would keep apart."""
-    if position_ids is not None and not torch.compiler.is_compiling() and bool((position_ids.diff() != 1).any()):
-        raise ValueError(
-            "position_ids start again inside a row: packed texts would reach each other through the entangled state; "
-            "give each text a row of its own, with an attention_mask."
-        )
+def _ends(cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None) -> Tensor | None:
+    """The texts' ends [N+1], given for queries, keys or both."""
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:
+        return cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+    if readable(cu_seq_lens_q, cu_seq_lens_k) and not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ; a text attends to itself alone, so give equal ones.")
+    return cu_seq_lens_q
 
 
 def _positions(attention_mask: Tensor | None, seen: int, length: int, device) -> Tensor:

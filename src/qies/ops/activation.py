@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qies.ops.autograd import first_order
+from qies.ops.autograd import first_order, transformed
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)^2, any shape. So et al., Primer, arXiv:2109.08668. Has no second derivative."""
+    """max(x, 0)^2, any shape. So et al., Primer, arXiv:2109.08668. Has no second derivative outside torch.func."""
+    if transformed():
+        return torch.relu(x).square()
     return _ReluSquared.apply(x)
 
 

@@ -1,4 +1,4 @@
-"""Causal softmax attention over whole, unpadded sequences.
+"""Causal softmax attention over whole, unpadded sequences, or over several packed into one.
 
 Legend: B batch, H heads, T position, K width per head.
 
@@ -16,43 +16,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qies.ops.autograd import first_order
+from qies.ops.autograd import first_order, transformed
 
 ROWS = 128  # queries in a block
 SCORES = 1 << 20  # most scores in a block: few calls weigh more here than the cache
 LONGEST = 4096  # beyond, what is kept weighs more than being twice as fast as the flash kernel
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, texts: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K) + causal mask) v: q, k, v `[B, H, T, K]` -> `[B, H, T, K]`.
 
+    texts `[B, T]`: a number for each token; a token attends to those of its own number alone (None: to all before it).
+
     Exact; in autocast's dtype where that is on. Has no second derivative where it was written by hand (on CPU, when
-    a gradient is wanted).
+    a gradient is wanted, outside torch.func).
     """
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-        return _definition(q, k, v)
+    if transformed() and not torch.compiler.is_exporting():
+        return _written_out(q, k, v, texts)
+    if transformed() or not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return _definition(q, k, v, texts)
     same = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
     if q.device.type != "cpu" or not same or q.dim() != 4 or q.shape[2] > LONGEST or q.numel() == 0:
-        return _definition(q, k, v)
+        return _definition(q, k, v, texts)
     if torch.is_autocast_enabled("cpu") and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
-    return _CausalAttention.apply(q, k, v)
+    return _CausalAttention.apply(q, k, v, texts)
 
 
-def _definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def _definition(q: Tensor, k: Tensor, v: Tensor, texts: Tensor | None) -> Tensor:
+    if texts is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_allowed(q, texts))
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor, texts: Tensor | None) -> Tensor:
+    """The same in operations that have every derivative, unlike torch's fused kernels."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    return scores.masked_fill(~_allowed(q, texts), -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+def _allowed(q: Tensor, texts: Tensor | None) -> Tensor:
+    """Which keys a query attends to, `[T, T]` or `[B, 1, T, T]` bool."""
+    causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    return causal if texts is None else causal & (texts[:, None, :, None] == texts[:, None, None, :])
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, texts: Tensor | None) -> Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         qs, ks, vs, outs = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v, out))
+        owner = None if texts is None else texts.repeat_interleave(q.shape[1], 0)
         later = torch.full((ROWS, ROWS), -torch.inf, dtype=q.dtype).triu_(1)
         kept = []
         for heads, rows, keys in _blocks(qs):
             probs = _product(qs[heads, rows], ks[heads, keys].mT, q.shape[-1] ** -0.5)
             probs[..., rows] += later[: probs.shape[1], : probs.shape[1]]
+            if owner is not None:
+                probs.masked_fill_(owner[heads, rows, None] != owner[heads, None, keys], -torch.inf)
             torch.softmax(probs, -1, out=probs)
             outs[heads, rows] = _product(probs, vs[heads, keys])
             kept.append(probs)
@@ -61,7 +82,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         qs, ks, vs, gs = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v, grad))
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -77,7 +98,7 @@ class _CausalAttention(torch.autograd.Function):
             else:
                 d_k[heads, keys] += d_key.to(wide)
                 d_v[heads, keys] += d_value.to(wide)
-        return tuple(t.to(q.dtype).view(q.shape) for t in (d_q, d_k, d_v))
+        return *(t.to(q.dtype).view(q.shape) for t in (d_q, d_k, d_v)), None
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:

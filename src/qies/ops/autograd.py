@@ -7,6 +7,17 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """Whether an op must run as its plain definition, which torch can differentiate and trace in every way.
+
+    True inside a transform of torch.func (grad, jvp, vmap), in forward-mode differentiation and in an export.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qies.errors import UserError
-from qies.ops.autograd import first_order
+from qies.ops.autograd import first_order, transformed
 from qies.ops.compiled import kernel
 from qies.ops.lanes import exp, flat, get, put, reread, write
 
@@ -44,8 +44,8 @@ def linear_cross_entropy(
     hidden `[N, D]`, weight `[V, D]`, targets int64 `[N]` in [0, V) or `ignore_index`. `softcap=None` leaves
     the logits as they are. "mean" averages over the targets not ignored (0 when all are); "none" gives
     `[N]`, 0 where ignored. The product runs in autocast's dtype, all else and the result in fp32 (float64 for
-    float64). Where the fast path runs (on CPU, for "mean") it has no second derivative. Raises UserError for
-    shapes that do not fit.
+    float64). Where the fast path runs (on CPU, for "mean", outside torch.func) it has no second derivative. Raises
+    UserError for shapes that do not fit.
     Soft-capping of logits: Gemma 2, arXiv:2408.00118.
     """
     if hidden.dim() != 2 or weight.shape[1:] != hidden.shape[1:] or targets.shape != hidden.shape[:1]:
@@ -61,6 +61,7 @@ def linear_cross_entropy(
     dtype = _product_dtype(hidden, weight)
     if (
         dtype is None
+        or transformed()
         or hidden.numel() == 0
         or (wants_grad and reduction == "none")
         or (softcap is not None and softcap > LARGEST_CAP)
@@ -158,14 +159,13 @@ def _chunked(
     chunk = -(-tokens // -(-tokens // chunk))  # as many chunks, of equal size
     w_t = w.T.contiguous() if hidden_grad and tokens > 4 * chunk else w.T  # the copy pays off slowly
     held = x.new_empty(vocab * chunk)
-    column = torch.arange(chunk, device=x.device)
     for start in range(0, tokens, chunk):
         span = slice(start, start + chunk)
         count = len(x[span])
         logits = held[: vocab * count].view(vocab, count)
         torch.mm(w, x[span].T, out=logits)
-        at_target = targets[span] * count + column[:count]
-        target = logits.take(at_target).to(wide)
+        at_target = targets[span].unsqueeze(0)
+        target = logits.gather(0, at_target).squeeze(0).to(wide)
         peak = torch.zeros_like(target) if softcap else logits.amax(0).to(wide)
         slope = torch.ones_like(target)
         if softcap:
@@ -178,7 +178,7 @@ def _chunked(
 
         # logits holds exp(logit - peak) d logit / d product: a gradient but for targets, rate / total, and 4 with a cap
         if hidden_grad or weight_grad:
-            logits.put_(at_target, ((target.exp() - total) * slope).to(dtype))
+            logits.scatter_(0, at_target, ((target.exp() - total) * slope).to(dtype).unsqueeze(0))
         scale = (rate[span] / total).unsqueeze(1) * (4 if softcap else 1)
         if d_hidden is not None:
             torch.mul(torch.mm(w_t, logits).T, scale * gain, out=d_hidden[span])

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qies.ops.autograd import first_order
+from qies.ops.autograd import first_order, transformed
 
 
 def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis. `[..., D]` -> same shape and dtype.
 
     Computed in at least fp32. Zhang and Sennrich, arXiv:1910.07467, without the gain. Has no second
-    derivative on CPU.
+    derivative on CPU outside torch.func.
     """
-    if x.device.type == "cpu" and x.numel() > 0:
+    if x.device.type == "cpu" and x.numel() > 0 and not transformed():
         return _RmsNorm.apply(x, eps)
     return _definition(x, eps)
 

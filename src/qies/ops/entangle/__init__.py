@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qies.errors import UserError, nearest
+from qies.ops.autograd import transformed
 from qies.ops.entangle.chunk import entangle_chunk, readable
+from qies.ops.entangle.exported import of_any_length
 from qies.ops.entangle.fla import entangle_fla, obstacle
 from qies.ops.entangle.naive import entangle_naive, working_dtype
 from qies.ops.entangle.step import entangle_step
@@ -30,6 +33,7 @@ def entangle(
     state: Tensor | None = None,
     mode: str = "real",
     backend: str = "auto",
+    texts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write a sequence into the entangled state Psi in C^{m x V} and read it out.
 
@@ -49,20 +53,49 @@ def entangle(
         backend: "naive" (the recurrence); "chunk" (parallel inside chunks, any device and dtype); "fused" (the same as
             one kernel for the CPU, in float32); "fla" (CUDA kernels of flash-linear-attention, in half precision);
             "step" (T = 1 only); "auto" (for T = 1 "step"; else "fla" or "fused" where they can; else "chunk").
+        texts: `[B, T]`, a number for each token, equal within a text and different in neighbouring ones: rows of packed
+            texts. Each starts from `state`, and the state returned is the last one's. None: a row is one text.
 
     Returns:
         o, shaped and typed like v; and the state after the last token, in float64 when an input is, else
         float32. Differentiable in every tensor argument, by "fused" and "fla" once.
 
     Raises:
-        UserError: shapes that do not fit, an unknown mode or backend, a backend that cannot do this.
+        UserError: shapes that do not fit, an unknown mode or backend, a backend that cannot do this; beta or log_alpha
+            out of their range, where they lie on the CPU and can be read (not in a compiled model, an export or a
+            transform of torch.func).
     """
-    _check(q, k, v, beta, log_alpha, theta, state, mode, backend)
-    inputs = (q, k, v, beta, log_alpha, theta, state)
+    _check(q, k, v, beta, log_alpha, theta, state, mode, backend, texts)
+    _check_ranges(beta, log_alpha)
+    return evolve(q, k, v, beta, log_alpha, theta, state=state, mode=mode, backend=backend, texts=texts)
+
+
+def evolve(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_alpha: Tensor,
+    theta: Tensor | None,
+    *,
+    state: Tensor | None = None,
+    mode: str = "real",
+    backend: str = "auto",
+    texts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`entangle` of arguments that are known to fit, as a model's are."""
     if q.shape[1] == 0:  # no token, nothing happens
+        dtype = working_dtype(q, k, v, beta, log_alpha, theta, state)
         if state is None:
             state = v.new_zeros(len(q), *q.shape[2:], v.shape[-1] // (2 if mode == "complex" else 1))
-        return v.clone(), state.to(working_dtype(*inputs), copy=True)
+        return v.clone(), state.to(dtype, copy=True)
+    if texts is not None:
+        if state is not None:
+            return _apart(q, k, v, beta, log_alpha, theta, state, mode, backend, texts)
+        log_alpha = reset_at(log_alpha, first_tokens(texts))
+    inputs = (q, k, v, beta, log_alpha, theta, state)
+    if backend == "auto" and isinstance(q.shape[1], torch.SymInt) and torch.compiler.is_exporting():
+        return of_any_length(*inputs, mode)  # a loop over chunks would fix their number
     if backend == "auto":
         fast = "fla" if obstacle(*inputs) is None else "fused" if _fits_kernel(*inputs) else "chunk"
         backend = "step" if q.shape[1] == 1 else fast
@@ -78,10 +111,62 @@ def _fits_kernel(*inputs: Any) -> bool:
     """Whether the kernel takes these: memory of the CPU, and nothing to be done in float64."""
     given = [x for x in inputs if x is not None]
     on_cpu = all(x.device.type == "cpu" for x in given)
-    return on_cpu and working_dtype(*given) == torch.float32 and readable(*given)
+    return on_cpu and working_dtype(*given) == torch.float32 and readable(*given) and not transformed()
 
 
-def _check(q, k, v, beta, log_alpha, theta, state, mode, backend) -> None:
+def first_tokens(texts: Tensor) -> Tensor:
+    """Where a text other than a row's first begins, `[B, T]` bool, from `texts` as `entangle` takes them."""
+    return F.pad(texts[:, 1:] != texts[:, :-1], (1, 0))
+
+
+def reset_at(log_alpha: Tensor, first: Tensor) -> Tensor:
+    """log_alpha with alpha = 0 at the tokens `first` `[B, T]` bool: what came before is forgotten exactly."""
+    return log_alpha.masked_fill(first.view(*first.shape, *[1] * (log_alpha.ndim - 2)), -torch.inf)
+
+
+def _apart(q, k, v, beta, log_alpha, theta, state, mode, backend, texts) -> tuple[Tensor, Tensor]:
+    """Packed texts that start from a state: each in a row of its own, padded at the end by tokens that do nothing."""
+    first = first_tokens(texts)
+    first[:, 0] = True
+    number = first.flatten().cumsum(0) - 1  # of each token's text, over all rows
+    begin = first.flatten().nonzero().squeeze(1)
+    place = torch.arange(len(number), device=q.device) - begin[number]
+    longest = int(place.max()) + 1
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return x.new_zeros(len(begin), longest, *x.shape[2:]).index_put((number, place), x.flatten(0, 1))
+
+    row = begin // texts.shape[1]
+    inputs = (rows(x) for x in (q, k, v, beta, log_alpha, theta))
+    o, last = evolve(*inputs, state=state[row], mode=mode, backend=backend)  # type: ignore[arg-type]
+    return o[number, place].view(v.shape), last[number.view_as(texts)[:, -1]]
+
+
+def _check_ranges(beta: Tensor, log_alpha: Tensor) -> None:
+    """Raise UserError for a beta or log_alpha out of its range; a NaN is let through."""
+    if transformed() or torch.compiler.is_compiling() or not readable(beta, log_alpha) or beta.numel() == 0:
+        return
+    if beta.device.type != "cpu" or log_alpha.device.type != "cpu":  # a look would wait for the device
+        return
+    slack = 4 * torch.finfo(beta.dtype).eps
+    given = beta.detach()
+    if beta.ndim == 3:
+        low, high = given.aminmax()
+        if low < -slack or high > 2 + slack:
+            raise UserError(f"beta must lie in [0, 2] but spans [{low:.3g}, {high:.3g}]; clamp it, or use a sigmoid.")
+    elif (radius := torch.hypot(1 - given[..., 0], given[..., 1]).max()) > 1 + slack:
+        raise UserError(f"a complex beta must have |1 - beta| <= 1 but it reaches {radius:.3g}; scale 1 - beta.")
+    if (largest := log_alpha.detach().max()) > 0:
+        raise UserError(f"log_alpha must be <= 0 but reaches {largest:.3g}; it is the logarithm of alpha, at most 1.")
+
+
+def _check(q, k, v, beta, log_alpha, theta, state, mode, backend, texts) -> None:
+    for name, x in {"q": q, "k": k, "v": v, "beta": beta, "log_alpha": log_alpha}.items():
+        if not isinstance(x, Tensor):
+            hint = "; without damping give zeros" if name == "log_alpha" else ""
+            raise UserError(f"{name} must be a tensor, not {type(x).__name__}{hint}.")
     if mode not in MODES:
         raise UserError(f"mode '{mode}' is unknown; use one of {', '.join(MODES)}.{nearest(mode, MODES)}")
     if backend not in BACKENDS:
@@ -100,6 +185,7 @@ def _check(q, k, v, beta, log_alpha, theta, state, mode, backend) -> None:
         "log_alpha": (log_alpha, [heads, channels]),
         "theta": (theta, [channels]),
         "state": (state, [(B, H, K, V)]),
+        "texts": (texts, [(B, T)]),
     }
     for name, (x, shapes) in allowed.items():
         if x is not None and tuple(x.shape) not in shapes:

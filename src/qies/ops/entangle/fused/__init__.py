@@ -53,9 +53,15 @@ class _Fused(torch.autograd.Function):
         inputs = (q, k, v, beta, log_alpha, theta)
         arrays = [flat(x) for x in inputs]
         first, starts, place, count = plan(arrays[4], sizes, B)
-        kept, phases = torch.empty(count * K * V if keep else 0), np.empty(len(starts) * m if keep else 0)
+        kept, phases = (
+            torch.empty(count * K * V if keep else 0, dtype=torch.float32),
+            np.empty(len(starts) * m if keep else 0),
+        )
         o = torch.empty(v.shape, dtype=working(v))
-        last = torch.zeros(B, H, K, V) if state is None else state.float().clone(memory_format=torch.contiguous_format)
+        if state is None:
+            last = torch.zeros(B, H, K, V, dtype=torch.float32)
+        else:
+            last = state.float().clone(memory_format=torch.contiguous_format)
 
         def part(begin: int, end: int) -> None:
             tile = tile_of(sizes.k, sizes.v, m)
