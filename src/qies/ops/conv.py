@@ -95,7 +95,7 @@ class _CausalConv(torch.autograd.Function):
 
 def _same_text(texts: Tensor, lag: int) -> Tensor:
     """Whether the token `lag` before is of the same text, `[B, T - lag, 1]`."""
-    return (texts[:, lag:] == texts[:, : texts.shape[1] - lag]).unsqueeze(-1)
+    return (texts[:, lag:] == texts[:, : max(0, texts.shape[1] - lag)]).unsqueeze(-1)
 
 
 def _within(x: Tensor, texts: Tensor | None, lag: int) -> Tensor:
