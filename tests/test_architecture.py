@@ -1,6 +1,7 @@
 """The package's shape: who may import whom."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,14 @@ def test_auto_classes_know_the_model_whichever_is_imported_first(first):
         "assert type(A.from_config(c)).__name__ == 'QiesForCausalLM'"
     )
     assert subprocess.run([sys.executable, "-c", f"{first}; {check}"]).returncode == 0
+
+
+def test_no_test_imports_a_conftest():
+    """Several folders have one, so which it is would depend on the files named on the command line."""
+    tests = Path(__file__).parent
+    named = [
+        path.name for path in tests.rglob("*.py") if re.search(r"^(from|import) conftest\b", path.read_text(), re.M)
+    ]
+    assert named == []
+    shared = [path.name for path in tests.rglob("*.py") if path.name != "conftest.py"]
+    assert len(shared) == len(set(shared))

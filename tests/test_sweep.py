@@ -127,3 +127,23 @@ def test_no_run_and_the_same_run_twice_are_refused(tmp_path):
     write(tmp_path / "b", {"0.5": [4.0]})
     with pytest.raises(UserError, match="two runs of qies 50k seed 0 alike"):
         sweep(tmp_path)
+
+
+def test_runs_without_an_induction_score_have_no_onset(tmp_path, capsys):
+    write(tmp_path, {"0.5": [4.0, 4.2]})
+    for path in tmp_path.glob("runs/*/run.json"):
+        record = json.loads(path.read_text())
+        record["metrics"] = {"val_loss": 4.0, "val_bpb": 2.0}
+        path.write_text(json.dumps(record))
+    [row] = sweep(tmp_path)["cells"][0]["variants"]
+    assert row["onsets"] == {}
+    with pytest.raises(SystemExit):
+        main(["ladder", "sweep", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "not measured" in printed and "never" not in printed
+
+
+def test_onsets_are_in_order_of_seeds(tmp_path):
+    write(tmp_path, {"0.5": [4.0] * 12})
+    [row] = sweep(tmp_path)["cells"][0]["variants"]
+    assert list(row["onsets"]) == [str(seed) for seed in range(12)]

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from study_pages import Page, edit, make_study, page_of, runs_of
 
-from conftest import Page, edit, make_study, page_of, runs_of
 from qies.report import build_report
 from qies.report.answer import answer, positions
 from qies.report.records import read_study
+from qies.report.verdict import verdict
+from qies.scaling import compare, read_runs
 
 
 def rows_of(folder):
@@ -117,6 +119,27 @@ def test_copying_in_every_seed_of_both_arms_is_told_with_gain_and_onset(seeds):
         "Yes. Gain on a repeated random segment at 400k, nats per token: "
         "transformer 2.10 (2.00 to 2.20), onset in tokens seed 0: 1.2M, seed 1: 1.2M, seed 2: 1.2M, qies 2.10"
     )
+
+
+def test_a_seed_without_a_score_leaves_copying_unknown(seeds):
+    path = next(p for p in runs_of(seeds, "qies") if json.loads(p.read_text())["seed"] == 1)
+    edit(path, lambda r: [r["metrics"].pop(key) for key in ("induction", "induction_onset")])
+    reply = rows_of(seeds)[1]["Had in-context copying set in?"]
+    assert reply.startswith("Not known in every run.") and "seed 1: not measured, seed 2: 1.2M" in reply
+
+
+def test_a_reason_that_names_the_arms_is_not_said_twice(study):
+    [path] = runs_of(study, "no_phase")
+    edit(path, lambda r: r["metrics"].update(induction=0.2, induction_onset=None))
+    pair = compare(read_runs(study / "runs"), "no_phase", "transformer").to_dict()
+    edit(study / "comparison.json", lambda c: c["pairs"].__setitem__(1, pair))
+    [said] = [line for line in verdict(read_study(study)) if line.startswith("no_phase against transformer")]
+    assert said.count("had not set in") == 1
+
+
+def test_one_degree_of_freedom_is_singular(study):
+    edit(study / "fits.json", lambda f: [fit["flops"].update(dof=1) for fit in f["arms"].values()])
+    assert "8 runs, 1 degree of freedom per law." in rows_of(study)[1]["How sure is it?"]
 
 
 @pytest.mark.parametrize("arm", ["qies", "transformer"])

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 from plotly.offline import get_plotlyjs
+from study_pages import Page, edit, make_study, page_of, runs_of
 
-from conftest import Page, edit, make_study, page_of, runs_of
 from qies.errors import UserError
 from qies.report import build_report, write_summary_svg
 from qies.report.records import read_study
@@ -38,7 +38,7 @@ def test_page_holds_every_part(whole):
         "Go up to the house of the LORD", "public domain text", "c0ffee11", "Run records", "tran400k0", "0.1.0+abc",
         "2.13.0", "qies study", "Compute-equivalent gain", "Induction gain at 400k", "Difference at each matched size",
         "Residuals",
-        "Frontier: least loss at each compute", "What would settle it",
+        "Frontier: least loss at each compute", "Runs needed to detect the observed gain",
     ):  # fmt: skip
         assert words in page.text, words
     # loss, gains, residuals, induction, training, speed, entanglement

@@ -182,7 +182,7 @@ def test_power_analysis_answers_where_nothing_is_shown():
     assert result.verdict == "no difference"
     assert result.power.detectable > 1 and (result.power.cells_needed or 1001) > result.power.cells
     assert all(size.have == 3 and size.measured for size in result.power.sizes)
-    assert "Seeds show the difference soonest" in result.summary()
+    assert "Fewest seeds are needed at N = " in result.summary()
 
 
 def test_identical_arms_have_a_gain_of_one_and_no_winner():
@@ -347,10 +347,28 @@ def test_the_regime_is_that_of_the_matched_runs_and_is_named():
     assert result.to_dict()["regime"] == {
         "sizes": pytest.approx([1e6, 3e7]),
         "tokens_per_parameter": ratio,
+        "context": [],
+        "corpus": [],
         "seeds": 3,
         "sizes_count": 4,
     }
     assert "(4 sizes of 1e+06 to 3e+07 parameters, 20 tokens per parameter, 3 seeds)" in result.summary()
+
+
+def test_the_regime_names_context_and_corpus_of_the_records():
+    result = compare(read_runs(QUICK), "qies", "transformer")
+    assert result.to_dict()["regime"]["context"] == [512] and result.to_dict()["regime"]["corpus"] == ["builtin"]
+    assert "3 seeds, context of 512 tokens, corpus builtin)" in result.summary()
+
+
+def test_runs_of_other_unique_tokens_are_no_further_seeds():
+    rng, n = np.random.default_rng(0), np.repeat(LADDER[:, 0], 2)
+    rows = np.stack([n, np.repeat(LADDER[:, 1], 2)], axis=1)
+    runs = table(rows, noisy(rng, dict.fromkeys("qt", chinchilla(*rows.T)), 1, 0.003))
+    runs = dataclasses.replace(runs, unique=runs.tokens / np.tile([1, 4], 8))
+    result = compare(runs, "q", "t")
+    assert result.cells == {"q": 8, "t": 8} and result.regime["seeds"] == 1
+    assert any("8 runs repeat data" in w for w in result.warnings)
 
 
 def test_three_sizes_pool_their_scatter_with_the_noise_of_seeds_and_say_so():

@@ -60,6 +60,17 @@ def test_difference_of_matched_laws_is_the_regression_of_the_differences():
     assert joint.dof == 4
 
 
+def test_three_matched_sizes_of_six_leave_the_arms_their_own_degrees_of_freedom():
+    """Differences at three sizes alone have one, by which the interval would be 4.6 times as wide."""
+    a, b, whole = two_noisy()
+    few = join(least_squares(a), least_squares(b), SAME[:3], 0.95)
+    _, half, dof = few.difference(column(U[-1:]), column(U[-1:]))
+    assert dof == [4] and few.dof == 4 and few.sigma[0, 1] == 0
+    error = np.sqrt(whole.a.residual @ whole.a.residual / 4 + whole.b.residual @ whole.b.residual / 4)
+    leverage = 1 / 6 + (U[-1] - U.mean()) ** 2 / ((U - U.mean()) ** 2).sum()
+    np.testing.assert_allclose(half, student.ppf(0.975, 4) * error * np.sqrt(leverage), rtol=1e-9)
+
+
 def test_noise_that_the_arms_share_does_not_widen_the_band():
     narrow, wide = (two_noisy(shared=s)[2].difference(column(U), column(U))[1] for s in (0.0, 0.5))
     np.testing.assert_allclose(narrow, wide, rtol=0.35)

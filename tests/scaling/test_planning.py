@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from two_arms import ladder, noisy, table
+from two_arms import chinchilla, grid, ladder, noisy, table
 
 from qies.errors import UserError
 from qies.scaling import compare, planning
@@ -33,6 +33,19 @@ def test_the_plan_takes_noise_and_slope_from_the_runs(monkeypatch):
     assert plan.size_sd == pytest.approx(0.003 * np.sqrt(2), rel=0.3)
     assert plan.slope == pytest.approx(0.06, rel=0.1) and plan.span == pytest.approx(1e4, rel=1e-6)
     assert {(row.sizes, row.seeds) for row in plan.rows} >= {(3, 1), (4, 3), (8, 8)}
+
+
+def test_noise_between_sizes_is_measured_around_the_laws_that_were_fitted(monkeypatch):
+    """Over a grid of N and D the arms' surfaces differ, which a line in FLOPs would take for noise between sizes."""
+    monkeypatch.setattr(planning, "power", lambda *_: 0.5)
+    cells = grid()
+    law = {"q": chinchilla(*cells.T, a=50.0), "t": chinchilla(*cells.T)}
+    losses = noisy(np.random.default_rng(0), law, 4, seed_sd=0.0005)
+    plan = compare(table(cells, losses, 4), "q", "t", points=2, plan=True).plan
+    difference = np.log(law["q"] / law["t"])
+    x = np.log(cells.prod(axis=1))
+    assert (difference - np.polyval(np.polyfit(x, difference, 1), x)).std() > 0.004
+    assert plan.size_sd < 0.001 and "including misfit of the laws" in plan.table().title
 
 
 def test_runs_that_measure_no_noise_make_no_plan():

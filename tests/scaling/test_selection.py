@@ -8,6 +8,7 @@ from scaling_tables import CHINCHILLA, grid, law, make_runs, noisy, published
 
 from qies.errors import UserError
 from qies.scaling import compare_forms, fit_surface, leave_largest_out, read_runs
+from qies.scaling.pipeline import fit_file
 from qies.scaling.selection import huber_log_likelihood
 
 
@@ -115,6 +116,26 @@ def test_too_few_runs_to_compare():
     n, d = grid()
     with pytest.raises(UserError, match="too few to compare"):
         compare_forms(make_runs(n, d, law(n, d)).select([0, 5, 12, 18, 22, 29]), ("approach3",))
+
+
+def test_forms_compete_by_the_criterion_that_was_asked_for(tmp_path):
+    """By least squares on L the objective is half the sum of squares of L - fit, its likelihood that of a normal."""
+    n, d = grid()
+    rng = np.random.default_rng(0)
+    runs = make_runs(n, d, law(n, d) + 0.01 * rng.standard_normal(len(n)))
+    found = compare_forms(runs, ("gadre", "approach3"), criterion="loss")
+    assert found.criterion == "loss" and "residuals of loss" in found.summary()
+    for score in found.scores:
+        fit = fit_surface(runs, score.form, criterion="loss")
+        squares = float(((runs.loss - fit.predict(n, d)) ** 2).sum())
+        assert score.objective == pytest.approx(squares / 2, rel=1e-6)
+        height = -len(n) / 2 * (np.log(2 * np.pi * squares / len(n)) + 1)
+        assert score.log_likelihood == pytest.approx(height, rel=1e-5)
+    path = tmp_path / "runs.csv"
+    rows = [f"{row[0]},{row[1]},{row[2]}" for row in zip(n.tolist(), d.tolist(), runs.loss.tolist(), strict=True)]
+    path.write_text("\n".join(["params,tokens,loss", *rows]))
+    beside = fit_file(path, beside=("gadre",), criterion="loss", bootstrap=0).comparison
+    assert beside.scores[0].objective == pytest.approx(found.scores[0].objective, rel=1e-6)
 
 
 def test_gadre_on_c4_is_shown_to_miss_the_largest_model():

@@ -184,6 +184,30 @@ def test_a_sweep_is_named_and_its_best_runs_are_taken_on_request():
             assert left.loss[i] == own.loss[(own.params == left.params[i]) & (own.tokens == left.tokens[i])].min()
 
 
+def test_rows_of_other_unique_tokens_are_neither_seeds_nor_a_sweep():
+    n, d = (np.repeat(v, 4) for v in grid())
+    unique = d / np.tile([1, 2, 4, 8], 30)
+    loss = law(n, d) * np.tile([1.0, 1.02, 1.05, 1.1], 30)
+    runs = make_runs(n, d, loss, unique=unique)
+    assert oddities(runs) == [] and len(best_per_cell(runs)) == 120
+    assert oddities(make_runs(n, d, loss)) != []
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_the_columns_of_a_sweep_are_named(numbered):
+    """A column that only repeats the seed's number is none, nor is one that does not vary inside a cell."""
+    n, d = (np.repeat(v, 3) for v in grid())
+    which = np.tile([0, 1, 2], 30)
+    loss = noisy(np.random.default_rng(0), law(n, d), 0.003)
+    size, again = tuple(f"{v:.0e}" for v in n), tuple(f"s{i}" for i in which)
+    rate = tuple(str(1e-3 * (1 + (i + j // 3) % 3)) for j, i in enumerate(which))
+    seed = which if numbered else np.zeros(90, np.int64)
+    runs = make_runs(n, d, loss, seed=seed, settings={"size": size, "lr": rate, "again": again})
+    [said] = oddities(runs)
+    assert f"differ in 'lr'{'' if numbered else ', ' + repr('again')}, and count as further seeds" in said
+    assert "--best-per-cell" in said and oddities(runs.select(best_per_cell(runs))) == []
+
+
 def test_seeds_are_no_sweep_unless_they_differ_too_much():
     n, d = (np.repeat(v, 3) for v in grid())
     seed = np.tile([0, 1, 2], 30)

@@ -126,9 +126,15 @@ def test_numbers_with_decimal_commas(cell, value):
         ("10000000;0,050;6.851\n20000000;1,250;6.5", [0.05, 1.25], [6.851, 6.5], ["tokens"]),
         ("10000000;0,5;6,851\n20000000;1.250,5;6,512", [0.5, 1250.5], [6.851, 6.512], ["tokens", "loss"]),
         ("1,000,000;2,500;6.85\n900,000;9,000;6.512", [2500, 9000], [6.85, 6.512], []),
-        ("10.000.000;2.500;6.85\n9;9.000;6,51", None, None, "'loss' has a decimal comma in '6,51' and a point"),
+        ("10.000.000;2.500;6.85\n9;9.000;6,51", None, None, "'loss' has a decimal comma in '6,51' and a decimal point"),
         ("10000000;2,500;6,851\n20000000;9,000;6,512", None, None, "comma of '2,500' may mark decimals or thousands"),
-        ("10000000;0,5;6.85\n20000000;9.000;6.5", None, None, "a point in '9.000'"),
+        # points that can only separate thousands decide for their column, and for others of a table without points
+        ("1.000.000;1.234.567,8;6,85\n850.000;20.000;6,5", [1234567.8, 20000], [6.85, 6.5], ["tokens", "loss"]),
+        ("1.000.000;17.000;6,85\n850.000;20.000;6,5", [17000, 20000], [6.85, 6.5], ["loss"]),
+        ("1.000.000;1.000.000;6.8514\n850.000;9.000.000;6.5", [1e6, 9e6], [6.8514, 6.5], []),
+        ("1.000.000;17.000;6.85\n850.000;20.000;6.5", None, None, "point of '17.000' may mark decimals or thousands"),
+        ("10000000;17.000;6,85\n20000000;20.000;6,5", None, None, "point of '17.000' may mark decimals or thousands"),
+        ("10000000;0,5;6.85\n20000000;9.000;6.5", None, None, "the point of '9.000' may mark decimals or thousands"),
     ],
 )  # fmt: skip
 def test_commas_are_decided_by_the_column_and_then_by_the_table(tmp_path, rows, tokens, loss, commas):
@@ -143,6 +149,9 @@ def test_commas_are_decided_by_the_column_and_then_by_the_table(tmp_path, rows, 
     np.testing.assert_allclose(runs.loss, loss)
     said = [note for note in oddities(runs) if "decimal commas" in note]
     assert [note.split("'")[1::2] for note in said] == ([commas] if commas else [])
+    assert any("points are read as separators of thousands in 'params'" in note for note in runs.notes) == (
+        rows.startswith("1.000.000")
+    )
 
 
 def test_numbers_of_json_have_decimal_points(tmp_path):
@@ -154,6 +163,14 @@ def test_unique_tokens_are_read_and_selected(tmp_path):
     runs = read_runs(write(tmp_path / "t.csv", "params,tokens,unique,loss\n1e6,4e7,1e7,4.5\n2e6,4e7,4e7,4\n"))
     assert runs.unique.tolist() == [1e7, 4e7] and runs.select([1]).unique.tolist() == [4e7]
     assert read_runs(write(tmp_path / "u.csv", "params,tokens,loss\n1e6,4e7,4.5\n")).unique is None
+
+
+def test_columns_that_may_be_settings_are_kept(tmp_path):
+    """Those whose values recur: not what is measured (bits), nor what is the same in every row, nor what is read."""
+    rows = [f"{n}e6,{n}e8,{4 - n / 10},{lr},{4.1 - n / 10 + lr},adam" for n in (1, 2, 3) for lr in (0.1, 0.2)]
+    runs = read_runs(write(tmp_path / "t.csv", "\n".join(["params,tokens,loss,lr,bits,optimizer", *rows])))
+    assert dict(runs.settings) == {"lr": ("0.1", "0.2") * 3}
+    assert dict(runs.select([0, 3]).settings) == {"lr": ("0.1", "0.2")}
 
 
 def test_two_of_params_tokens_and_flops_are_enough(tmp_path):

@@ -176,7 +176,7 @@ def _sweep_table(cell: dict[str, Any]) -> Table:
             "best" if row["best"] else _with_error(behind["difference"], behind["se"], "+.4f") if behind else "-",
             str(row["n"]),
             f"{row['induction']:.2f}" if row["induction"] is not None else "-",
-            " ".join(onsets),
+            " ".join(onsets) or "not measured",
         )
     return table
 

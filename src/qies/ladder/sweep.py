@@ -78,7 +78,12 @@ def _cell(arm: str, size: str, tokens: int, variants: dict[Any, dict[str, Any]],
                 if apart
                 else None,
                 "induction": fmean(gains) if gains else None,
-                "onsets": {seed: m.get("induction_onset") for seed, m in variants[variant].items()},
+                # None is an onset not reached, so runs without a score have no entry.
+                "onsets": {
+                    seed: m.get("induction_onset")
+                    for seed, m in sorted(variants[variant].items(), key=lambda pair: int(pair[0]))
+                    if m.get("induction") is not None
+                },
             }
         )
     return {"arm": arm, "size": size, "tokens": tokens, "variants": rows}

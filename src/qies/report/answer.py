@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qies.config import INDUCTION_ONSET
-from qies.report.induction import Copying, before_onset, copying
+from qies.report.induction import copying, in_words
 from qies.report.records import Cell, Study, listed, mapping
 from qies.report.text import estimate, fixed, number, si
+from qies.scaling.comparison import plural
+from qies.scaling.copying import Copying, before_onset, set_in
 from qies.scaling.figures import INSIDE
 
 Pair = dict[str, Any]
@@ -119,9 +121,9 @@ def _certainty(study: Study, pair: Pair, cells: list[Cell]) -> str:
     arms = (pair["candidate"], pair["baseline"])
     counts = [len(study.of(arm, cell)) for arm in arms for cell in cells]
     sizes, dof = len({cell.size for cell in cells}), [number(study.fit(arm, "flops").get("dof")) for arm in arms]
-    design = [f"{_range(counts, 'seed')} per arm and size", f"{sizes} size{'s' * (sizes > 1)}", f"{sum(counts)} runs"]
+    design = [f"{_range(counts, 'seed')} per arm and size", plural(sizes, "size"), plural(sum(counts), "run")]
     if known := [d for d in dof if d is not None]:
-        design.append(f"{_plain(min(known))} degrees of freedom per law")
+        design.append(f"{plural(min(known), 'degree')} of freedom per law")
     said = "No difference" if pair["verdict"] == "no difference" else pair["verdict"]
     return " ".join([f"{said}: {pair['reason'].rstrip('.')}.", f"{', '.join(design)}.", *_power(pair)])
 
@@ -199,14 +201,14 @@ def _convolution(model: dict[str, Any], field: str) -> str:
 
 
 def _copied(study: Study, measured: list[Copying], cell: Cell) -> str:
-    if not any(c.gains for c in measured):
+    if not any(c.measured for c in measured):
         return f"{NOT_RECORDED} These runs have no induction score, so this condition of a headline is not checked."
-    known = all(c.gains for c in measured)
-    yes = "Yes" if known and not any(c.shortfall for c in measured) else "No" if known else "Not known in both arms"
-    said = ", ".join(f"{c.arm} {c.words}" for c in reversed(measured))
+    state = set_in(measured)
+    yes = "Not known in every run" if state is None else "Yes" if state else "No"
+    said = ", ".join(f"{c.arm} {in_words(c)}" for c in reversed(measured))
     return (
         f"{yes}. Gain on a repeated random segment at {study.label(cell)}, nats per token: {said}. "
-        f"Copying has set in from {INDUCTION_ONSET:g} on."
+        f"Copying has set in where every seed gains {INDUCTION_ONSET:g} or more."
     )
 
 

@@ -112,7 +112,7 @@ def _power(pairs: Sequence[Pair]) -> Table:
             seeds = f"{best['need']} (has {best['have']}) at N = {si(best['params'])}" if best else "over 1,000"
             rows.append([pair_name(pair), si(power["detectable"]), f"{cells} (has {power['cells']})", seeds])
     columns = ["pair", "detectable gain", "matched sizes and budgets for the gain observed", "or seeds per arm"]
-    return Table("What would settle it (80% power)", columns, rows)
+    return Table("Runs needed to detect the observed gain (80% power)", columns, rows)
 
 
 def _shared(pairs: Sequence[Pair]) -> Table:

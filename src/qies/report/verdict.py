@@ -6,9 +6,10 @@ from collections import Counter
 from statistics import fmean
 from typing import Any
 
-from qies.report.induction import before_onset, copying
+from qies.report.induction import copying
 from qies.report.records import BASELINE, Cell, Study, listed, mapping
 from qies.report.text import count, number, sentence
+from qies.scaling.copying import before_onset
 from qies.scaling.figures import INSIDE
 
 
@@ -43,7 +44,7 @@ def _pair(study: Study, pair: dict[str, Any]) -> str:
     arms = (pair["candidate"], pair["baseline"])
     cells = study.shared_cells(arms)
     before = before_onset(copying(study, arm, cells[-1]) for arm in arms) if cells else ""
-    limit = f", but {before}" if before else ""
+    limit = f", but {before}" if before and before not in pair["reason"] else ""
     return f"{pair['candidate']} against {pair['baseline']}: {pair['verdict']}; {pair['reason']}{far}{limit}."
 
 

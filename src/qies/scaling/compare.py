@@ -7,6 +7,7 @@ The rule of the verdict, the only one: an arm wins if the interval of the comput
 both arms have excludes 1 on its side, unless a paired test over seeds, at the largest matched size and at
 FLOPs equal to 10 %, speaks against it (p below 1 - level). Where no law in compute can be fitted (one size),
 that paired test decides. Otherwise: no difference. Under the null either test is wrong in 1 - level of cases.
+Where in-context copying had not set in in both arms (`copying`), the reason says so: the verdict is then no headline.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qies.errors import UserError, nearest
-from qies.scaling.comparison import Comparison, Crossing, FrontierPoint, Gain
+from qies.scaling.comparison import Comparison, Crossing, FrontierPoint, Gain, plural
+from qies.scaling.copying import Copying, before_onset
 from qies.scaling.intervals import t_quantile
 from qies.scaling.joint import LIMIT, Joint, bisect, crossings, multipliers
 from qies.scaling.matching import Cells, Paired, cells_of, match, paired_tests, seed_noise
@@ -71,7 +73,7 @@ def compare(
     a, b = kept.of_arm(candidate), kept.of_arm(baseline)
     ca, cb = cells_of(a, b)
     paired = paired_tests(a, b, ca, cb, level)
-    warnings = oddities(kept) + _data_warnings(paired, ca, cb, candidate, baseline)
+    warnings = oddities(kept) + _data_warnings(a, b, ca, cb, paired)
     noise = seed_noise(a, b, ca, cb)
     views = make_views(ca, cb, (a, b), form, level, noise)
     warnings += views.warnings
@@ -84,7 +86,10 @@ def compare(
         shared = shared_fit(view.joint, SHARED[views.form], (candidate, baseline))
         crossed = _crossings(view, candidate, baseline)
         power = _power(view, ca, cb, paired)
+    copied = _copying(a, b, ca, cb, (candidate, baseline))
     verdict, reason = _verdict(gains.get("compute", ()), paired, candidate, baseline, level)
+    if before := before_onset(copied.values()):
+        reason += f", but {before}"
     return Comparison(
         candidate=candidate,
         baseline=baseline,
@@ -100,9 +105,9 @@ def compare(
         frontier={} if view is None else _frontiers(view, views, candidate, baseline, points),
         losses={candidate: _points(ca), baseline: _points(cb)},
         power=power,
-        plan=make_plan(ca, cb, noise, level) if plan else None,
-        regime=_regime(ca, cb),
-        copying=_copying(a, b, ca, cb, (candidate, baseline)),
+        plan=make_plan(ca, cb, noise, None if view is None else view.joint, level) if plan else None,
+        regime=_regime(a, b, ca, cb),
+        copying=copied,
         verdict=verdict,
         reason=reason,
         dropped=dropped,
@@ -123,8 +128,8 @@ def _check(runs: Runs, candidate: str, baseline: str, form: str, level: float, p
         raise UserError(f"0 < level < 1 and points >= 2 are needed; got {level}, {points}")
 
 
-def _data_warnings(paired: tuple[Paired, ...], ca: Cells, cb: Cells, candidate: str, baseline: str) -> list[str]:
-    said = []
+def _data_warnings(a: Runs, b: Runs, ca: Cells, cb: Cells, paired: tuple[Paired, ...]) -> list[str]:
+    said, candidate, baseline = [], a.arm[0], b.arm[0]
     lone = [f"{len(c) - len(paired)} of {arm}" for arm, c in ((candidate, ca), (baseline, cb)) if len(c) > len(paired)]
     if lone:
         said.append(f"{' and '.join(lone)} (size, tokens) points have no match in the other arm")
@@ -137,6 +142,8 @@ def _data_warnings(paired: tuple[Paired, ...], ca: Cells, cb: Cells, candidate: 
             f"one seed at {where}: one seed does not measure how much seeds move the loss, so a difference at one such "
             "size is not significant by itself, and the intervals rest on the scatter of the sizes around the laws"
         )
+    if repeated := sum(int((runs.unique < runs.tokens).sum()) for runs in (a, b) if runs.unique is not None):
+        said.append(f"{repeated} runs repeat data (unique below tokens), which the laws ignore")
     if not paired:
         said.append("the arms have no size and token budget in common, so nothing is paired")
     return said
@@ -154,42 +161,61 @@ def _band_warnings(joint: Joint) -> list[str]:
         ]
     said = []
     if joint.dof < 3:
-        said.append(f"few sizes: the intervals rest on {joint.dof} degree{'s' if joint.dof > 1 else ''} of freedom")
+        said.append(f"few sizes: the intervals rest on {plural(joint.dof, 'degree')} of freedom")
     if joint.strata.clustered and joint.strata.between < FEW_BETWEEN:
         said.append(
-            f"few sizes: {max(joint.strata.between, 0.0):.1f} degrees of freedom measure how sizes deviate from the "
-            "surface, so the intervals may be too narrow if sizes deviate as much as seeds; train more sizes"
+            f"few sizes: {plural(round(max(joint.strata.between, 0.0), 1), 'degree')} of freedom measure how sizes "
+            "deviate from the surface, so the intervals may be too narrow if sizes deviate as much as seeds; train "
+            "more sizes"
         )
     return said
 
 
-def _regime(a: Cells, b: Cells) -> dict[str, Any]:
-    """Where the comparison holds: of the matched cells, or of both arms' where none match."""
-    rows = match(a, b)
-    sides = ((a, rows[:, 0]), (b, rows[:, 1])) if len(rows) else ((a, slice(None)), (b, slice(None)))
-    params, tokens = (np.concatenate([getattr(cells, what)[i] for cells, i in sides]) for what in ("params", "tokens"))
-    sizes = {size for cells, i in sides for size in cells.sizes[i].tolist()}
+def _regime(a: Runs, b: Runs, ca: Cells, cb: Cells) -> dict[str, Any]:
+    """Where the comparison holds: of the matched cells, or of both arms' where none match. `context` (lengths in
+    tokens) and `corpus` are lists of what the runs' records name, empty where they name nothing."""
+    rows = match(ca, cb)
+    matched = rows.T if len(rows) else (np.arange(len(ca)), np.arange(len(cb)))
+    sides = [(runs, cells, i) for runs, cells, i in zip((a, b), (ca, cb), matched, strict=True)]
+    params, tokens = (
+        np.concatenate([getattr(cells, what)[i] for _, cells, i in sides]) for what in ("params", "tokens")
+    )
     ratio = tokens / params
+    members = [(runs, cells.runs[j]) for runs, cells, i in sides for j in i]
+
+    def named(what: str) -> list[str]:
+        words = (getattr(runs, what)[i] for runs, rows in members if getattr(runs, what) for i in rows)
+        return list(dict.fromkeys(word for word in words if word))
+
     return {
         "sizes": [float(params.min()), float(params.max())],
         "tokens_per_parameter": [float(ratio.min()), float(ratio.max())],
-        "seeds": min(len(cells.runs[j]) for cells, i in sides for j in np.arange(len(cells))[i]),
-        "sizes_count": len(sizes),
+        "context": [int(word) if word.isdecimal() else word for word in named("context")],
+        "corpus": named("corpus"),
+        "seeds": min(len(rows) for _, rows in members),
+        "sizes_count": len({size for _, cells, i in sides for size in cells.sizes[i].tolist()}),
     }
 
 
-def _copying(a: Runs, b: Runs, ca: Cells, cb: Cells, arms: tuple[str, str]) -> dict[str, float] | None:
-    """Each arm's mean induction score, nats per token, at the largest size that both have; None where not recorded."""
+def _copying(a: Runs, b: Runs, ca: Cells, cb: Cells, arms: tuple[str, str]) -> dict[str, Copying]:
+    """Each arm's copying at the largest matched size; {} where no size matches or the runs have no induction score."""
     rows = match(ca, cb)
-    if not len(rows) or a.induction is None or b.induction is None:
-        return None
-    last = rows[np.argmax(cb.flops[rows[:, 1]])]
-    means = {
-        arm: float(np.mean(runs.induction[cells.runs[i]]))
-        for arm, runs, cells, i in zip(arms, (a, b), (ca, cb), last, strict=True)
-        if runs.induction is not None
-    }
-    return means if all(map(math.isfinite, means.values())) else None
+    if (
+        not len(rows)
+        or a.induction is None
+        or b.induction is None
+        or not np.isfinite([*a.induction, *b.induction]).any()
+    ):
+        return {}
+    found = {}
+    for arm, runs, cells, i in zip(arms, (a, b), (ca, cb), rows[-1], strict=True):
+        members = cells.runs[i][np.argsort(runs.seed[cells.runs[i]], kind="stable")]
+        scores, onsets = (
+            tuple(None if column is None else _number(float(column[row])) for row in members)
+            for column in (runs.induction, runs.induction_onset)
+        )
+        found[arm] = Copying(arm, tuple(str(runs.seed[row]) for row in members), scores, onsets)
+    return found
 
 
 def _number(value: float) -> float | None:

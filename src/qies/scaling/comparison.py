@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qies.config import INDUCTION_ONSET
+from qies.scaling.copying import Copying, before_onset, set_in
 from qies.scaling.matching import Paired
 from qies.scaling.planning import Plan
 from qies.scaling.power import Power
@@ -17,6 +18,11 @@ KEY = {"data": "tokens"}  # what x is called in JSON, where not as the gain
 UNIT = {"compute": "FLOPs", "params": "parameters", "data": "tokens", "time": "seconds"}
 # A law read up to 2 % beyond its runs (sizes of one level differ by as much) is still inside them.
 INSIDE = 1.02
+
+
+def plural(count: float, noun: str) -> str:
+    """1 seed; 3 seeds; 0.5 degrees."""
+    return f"{count:g} {noun}{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,7 @@ class FrontierPoint:
 class Comparison:
     """Candidate against baseline; `compare` makes it. `verdict` is "<arm> wins" or "no difference", `reason` why.
 
-    `copying`: each arm's mean induction score (nats per token gained on a repeated random segment) at the largest size
-    that both have, None where the runs have none.
+    `copying`: each arm's induction scores and onsets at the largest matched size, {} where the runs have no score.
     `gain` by variable, in order of x over the shared range; `at_largest` is the last of compute, None where no
     law in compute could be fitted. `losses` [arm -> (compute, params, tokens, loss)] are the cells, for charts.
     """
@@ -106,7 +111,7 @@ class Comparison:
     losses: dict[str, tuple[tuple[float, float, float, float], ...]]
     power: Power | None
     regime: dict[str, Any]
-    copying: dict[str, float] | None
+    copying: dict[str, Copying]
     verdict: str
     reason: str
     dropped: tuple[Dropped, ...] = ()
@@ -137,7 +142,7 @@ class Comparison:
             "form": self.form,
             "level": self.level,
             "regime": self.regime,
-            "copying": self.copying,
+            "copying": self._copying_dict(),
             "flops_convention": self.flops_convention,
             "runs": self.runs,
             "cells": self.cells,
@@ -167,6 +172,8 @@ class Comparison:
     def summary(self) -> str:
         """The verdict, the gains with their intervals, what they rest on and every warning, as one paragraph."""
         head = self.verdict[0].upper() + self.verdict[1:] if self.verdict == "no difference" else self.verdict
+        if before_onset(self.copying.values()):
+            head = f"No headline; at these budgets {self.verdict}"
         said = [
             f"{head}: {self.reason} ({self._regime()})",
             *self._copying(),
@@ -178,7 +185,7 @@ class Comparison:
         said += self._power()
         said.append(f"FLOPs: {self.flops_convention}")
         if self.dropped:
-            said.append(f"{len(self.dropped)} run{'s' if len(self.dropped) > 1 else ''} left out, see dropped")
+            said.append(f"{plural(len(self.dropped), 'run')} left out, see dropped")
         said += [w[0].upper() + w[1:] for w in self.warnings]
         return ". ".join(said) + "."
 
@@ -187,20 +194,37 @@ class Comparison:
         r = self.regime
         low, high = (f"{v:.2g}" for v in r["tokens_per_parameter"])
         sizes = " to ".join(dict.fromkeys(f"{v:.3g}" for v in r["sizes"]))
-        return (
-            f"{r['sizes_count']} size{'s' if r['sizes_count'] > 1 else ''} of {sizes} parameters, "
-            f"{low if low == high else f'{low} to {high}'} tokens per parameter, "
-            f"{r['seeds']} seed{'s' if r['seeds'] > 1 else ''}"
-        )
+        said = [
+            f"{plural(r['sizes_count'], 'size')} of {sizes} parameters",
+            f"{low if low == high else f'{low} to {high}'} tokens per parameter",
+            plural(r["seeds"], "seed"),
+        ]
+        said += [f"context of {' or '.join(map(str, r['context']))} tokens"] if r["context"] else []
+        said += [f"corpus {' and '.join(r['corpus'])}"] if r["corpus"] else []
+        return ", ".join(said)
+
+    def _copying_dict(self) -> dict[str, Any] | None:
+        """The rule's threshold and outcome, and each arm's scores and onsets; None without scores."""
+        if not self.copying:
+            return None
+        arms = {arm: found.to_dict() for arm, found in self.copying.items()}
+        return {"threshold": INDUCTION_ONSET, "set_in": set_in(self.copying.values()), "arms": arms}
 
     def _copying(self) -> list[str]:
-        """Whether in-context copying had set in at the largest size; before, losses differ mainly in when it does."""
-        if self.copying is None:
+        """Whether in-context copying had set in at the largest matched size; before, losses differ mainly in when it
+        does."""
+        if not self.copying:
             return []
-        gains = ", ".join(f"{arm} {gain:.2f}" for arm, gain in self.copying.items())
-        late = [arm for arm, gain in self.copying.items() if gain < INDUCTION_ONSET]
-        had = f"had not set in in {' and '.join(late)}, so this is no headline" if late else "had set in in both arms"
-        return [f"In-context copying {had} (induction score at the largest size: {gains} nats per token)"]
+        means = ", ".join(
+            f"{arm} {'not measured' if c.mean is None else f'{c.mean:.2f}'}" for arm, c in self.copying.items()
+        )
+        state = set_in(self.copying.values())
+        if state is None:
+            said = "Not every run has an induction score, so whether copying had set in is unknown"
+        else:
+            late = [arm for arm, c in self.copying.items() if c.set_in is False]
+            said = "Copying had set in in both arms" if state else f"Copying had not set in in {' and '.join(late)}"
+        return [f"{said} (mean induction score at the largest matched size, nats per token: {means})"]
 
     def _gains(self) -> list[str]:
         """The other gains (the verdict's reason has that in compute), and how far the laws were read."""
@@ -221,7 +245,7 @@ class Comparison:
         return [
             f"Over seeds at N = {last.params:.3g}, D = {last.tokens:.3g}, {self.candidate} minus {self.baseline} is "
             f"{last.difference:+.4f} nats ({last.lo:+.4f} to {last.hi:+.4f}, p = {last.p:.2g}, {last.test}); "
-            f"{shown} of {len(tested)} matched sizes have p below {1 - self.level:.2g}"
+            f"p is below {1 - self.level:.2g} at {shown} of {plural(len(tested), 'matched size')}"
         ]
 
     def _shared(self) -> list[str]:
@@ -253,19 +277,19 @@ class Comparison:
             return []
         p, said = self.power, []
         if p.detectable is not None and math.isfinite(p.detectable):
-            said.append(f"These runs would show a gain of {p.detectable:.3g} or more {100 * p.target:.0f} times in 100")
+            said.append(f"With {100 * p.target:.0f} % power these runs detect a gain of {p.detectable:.3g} or more")
         if p.cells_needed is not None and p.cells_needed > p.cells:
             said.append(
-                f"To settle a gain as large as the one seen takes about {p.cells_needed} matched sizes and budgets "
-                f"instead of {p.cells}"
+                f"To detect a gain as large as the one observed takes about {p.cells_needed} matched sizes and budgets "
+                f"(have {p.cells})"
             )
         best = p.best
         if best is not None:
-            noise = "" if best.measured else " (taking the scatter around the laws for the noise of seeds)"
+            noise = "" if best.measured else "; the scatter around the laws stands in for the noise of seeds"
             said.append(
-                f"Seeds show the difference soonest at N = {best.params:.3g}, D = {best.tokens:.3g}: a paired test as "
-                f"good takes {best.need} seeds an arm there and has {best.have}{noise}"
+                f"Fewest seeds are needed at N = {best.params:.3g}, D = {best.tokens:.3g}: a paired test of the same "
+                f"power takes {best.need} seeds per arm (have {best.have}{noise})"
             )
         elif p.sizes:
-            said.append("No matched size shows the difference seen there with 1,000 seeds or fewer")
+            said.append("At no matched size do 1,000 seeds per arm detect the difference observed there")
         return said

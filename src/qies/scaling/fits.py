@@ -237,8 +237,8 @@ def _too_narrow(
     if not wider:
         return []
     return [
-        f"Student's t is too narrow here ({'; '.join(wider)}), as where the runs that decide an exponent lie off the "
-        "law or rows are not independent: the intervals are the bootstrap's"
+        f"Student's t is too narrow here ({'; '.join(wider)}), for example where high-leverage runs are outliers or "
+        "rows are not independent: the intervals are the bootstrap's"
     ]
 
 

@@ -154,7 +154,7 @@ def join(
         sizes = np.arange(len(a.residual)), len(a.residual) + np.arange(len(b.residual))
         sizes[1][matched[:, 1]] = matched[:, 0]
     levels = _strata(a, b, matched, sizes)
-    dof, basis, floor = min(a.dof, b.dof), "cells", None
+    dof, basis, floor = levels.dof, "cells", None
     inverse = block_diag(pseudo_inverse(a.jacobian), pseudo_inverse(b.jacobian))
     arm, size = np.repeat([0, 1], [len(sizes[0]), len(sizes[1])]), np.concatenate(sizes)
     same = np.eye(len(arm))
@@ -181,11 +181,21 @@ def join(
     return Joint(a, b, sigma, whole, propagate(sigma, 0.0)[1], cells, matched, levels, dof, level, basis, floor)
 
 
+def _paired(a: Law, b: Law, matched: Rows) -> bool:
+    """Whether the matched cells hold enough to estimate how much noise the arms share: more than half of the degrees
+    of freedom that the arm with fewer cells has.
+
+    With fewer, the correlation is left out, which widens intervals by as much as shared noise would have cancelled,
+    and the scatter keeps the degrees of freedom of whole arms.
+    """
+    return 2 * (len(matched) - a.jacobian.shape[1]) > min(a.dof, b.dof)
+
+
 def _strata(a: Law, b: Law, matched: Rows, sizes: tuple[Rows, Rows]) -> Strata:
-    """Of the arms' differences where enough cells match, as noise that the arms share cancels from them; else of the
-    arm with fewer cells."""
+    """Of the arms' differences where the arms are paired, as noise that they share cancels from them; else of the arm
+    with fewer cells."""
     left, right = matched.T
-    if len(matched) > a.jacobian.shape[1]:
+    if _paired(a, b, matched):
         mean = (a.jacobian[left] + b.jacobian[right]) / 2
         return strata(a.residual[left] - b.residual[right], mean, sizes[0][left])
     law, size = min(((a, sizes[0]), (b, sizes[1])), key=lambda pair: len(pair[0].residual))
@@ -198,8 +208,7 @@ def _scatter(a: Law, b: Law, matched: Rows, sizes: tuple[Rows, Rows], ratio: flo
     for law, size in ((a, sizes[0]), (b, sizes[1])):
         maker = np.eye(len(size)) - law.jacobian @ pseudo_inverse(law.jacobian)
         expected.append(law.dof + ratio * float((maker * (size[:, None] == size)).sum()))
-    # Where no more cells match than each law passes through by itself, they show no correlation.
-    matched = matched if len(matched) > min(a.dof, b.dof) else matched[:0]
+    matched = matched if _paired(a, b, matched) else matched[:0]
     return covariance([a.residual, b.residual], matched) / np.sqrt(np.outer(expected, expected))
 
 

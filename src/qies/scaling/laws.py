@@ -149,7 +149,7 @@ class PowerLaw:
         if self.scatter is not None:
             freedom = f"{self.dof} degree{'s' if self.dof > 1 else ''} of freedom"
             how = f"t with {freedom}" if self.interval == "t" else self.interval
-            basis += f"; {100 * self.level:g} % interval by {how}; scatter {100 * self.scatter:.2g} %"
+            basis += f"; {100 * self.level:g}% CI by {how}; scatter {100 * self.scatter:.2g} %"
         warnings = [w[0].upper() + w[1:] for w in self.warnings]
         return ". ".join([f"{', '.join(parts)} ({basis})", *warnings]) + "."
 

@@ -22,13 +22,14 @@ SAME = 0.02
 
 @dataclass(frozen=True)
 class Cells:
-    """An arm's cells: arrays [n]; `key` (size level, token level) and `runs` [n] of row numbers into the arm's runs.
+    """An arm's cells: arrays [n]; `key` (level of size, of tokens and of unique tokens) and `runs` [n] of row numbers
+    into the arm's runs.
 
     `log_loss` is the weighted mean of log loss; params, tokens, flops and seconds geometric means (NaN where
     a time is unknown).
     """
 
-    key: list[tuple[int, int]]
+    key: list[tuple[int, int, int]]
     params: Array
     tokens: Array
     flops: Array
@@ -43,7 +44,7 @@ class Cells:
     @property
     def sizes(self) -> NDArray[np.int64]:
         """[n] number of each cell's size, alike in both arms."""
-        return np.array([size for size, _ in self.key], np.int64)
+        return np.array([size for size, _, _ in self.key], np.int64)
 
 
 @dataclass(frozen=True)
@@ -83,16 +84,20 @@ def levels(x: Array) -> NDArray[np.int64]:
 
 
 def cells_of(a: Runs, b: Runs) -> tuple[Cells, Cells]:
-    """The cells of both arms, numbered alike, in order of size and tokens."""
-    size = levels(np.concatenate([a.params, b.params]))
-    budget = levels(np.concatenate([a.tokens, b.tokens]))
-    n = len(a.params)
-    return _cells(a, size[:n], budget[:n]), _cells(b, size[n:], budget[n:])
+    """The cells of both arms, numbered alike, in order of size and tokens. Runs of other unique tokens are others."""
+    columns = [np.concatenate(pair) for pair in ((a.params, b.params), (a.tokens, b.tokens), (_unique(a), _unique(b)))]
+    key, n = np.stack([levels(column) for column in columns], axis=1), len(a.params)
+    return _cells(a, key[:n]), _cells(b, key[n:])
 
 
-def _cells(runs: Runs, size: NDArray[np.int64], budget: NDArray[np.int64]) -> Cells:
-    keys = sorted(set(zip(size.tolist(), budget.tolist(), strict=True)))
-    members = [np.flatnonzero((size == s) & (budget == b)) for s, b in keys]
+def _unique(runs: Runs) -> Array:
+    """Unique tokens [n]: all where they are not known."""
+    return runs.tokens if runs.unique is None else np.where(np.isnan(runs.unique), runs.tokens, runs.unique)
+
+
+def _cells(runs: Runs, key: NDArray[np.int64]) -> Cells:
+    keys = sorted((size, budget, unique) for size, budget, unique in {tuple(row) for row in key.tolist()})
+    members = [np.flatnonzero((key == k).all(axis=1)) for k in keys]
 
     def mean(values: Array, logs: bool = True) -> Array:
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -83,7 +83,7 @@ class Outcome:
     def tables(self) -> list[Table]:
         """What a terminal shows: parameters with intervals, then predictions and held-out runs where asked for."""
         found = self.to_dict()
-        shown = Table("", "value", f"{100 * found['level']:g} % interval", title=f"{found['form']}, {found['n']} runs")
+        shown = Table("", "value", f"{100 * found['level']:g}% CI", title=f"{found['form']}, {found['n']} runs")
         own = {**found["params"], **{k: v for k, v in found["exponents"].items() if k not in found["params"]}}
         for name, value in {**own, "objective": found["objective"]}.items():
             pair = found["ci"].get(name)
@@ -249,7 +249,7 @@ def fit_file(
         held_out=leave_largest_out(used, form, leave_largest, delta=delta, criterion=criterion)
         if leave_largest
         else None,
-        comparison=compare_forms(used, (form, *beside), delta=delta) if beside else None,
+        comparison=compare_forms(used, (form, *beside), delta=delta, criterion=criterion) if beside else None,
         predictions=tuple(predictions),
         optima=tuple(_optimum(fit, used, c) for c in at_compute),
     )

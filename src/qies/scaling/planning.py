@@ -1,7 +1,10 @@
 """How often a planned study would find a gain: simulated comparisons with the noise of the runs at hand.
 
 A planned study has one token budget a size, sizes evenly spaced (in logs) over the range of the runs, and a power law
-an arm whose slope is the baseline's. Its noise is that of the runs: seeds, and deviations of sizes from the laws.
+without a floor in each arm, with the baseline's slope: one budget a size does not identify a floor, and `compare` then
+fits this form as well. Without seeds its intervals have the sizes less 2 degrees of freedom. Its noise is that of the
+runs: seeds, and what the arms' differences scatter by around the laws that the comparison fitted (surfaces with their
+floors, where those were fitted), beyond the noise of seeds.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from qies.errors import UserError
-from qies.scaling.joint import join, make_law
+from qies.scaling.joint import Joint, join, make_law
 from qies.scaling.matching import Cells, match
+from qies.scaling.noise import pseudo_inverse
 
 Array = NDArray[np.float64]
 
@@ -36,8 +40,10 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """`seed_sd`, `size_sd`: standard deviations of the arms' difference in log loss between seeds (one run an arm) and
-    between sizes; `slope` of the baseline's log loss in log FLOPs, over a range of `span` times the FLOPs."""
+    """`seed_sd`, `size_sd`: standard deviations of the arms' difference in log loss between seeds (one run an arm), and
+    between sizes beyond that. `size_sd` is measured around the fitted laws, so it holds deviations of single sizes and
+    the laws' misfit, which sizes alone do not tell from each other: a misfit would not shrink with more sizes as the
+    simulation lets it. `slope` of the baseline's log loss in log FLOPs, over a range of `span` times the FLOPs."""
 
     gains: tuple[float, ...]
     rows: tuple[PlanRow, ...]
@@ -52,9 +58,9 @@ class Plan:
 
     def table(self) -> Table:
         title = (
-            f"Share of {self.studies} simulated studies that find a gain (noise of the arms' difference: seeds "
-            f"{100 * self.seed_sd:.2g} %, sizes {100 * self.size_sd:.2g} %; FLOPs {self.span:.3g}-fold; "
-            f"slope {self.slope:.3g})"
+            f"Share of {self.studies} simulated studies that detect a gain (SD of the arms' difference: "
+            f"{100 * self.seed_sd:.2g} % between seeds, {100 * self.size_sd:.2g} % between sizes, including misfit of "
+            f"the laws; power laws without a floor; FLOPs {self.span:.3g}-fold; slope {self.slope:.3g})"
         )
         shown = Table("sizes", "seeds", *(f"gain {gain:g}" for gain in self.gains), title=title)
         for row in self.rows:
@@ -62,14 +68,16 @@ class Plan:
         return shown
 
 
-def make_plan(a: Cells, b: Cells, noise: tuple[Array, int] | None, level: float, seed: int = 0) -> Plan:
-    """The plan by the noise of candidate `a` and baseline `b`; `noise` as for `join`.
+def make_plan(
+    a: Cells, b: Cells, noise: tuple[Array, int] | None, joint: Joint | None, level: float, seed: int = 0
+) -> Plan:
+    """The plan by the noise of candidate `a` and baseline `b`; `noise` as for `join`, `joint` the fitted laws.
 
-    Raises UserError where the runs do not measure the noise: without seeds that both arms have, or with fewer than
-    three matched sizes.
+    Raises UserError where the runs do not measure the noise: without seeds that both arms have, with fewer than three
+    matched sizes, or with laws that pass through every point.
     """
     rows = match(a, b)
-    if noise is None or len(set(a.sizes[rows[:, 0]].tolist())) < 3:
+    if noise is None or joint is None or not joint.measured or len(set(a.sizes[rows[:, 0]].tolist())) < 3:
         raise UserError(
             "--power takes the noise from the runs: it needs two seeds in both arms and three matched sizes"
         )
@@ -80,10 +88,11 @@ def make_plan(a: Cells, b: Cells, noise: tuple[Array, int] | None, level: float,
     opposite = np.array([1.0, -1.0])
     mean = float(opposite @ noise[0] @ opposite)  # of a cell's mean over seeds
     seeds = np.array([min(len(a.runs[i]), len(b.runs[j])) for i, j in rows])
-    design = np.stack([np.ones(len(x)), x], axis=1)
-    residual = a.log_loss[rows[:, 0]] - y
-    residual = residual - design @ np.linalg.lstsq(design, residual, rcond=None)[0]
-    size_sd = math.sqrt(max(float(residual @ residual) / (len(x) - 2) - mean, 0.0))
+    residual = joint.a.residual[rows[:, 0]] - joint.b.residual[rows[:, 1]]
+    # Of the arms' mean: the share of its scatter that a law leaves at each matched cell.
+    left = [1 - np.einsum("ip,pi->i", law.jacobian, pseudo_inverse(law.jacobian)) for law in (joint.a, joint.b)]
+    expected = float(left[0][rows[:, 0]].sum() + left[1][rows[:, 1]].sum()) / 2
+    size_sd = math.sqrt(max(float(residual @ residual) / expected - mean, 0.0))
     seed_sd = math.sqrt(mean / float(np.mean(1 / seeds)))
     span = float(np.exp(np.ptp(x)))
     found = tuple(

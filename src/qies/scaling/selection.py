@@ -1,6 +1,7 @@
 """Which form, and how far it reaches: information criteria, likelihood ratios, error on the largest models.
 
-The Huber sum is the log likelihood of a density, exp(-rho(r) / tau) / Z(tau), normal within delta and Laplace beyond.
+The Huber sum is the log likelihood of a density, exp(-rho(r) / tau) / Z(tau), normal within delta and Laplace beyond,
+of the residuals of log L or, by the criterion "loss", of L.
 Its scale tau has a best value for every fit, so forms of different size compare on the same footing.
 
 Errors need not have that density: with a delta of 1e-3 it is Laplace's, and twice the gain in its log likelihood is
@@ -59,15 +60,22 @@ class RatioTest:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Forms on the same runs and criterion (Huber sum on log L), best AIC first, and tests of the nested ones."""
+    """Forms on the same runs and `criterion` (Huber sum on "log" L or the "loss" L), best AIC first, and tests of the
+    nested ones."""
 
     n: int
+    criterion: str
     scores: tuple[FormScore, ...]
     tests: tuple[RatioTest, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"n": self.n, "scores": [vars(s) for s in self.scores], "tests": [vars(t) for t in self.tests]}
+        return {
+            "n": self.n,
+            "criterion": self.criterion,
+            "scores": [vars(s) for s in self.scores],
+            "tests": [vars(t) for t in self.tests],
+        }
 
     def summary(self) -> str:
         """Which form the data prefer, in one sentence a fact."""
@@ -78,7 +86,8 @@ class Comparison:
             f"p = {t.p:.2g}."
             for t in self.tests
         )
-        return f"Lowest AIC: {best.form} ({others}).{tests}"
+        what = "log loss" if self.criterion == "log" else "loss"
+        return f"Lowest AIC: {best.form} ({others}; residuals of {what}).{tests}"
 
     def plot(self) -> Any:
         """How far each form's AIC is above the lowest, against its number of parameters."""
@@ -146,19 +155,23 @@ def huber_log_likelihood(objective: float, n: float, delta: float) -> float:
     return -float(found.fun)
 
 
-def compare_forms(runs: Runs, forms: tuple[str, ...], *, delta: float | None = None) -> Comparison:
-    """Fit every form to the same runs by the Huber sum on log L (delta 1e-3 by default) and rank them.
+def compare_forms(
+    runs: Runs, forms: tuple[str, ...], *, delta: float | None = None, criterion: str | None = None
+) -> Comparison:
+    """Fit every form to the same runs by one criterion and rank them: the Huber sum on log L (by default, with delta
+    1e-3), or on L by criterion "loss" (least squares without a delta).
 
     n counts distinct (N, D). Raises UserError for an unknown form, and where n leaves no degree of freedom.
     """
-    used = DELTA if delta is None else delta
+    criterion = criterion or "log"
+    used = delta if delta is not None else DELTA if criterion == "log" else math.inf
     cells = _average_seeds(runs)
     n = len(cells)
     for form in forms:
         k = len(surface_form(form).names) + 1  # and the scale
         if n <= k + 1:
             raise UserError(f"{n} runs are too few to compare {form} with others; {k + 2} or more are needed")
-    fits = {form: fit_surface(cells, form, delta=used, criterion="log") for form in dict.fromkeys(forms)}
+    fits = {form: fit_surface(cells, form, delta=used, criterion=criterion) for form in dict.fromkeys(forms)}
     scores = []
     for form, fit in fits.items():
         k = len(fit.params) + 1
@@ -166,7 +179,7 @@ def compare_forms(runs: Runs, forms: tuple[str, ...], *, delta: float | None = N
         aic = 2 * k - 2 * height + 2 * k * (k + 1) / (n - k - 1)
         scores.append(FormScore(form, k - 1, fit.objective, height, aic, k * math.log(n) - 2 * height))
     tests = [_ratio_test(fits[a], fits[b]) for a in fits for b in fits if (a, b) in NESTED]
-    return Comparison(n, tuple(sorted(scores, key=lambda s: s.aic)), tuple(tests))
+    return Comparison(n, criterion, tuple(sorted(scores, key=lambda s: s.aic)), tuple(tests))
 
 
 def _average_seeds(runs: Runs) -> Runs:
@@ -181,7 +194,7 @@ def _average_seeds(runs: Runs) -> Runs:
 
 
 def _ratio_test(narrow: SurfaceFit, wide: SurfaceFit) -> RatioTest:
-    residual = np.array([r.residual for r in wide.residuals])
+    residual = np.array([r.residual if wide.criterion == "log" else r.loss - r.predicted for r in wide.residuals])
     restrictions, dof = len(wide.params) - len(narrow.params), len(residual) - len(wide.params)
     inside, variance = huber_moments(residual, wide.delta, len(wide.params))
     drop = max(narrow.objective - wide.objective, 0.0)

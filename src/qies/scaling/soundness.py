@@ -65,7 +65,7 @@ def sound(runs: Runs, *, against_fit: bool = True) -> tuple[Runs, list[Dropped]]
 
 
 def best_per_cell(runs: Runs) -> NDArray[np.int64]:
-    """Indices, in order, of the run with the lowest loss at every arm's (N, D)."""
+    """Indices, in order, of the run with the lowest loss at every arm's (N, D) and, where known, unique tokens."""
     _, cell = _cells(runs)
     order = np.lexsort((np.arange(len(runs)), runs.loss, cell))
     first = np.unique(cell[order], return_index=True)[1]
@@ -73,9 +73,11 @@ def best_per_cell(runs: Runs) -> NDArray[np.int64]:
 
 
 def _cells(runs: Runs) -> tuple[Array, NDArray[np.int64]]:
-    """Distinct (arm number, N, D) [cells, 3] in order, and each run's cell [n]."""
-    arm = np.array([runs.arms.index(a) for a in runs.arm], dtype=np.float64)
-    points, cell = np.unique(np.stack([arm, runs.params, runs.tokens], 1), axis=0, return_inverse=True)
+    """Distinct (arm number, N, D) [cells, 3] in order, and each run's cell [n]; with unique tokens, [cells, 4]."""
+    columns = [np.array([runs.arms.index(a) for a in runs.arm], dtype=np.float64), runs.params, runs.tokens]
+    if runs.unique is not None:
+        columns.append(np.where(np.isnan(runs.unique), runs.tokens, runs.unique))
+    points, cell = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)
     return points, cell.reshape(-1)
 
 
@@ -151,9 +153,9 @@ def _around(runs: Runs, excess: Array) -> Array:
 
 
 def _scaled(cells: Array) -> Array:
-    """log N and log D of cells [n, 2] over the range that each has."""
+    """log of cells' N, D and unique tokens [n, 2 or 3] over the range that each has."""
     x = np.log(cells)
-    spread = np.ptp(x, axis=0) if len(x) else np.zeros(2)
+    spread = np.ptp(x, axis=0) if len(x) else np.zeros(x.shape[1])
     return x / np.where(spread > 0, spread, 1.0)
 
 
@@ -199,7 +201,10 @@ def oddities(runs: Runs) -> list[str]:
     said = []
     median = float(np.median(runs.loss))
     if median > MOST_NATS:
-        said.append(f"the median loss is {median:.3g}, more than a guess costs in nats a token: it may be a perplexity")
+        said.append(
+            f"the median loss is {median:.3g}, more than uniform guessing costs in nats per token: it may be a "
+            "perplexity"
+        )
     for what, least in (("params", FEWEST_PARAMS), ("tokens", FEWEST_TOKENS)):
         most = float(getattr(runs, what).max())
         if most < least:
@@ -211,7 +216,7 @@ def oddities(runs: Runs) -> list[str]:
     if not said and not FLOPS_RANGE[0] <= share <= FLOPS_RANGE[1]:
         said.append(f"FLOPs are {share:.2g} times params times tokens, where 6 is usual: check the units of all three")
     said += _sweeps(runs)
-    rows = list(zip(runs.arm, runs.params, runs.tokens, runs.seed, runs.loss, runs.run, strict=True))
+    rows = list(zip(_cells(runs)[1], runs.seed, runs.loss, runs.run, strict=True))
     if repeats := len(rows) - len(set(rows)):
         said.append(f"{repeats} rows repeat another's arm, params, tokens, seed and loss, and count as further seeds")
     return [*runs.notes, *said, *_curves(runs)]
@@ -221,19 +226,32 @@ def _sweeps(runs: Runs) -> list[str]:
     """Whether rows of one arm, N and D are other than seeds of one configuration."""
     _, cell = _cells(runs)
     several = [rows for rows in _members(cell) if len(set(runs.loss[rows].tolist())) > 1]
+    settings = _varying(runs, several)
+    differ = f" and differ in {', '.join(settings)}" if settings else ""
+    best = "if they are a sweep of hyperparameters, take the best of each with --best-per-cell"
     alike = sum(len(set(runs.seed[rows].tolist())) < len(rows) for rows in several)
     if alike and not any(runs.run):
         return [
-            f"at {alike} (N, D) several rows have one seed, and count as further seeds: if they are a sweep of "
-            "hyperparameters take the best of each with --best-per-cell, else name the seeds with --columns seed=COLUMN"
+            f"at {alike} (N, D) several rows have one seed{differ}, and count as further seeds: {best}; if they are "
+            "seeds, name their column with --columns seed=COLUMN"
         ]
+    if settings:
+        return [f"rows of one (N, D) differ in {', '.join(settings)}, and count as further seeds: {best}"]
     spread = [float(np.log(runs.loss[rows]).std(ddof=1)) for rows in several]
     if spread and (wide := float(np.median(spread))) > SEED_SPREAD:
-        return [
-            f"rows of one (N, D) differ by {100 * wide:.0f} %, more than seeds do: if they are a sweep of "
-            "hyperparameters take the best of each with --best-per-cell"
-        ]
+        return [f"rows of one (N, D) differ by {100 * wide:.0f} %, more than seeds do: {best}"]
     return []
+
+
+def _varying(runs: Runs, cells: list[NDArray[np.int64]]) -> list[str]:
+    """The columns of settings that vary inside a cell, in quotes; without those that only number the seeds."""
+    found = []
+    for name, values in runs.settings.items():
+        inside = any(len({values[i] for i in rows}) > 1 for rows in cells)
+        numbers_seeds = len(set(zip(runs.seed.tolist(), values, strict=True))) == len(set(runs.seed.tolist()))
+        if inside and not numbers_seeds:
+            found.append(f"'{name}'")
+    return found
 
 
 def _curves(runs: Runs) -> list[str]:

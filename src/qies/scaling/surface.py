@@ -157,7 +157,7 @@ class SurfaceFit:
         parts = [
             f"{self.form} through {self.n} runs at {self.cells} distinct (N, D): {values}",
             f"Optimum N ~ C^a, D ~ C^b: {exponents}",
-            f"{basis}; {100 * self.level:g} % intervals by {how}"
+            f"{basis}; {100 * self.level:g}% CIs by {how}"
             + ("" if self.scatter is None else f"; scatter {100 * self.scatter:.2g} %"),
             f"FLOPs {self.convention}",
         ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,18 @@ from qies.scaling.files import read_rows
 Array = NDArray[np.float64]
 
 # Our names, and where a run record (DESIGN, section 3) keeps the same thing.
-RECORD = {"params": "params.non_embedding", "loss": "metrics.val_loss", "induction": "metrics.induction"}
-NUMBERS = ("params", "tokens", "unique", "flops", "loss", "weight", "wall_seconds", "seed", "induction")
-TEXTS = ("arm", "status", "name", "run", "flops_convention")
+RECORD = {
+    "params": "params.non_embedding",
+    "loss": "metrics.val_loss",
+    "induction": "metrics.induction",
+    "induction_onset": "metrics.induction_onset",
+    "context": "config.train.seq_len",
+    "corpus": "config.data.source",
+}
+NUMBERS = (
+    "params", "tokens", "unique", "flops", "loss", "weight", "wall_seconds", "seed", "induction", "induction_onset",
+)  # fmt: skip
+TEXTS = ("arm", "status", "name", "run", "flops_convention", "context", "corpus")
 COLUMNS = NUMBERS + TEXTS
 MISSING = {"", "nan", "na", "n/a", "none", "null", "-"}
 SCALES = {"": 1.0, "%": 0.01, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
@@ -39,7 +48,11 @@ NUMBER = re.compile(
 )
 # The digits of a cell, which decide whether its comma or its point marks decimals (`_mark`), and its exponent.
 DIGITS = re.compile(r"[+-]?([\d.,]+)(e[+-]?\d+)?", re.IGNORECASE)
-POINT, COMMA = ".", ","
+# Marks of decimals; GROUPED: decimal commas, shown by points that can only separate thousands.
+POINT, COMMA, GROUPED = ".", ",", ".,"
+REWRITE = "write decimals with points, and no separators of thousands"
+# Where a run record keeps what was set; of other tables every column that we do not read may be a setting.
+SETTINGS = ("config.train.", "config.model.")
 
 
 @dataclass(frozen=True)
@@ -51,8 +64,10 @@ class Runs:
     `name` n words each. `run` ("" where unknown): entries of one run are points of one training curve and not
     independent. `convention` says how the FLOPs were counted: "6ND", a named convention, or "given".
     `unique` (float64 [n], NaN where missing) counts the distinct tokens among `tokens`; None without such a column.
-    `induction` (likewise) is what a model gains on the repeat of a random segment, nats a token.
-    `notes`: sentences on how the table was read.
+    `induction` (likewise) is what a model gains on the repeat of a random segment, nats per token, and
+    `induction_onset` the tokens from which on that stayed at the threshold. `context` (length in tokens) and `corpus`
+    are n words each, () without such a column. `settings`: further columns whose values recur, as n words each, such as
+    hyperparameters. `notes`: sentences on how the table was read.
     """
 
     params: Array
@@ -69,6 +84,10 @@ class Runs:
     convention: str
     unique: Array | None = None
     induction: Array | None = None
+    induction_onset: Array | None = None
+    context: tuple[str, ...] = ()
+    corpus: tuple[str, ...] = ()
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -84,7 +103,10 @@ class Runs:
         pick = np.arange(len(self))[np.asarray(which)]
 
         def words(column: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(column[i] for i in pick)
+            return tuple(column[i] for i in pick) if column else ()
+
+        def numbers(column: Array | None) -> Array | None:
+            return None if column is None else column[pick]
 
         return Runs(
             params=self.params[pick],
@@ -99,8 +121,12 @@ class Runs:
             name=words(self.name),
             run=words(self.run),
             convention=self.convention,
-            unique=None if self.unique is None else self.unique[pick],
-            induction=None if self.induction is None else self.induction[pick],
+            unique=numbers(self.unique),
+            induction=numbers(self.induction),
+            induction_onset=numbers(self.induction_onset),
+            context=words(self.context),
+            corpus=words(self.corpus),
+            settings={name: words(column) for name, column in self.settings.items()},
             notes=self.notes,
         )
 
@@ -153,6 +179,10 @@ def read_runs(path: str | Path, columns: Mapping[str, str] | None = None, flops:
         convention=convention,
         unique=number.get("unique"),
         induction=number.get("induction"),
+        induction_onset=number.get("induction_onset"),
+        context=text.get("context", ()),
+        corpus=text.get("corpus", ()),
+        settings=_settings(rows, [k for k in known if k not in {name for name, _ in names.values()}]),
         notes=notes,
     )
 
@@ -207,6 +237,18 @@ def _resolve(
     return found
 
 
+def _settings(rows: list[dict[str, Any]], columns: list[str]) -> dict[str, tuple[str, ...]]:
+    """Of `columns` those that may be settings: of a run record its configuration, else columns of several values that
+    recur. What was measured differs in nearly every row."""
+    recorded = [column for column in columns if column.startswith(SETTINGS)]
+    found = {}
+    for column in recorded or columns:
+        values = tuple(_text(row.get(column)) for row in rows)
+        if 1 < len(set(values)) <= (len(rows) if recorded else len(rows) // 2):
+            found[column] = values
+    return found
+
+
 def _same(name: str, known: list[str]) -> str | None:
     """The column of that name, or else the only one that differs from it by case alone."""
     alike = [k for k in known if k.casefold() == name.casefold()]
@@ -258,40 +300,52 @@ def _numbers(
 def _decimal_marks(
     rows: list[dict[str, Any]], columns: list[str], path: Path
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """What marks decimals in each column, POINT or COMMA, and a note that names the columns of commas.
+    """What marks decimals in each column, POINT or COMMA, and notes that name the columns of commas.
 
-    A column is decided by its own cells (0,05 and 1.234,5 have decimal commas, 1,200,000 and 1,234.5 have not), or
-    else by those of the other columns. Raises UserError for a column of both kinds, and where nothing decides.
+    A column is decided by its own cells (0,05 and 1.234,5 and 1.000.000 have decimal commas, 1,200,000 and 1,234.5 have
+    not), or else by those of the other columns: 6,851 by any, and 1.234, which is a decimal in a table of points and a
+    count where points separate thousands elsewhere. Raises UserError for a column of both kinds, and where nothing
+    decides.
     """
     # By column and mark, the first cell that has it.
     cells: dict[str, dict[str, str]] = {column: {} for column in columns}
     for row in rows:
         for column in columns:
             cells[column].setdefault(_mark(row.get(column)), str(row.get(column)).strip())
-    marks, commas = dict.fromkeys(columns, POINT), []
+    shown = {mark for found in cells.values() for mark in found}
+    points, commas = POINT in shown, bool({COMMA, GROUPED} & shown)
+    marks, decimals, thousands = dict.fromkeys(columns, POINT), [], []
     for column, found in cells.items():
-        if COMMA in found and (other := found.get(POINT) or found.get("?.")):
+        if POINT in found and (comma := found.get(COMMA) or found.get(GROUPED)):
             raise UserError(
-                f"{path}: column '{column}' has a decimal comma in '{found[COMMA]}' and a point in '{other}'; write "
-                "decimals with points, and no separators of thousands"
+                f"{path}: column '{column}' has a decimal comma in '{comma}' and a decimal point in '{found[POINT]}'; "
+                f"{REWRITE}"
             )
-        decided = {COMMA, POINT} & found.keys()
-        if "?," in found and not decided:
-            decided = {COMMA, POINT} & {mark for other in cells.values() for mark in other}
-            if len(decided) != 1:
-                raise UserError(
-                    f"{path}: column '{column}': the comma of '{found['?,']}' may mark decimals or thousands; write "
-                    "decimals with points, and no separators of thousands"
-                )
-        if COMMA in decided:
-            example = found.get(COMMA) or found["?,"]
-            commas.append(f"'{column}' ({example})")
+    for column, found in cells.items():
+        comma = found.get(COMMA) or found.get(GROUPED)
+        if "?," in found and not comma and POINT not in found:
+            if points == commas:
+                raise _ambiguous(path, column, found["?,"], "comma")
+            comma = found["?,"] if commas else None
+        if "?." in found and POINT not in found and (comma or commas):
+            if GROUPED not in found and (points or GROUPED not in shown):
+                raise _ambiguous(path, column, found["?."], "point")
+            comma = comma or found["?."]
+        if comma:
             marks[column] = COMMA
-    return marks, (f"commas are read as decimal commas in {', '.join(commas)}",) if commas else ()
+            grouped = found.get(GROUPED) or found.get("?.")
+            thousands += [f"'{column}' ({grouped})"] if grouped else []
+            decimals += [f"'{column}' ({comma})"] if "," in comma else []
+    said = [("commas are read as decimal commas", decimals), ("points are read as separators of thousands", thousands)]
+    return marks, tuple(f"{how} in {', '.join(named)}" for how, named in said if named)
+
+
+def _ambiguous(path: Path, column: str, cell: str, mark: str) -> UserError:
+    return UserError(f"{path}: column '{column}': the {mark} of '{cell}' may mark decimals or thousands; {REWRITE}")
 
 
 def _mark(cell: Any) -> str:
-    """What a cell shows of the decimal mark: POINT, COMMA, "?," or "?." (decimals or thousands) or "" (nothing)."""
+    """What a cell shows of the decimal mark: POINT, COMMA, GROUPED, "?," or "?." (decimals or thousands) or ""."""
     if isinstance(cell, float):
         return POINT if math.isfinite(cell) else ""
     match = DIGITS.match(cell.strip()) if isinstance(cell, str) else None
@@ -300,11 +354,11 @@ def _mark(cell: Any) -> str:
     digits, exponent = match.groups()
     if not exponent and (thousand := re.fullmatch(r"[1-9]\d{0,2}([.,])\d{3}", digits)):
         return f"?{thousand[1]}"
-    for mark, other in ((POINT, COMMA), (COMMA, POINT)):
-        thousands = rf"[1-9]\d{{0,2}}(\{other}\d{{3}})"
-        if re.fullmatch(rf"{thousands}{{2,}}|{thousands}+\{mark}\d*|\d*\{mark}\d*", digits):
-            return mark
-    return ""
+    if re.fullmatch(r"[1-9]\d{0,2}((\.\d{3}){2,}|(\.\d{3})+,\d*)", digits):
+        return GROUPED
+    if re.fullmatch(r"[1-9]\d{0,2}((,\d{3}){2,}|(,\d{3})+\.\d*)|\d*\.\d*", digits):
+        return POINT
+    return COMMA if re.fullmatch(r"\d*,\d*", digits) else ""
 
 
 def parse_number(cell: Any, decimal: str = POINT) -> float:

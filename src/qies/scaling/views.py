@@ -74,7 +74,7 @@ def surface(theta: Array, x: Array) -> tuple[Array, Array]:
 
 def tokens_follow_size(cells: Cells) -> bool:
     """Whether an arm's cells cannot tell the effect of size from that of tokens."""
-    sizes, budgets = {s for s, _ in cells.key}, {b for _, b in cells.key}
+    sizes, budgets = ({key[i] for key in cells.key} for i in (0, 1))
     if len(cells) < SURFACE_CELLS or len(sizes) < 3 or len(budgets) < 3:
         return True
     return abs(float(np.corrcoef(np.log(cells.params), np.log(cells.tokens))[0, 1])) > COLLINEAR
