@@ -52,7 +52,7 @@ class Entanglement(nn.Module):
         self.gate = OutputGate(width, sum(g.heads for g in self.groups), values, config.gate)
         self.o_proj = linear(values, width, std=0.0)
 
-    def forward(self, x: Tensor, *, angles, causal_mask, mask, texts, past_key_values, **kwargs):
+    def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, texts=None, **kwargs):
         """x [B,T,D] -> [B,T,D] and None; mask [B,T] bool, False at pads, which leave the states untouched; texts [B,T],
         the number of each token's text in a packed row: each starts from an empty state."""
         memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
