@@ -1,5 +1,7 @@
 # `make` alone says what there is. Needs Python 3.11 or newer with pip; everything else is installed into .venv.
 PYTHON ?= python3
+# Every run of a study is a process of its own: without compiled bytecode each would spend 20 s on compiling imports.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt --editable
 CORE := .venv/.core

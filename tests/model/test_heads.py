@@ -91,15 +91,15 @@ def test_what_reaches_the_op(name, dtype, monkeypatch):
     """One call for each kind of head in a layer; beta, decay, phase and state in fp32 whatever the weights' dtype."""
     seen = []
 
-    def watched(q, k, v, beta, log_alpha, theta, *, state, mode):
+    def watched(q, k, v, beta, log_alpha, theta, *, state, mode, texts):
         assert {x.dtype for x in (q, k, v)} == {dtype}
         assert {x.dtype for x in (beta, log_alpha, theta, state) if x is not None} == {torch.float32}
-        o, new = entangle(q, k, v, beta, log_alpha, theta, state=state, mode=mode)
+        o, new = evolve(q, k, v, beta, log_alpha, theta, state=state, mode=mode, texts=texts)
         seen.append((q.shape[2], q.shape[3] // 2, new.shape[3], mode, beta.ndim, state is not None, new.dtype))
         return o, new
 
-    entangle = mixer_module.entangle
-    monkeypatch.setattr(mixer_module, "entangle", watched)
+    evolve = mixer_module.evolve
+    monkeypatch.setattr(mixer_module, "evolve", watched)
     model = stirred(name).to(dtype)
     cache, layers = QiesCache(model.config), model.config.layer_types.count("linear_attention")
     model(torch.randint(0, 97, (2, 7)), past_key_values=cache)
