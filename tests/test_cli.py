@@ -262,14 +262,6 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"qies {qies.__version__}\n"
 
 
-@pytest.fixture
-def ascii_output(monkeypatch):
-    """Standard output as PYTHONIOENCODING=ascii makes it."""
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    monkeypatch.setattr(sys, "stdout", stream)
-    return stream.buffer
-
-
 @pytest.fixture(scope="module")
 def short_memory(shard_folder, tmp_path_factory):
     """A saved model that has learned 16 positions."""
@@ -283,11 +275,14 @@ def short_memory(shard_folder, tmp_path_factory):
     return folder
 
 
-def test_a_terminal_without_unicode_gets_escapes(ascii_output, short_memory, monkeypatch):
+def test_a_terminal_without_unicode_gets_escapes(short_memory, monkeypatch):
+    """Standard output as PYTHONIOENCODING=ascii makes it."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
     assert call("generate", str(short_memory), "--prompt", "\u00dcn \u6f22", "--max-new-tokens", "2") == 0
-    assert ascii_output.getvalue().startswith(rb"\xdcn \u6f22")
+    assert stream.buffer.getvalue().startswith(rb"\xdcn \u6f22")
     assert call("study", "--preset", "quick", "--dry-run") == 0
-    assert b"no_phase" in ascii_output.getvalue()
+    assert b"no_phase" in stream.buffer.getvalue()
 
 
 def test_text_beyond_the_learned_positions_is_refused_before_it_is_made(short_memory, capsys):

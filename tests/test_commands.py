@@ -58,6 +58,7 @@ TABLE = {
     "qies data build registry:pip,npm --out data/registry": NETWORK,
     "qies data build registry --out data/registry": NETWORK,
     "qies data build SOURCE --out DIR": How({"SOURCE": "my_texts", "DIR": "built"}, "--vocab-size 400"),
+    "qies study my.yaml --out results/mine seeds=[3,4]": How(more="--dry-run"),
     "qies ladder plan ladder.yaml": How(),
     "qies ladder run ladder.yaml --out ladders/first": How(),
     "qies ladder status --out ladders/first --watch": How(),
@@ -164,7 +165,8 @@ def workspace(text_folder, tmp_path, monkeypatch):
     train = {"seq_len": 32, "batch_size": 4, "eval_tokens": 512}
     small = {"name": "small", "arms": ["qies"], "sizes": ["50k"], "tokens_per_parameter": 0.02}
     Path("ladder.yaml").write_text(yaml.safe_dump(small | {"data": data, "train": train}))
-    [sweep] = [block for block in yaml_blocks(ROOT / "docs" / "study.md") if "variants" in block]
+    mine, sweep = yaml_blocks(ROOT / "docs" / "study.md")
+    Path("my.yaml").write_text(yaml.safe_dump(mine))
     Path("sweep.yaml").write_text(yaml.safe_dump(sweep))
     return tmp_path
 

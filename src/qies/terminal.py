@@ -7,6 +7,7 @@ import errno
 import functools
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -167,7 +168,8 @@ def _one_line(text: str, verbs: Verbs, args: list[str]) -> str:
     options = [f"--{name.replace('_', '-')}" for name, p in parameters.items() if p.kind != p.POSITIONAL_ONLY]
     end = f" See qies {args[0]} --help."
     if "Missing from" in words:  # each missing argument on a line of its own, its help indented deeper
-        names = [found[1] for line in lines if (found := re.match(r" {4,7}(\S+)", line))]
+        listed = itertools.takewhile(lambda line: "For full helptext" not in line, lines)
+        names = [found[1] for line in listed if (found := re.match(r" {4,7}(\S+)", line))]
         needed = [n.upper() for n, p in parameters.items() if p.kind == p.POSITIONAL_ONLY and p.default is p.empty]
         flags = [name for name in names if name.startswith("--")]
         needed = needed[len(needed) - (len(names) - len(flags)) :]
