@@ -22,7 +22,7 @@ from qies import config as configs
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.terminal import run
 
-QUICK = Path(__file__).parent.parent / "results" / "reference" / "quick"
+QUICK = Path(__file__).parent.parent / "results" / "reference" / "small"
 
 
 def call(*argv: str) -> int:

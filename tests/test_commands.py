@@ -49,10 +49,10 @@ TABLE = {
     'qies generate runs/first --prompt "The people of the United States" --decoding sample': How(
         more="--max-new-tokens 4"
     ),
-    "qies compare results/reference/quick --arms qies transformer": How(),
-    "qies fit results/reference/quick --arm qies --form power": How(more="--bootstrap 0"),
+    "qies compare results/reference/small --arms qies transformer": How(),
+    "qies fit results/reference/small --arm qies --form power": How(more="--bootstrap 0"),
     "qies plan --size 10b --gpus 64 --seq-len 4096": How(),
-    "qies compare results/reference/quick --arms qies no_phase --json gains.json": How(),
+    "qies compare results/reference/small --arms qies no_phase --json gains.json": How(),
     'qies fit runs.csv --columns "params=N (M)*1e6" "tokens=D (B)*1e9" flops=PF-days*8.64e19 "loss=Val Loss"': How(),
     "qies data build registry:pip --out data/registry": NETWORK,
     "qies data build registry:pip,npm --out data/registry": NETWORK,

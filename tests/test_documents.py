@@ -9,8 +9,8 @@ from qies import runs
 from qies.scaling import compare, read_runs
 
 ROOT = Path(__file__).parent.parent
-QUICK = ROOT / "results" / "reference" / "quick"
-FAIR = QUICK.parent / "fair-200k"
+SMALL = ROOT / "results" / "reference" / "small"
+FAIR = SMALL.parent / "fair-200k"
 SIZES = ("40k", "60k", "100k")
 
 
@@ -22,7 +22,7 @@ def words(path: str) -> str:
 def test_the_readmes_losses(arm):
     means = []
     for size in SIZES:
-        found = runs.query(QUICK, arm=arm, size=size, status="done")
+        found = runs.query(SMALL, arm=arm, size=size, status="done")
         assert len(found) == 3
         means.append(np.mean([record["metrics"]["val_bpb"] for record in found]))
     name = "no_phase (control)" if arm == "no_phase" else arm
@@ -32,7 +32,7 @@ def test_the_readmes_losses(arm):
 @pytest.mark.parametrize("baseline", ["transformer", "no_phase"])
 @pytest.mark.parametrize("document", ["README.md", "docs/comparing.md"])
 def test_the_verdicts(document, baseline):
-    result = compare(read_runs(QUICK), "qies", baseline)
+    result = compare(read_runs(SMALL), "qies", baseline)
     verdict = f"{result.verdict}: {result.reason}".split(", and its ")[0]
     assert f'"{verdict[0].upper() if verdict.startswith("no diff") else verdict[0]}{verdict[1:]}' in words(document)
 

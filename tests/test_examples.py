@@ -16,5 +16,5 @@ def test_the_reference_study_makes_its_page(tmp_path):
 
     from qies.report import build_report
 
-    shutil.copytree(EXAMPLES.parent / "results/reference/quick", tmp_path / "quick")
+    shutil.copytree(EXAMPLES.parent / "results/reference/small", tmp_path / "quick")
     assert "qies" in build_report(tmp_path / "quick").read_text()

@@ -13,7 +13,7 @@ from qies.errors import UserError
 from qies.scaling import compare, read_runs
 
 GRID, LADDER = grid(), ladder()
-QUICK = Path(__file__).parents[2] / "results" / "reference" / "quick"
+QUICK = Path(__file__).parents[2] / "results" / "reference" / "small"
 
 
 def flat(law):

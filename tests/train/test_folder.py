@@ -105,7 +105,7 @@ def test_records_of_the_same_model_in_earlier_words_go_on(config, tmp_path):
 
 def test_committed_records_are_of_models_that_can_be_told(tmp_path):
     """The runs of the quick study are those that its file stands for today."""
-    root = Path(__file__).parents[2] / "results" / "reference" / "quick" / "runs"
+    root = Path(__file__).parents[2] / "results" / "reference" / "small" / "runs"
     for record in runs.query(root):
         found = from_dict(RunConfig, record["config"])
         assert content_hash(found) == record["config_hash"]
