@@ -33,8 +33,8 @@ LATER = {"later": True}  # a field that earlier configurations lack: at its defa
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What text a model sees. `source`: "builtin", "registry", "registry-dedup", "hub:..." or a path to a file, a folder
-    or a glob.
+    """What text a model sees. `source`: "builtin", "registry", "registry-dedup", "hub:..." or a path to a file, folder
+    or glob.
 
     `hash` identifies what is at a path (see `qies.data.locate`). Where it is known the path is no part of a run's
     identity: the same text found elsewhere is the same run.

@@ -23,7 +23,10 @@ def _groups(labels: np.ndarray) -> set[frozenset[int]]:
 def test_editions_and_parts_of_a_text_are_one_cluster() -> None:
     first = _text(0)
     edition = f"A New Edition. {first.upper()[:600]} {_text(1, 60)}"  # case and punctuation are no difference
-    book, chapter = _text(2, 3000), " ".join(_text(2, 3000).split()[1000:1100])  # 1/30 of what is in either: resemblance
+    book, chapter = (
+        _text(2, 3000),
+        " ".join(_text(2, 3000).split()[1000:1100]),
+    )  # 1/30 of what is in either: resemblance
     mention = f"{_text(3)} {' '.join(first.split()[:15])}"  # three n-grams of 203
     texts = [first, edition, book, chapter, mention, _text(4), "", "too short"]
     assert _groups(clusters(texts)) == {frozenset(group) for group in ([0, 1], [2, 3], [4], [5], [6], [7])}

@@ -262,5 +262,7 @@ def test_errors_of_arrow_that_are_no_value_errors_are_one_line_too(tmp_path, mon
 
     (tmp_path / "a.parquet").write_bytes(_parquet(["x"]))
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", fail)
-    with pytest.raises(UserError, match=r"a.parquet' is a parquet file of a kind that cannot be read \(Unsupported encoding"):
+    with pytest.raises(
+        UserError, match=r"a.parquet' is a parquet file of a kind that cannot be read \(Unsupported encoding"
+    ):
         list(find_files(str(tmp_path)).batches())

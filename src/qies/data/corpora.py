@@ -94,8 +94,9 @@ def load_corpus(source: str | Files) -> Corpus:
         raw = (Document(text, name, id) for name, id, text in registry.registry_documents(source))
         kind = source.partition(":")[0]
         corpus = _corpus(kind, raw, licences)
-        texts = [document.text for document in corpus.documents]
-        return replace(corpus, groups=tuple(clusters(texts).tolist())) if kind == _DEDUP else corpus
+        if kind == _DEDUP:
+            corpus = replace(corpus, groups=tuple(clusters([own.text for own in corpus.documents]).tolist()))
+        return corpus
     if source == "builtin":
         licences = {genre.name: (genre.licence, genre.version()) for genre in GENRES}
         raw = (Document(text, genre.name, id) for genre in GENRES for id, text in genre.documents())
@@ -155,10 +156,10 @@ def split_documents(corpus: Corpus, val_fraction: float, seed: int) -> tuple[lis
         need: Counter[str] = Counter()
         for i in group:
             need[documents[i].source] += sizes[i]
-        if all(size <= room[source] for source, size in need.items()):
+        if all(size <= room[name] for name, size in need.items()):
             hold_out(group)
-            for source, size in need.items():
-                room[source] -= size
+            for name, size in need.items():
+                room[name] -= size
     for source in corpus.sources:
         if left[source.name] == source.documents:
             possible = [

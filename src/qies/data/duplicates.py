@@ -23,8 +23,8 @@ _FORMULA = 100  # documents above which an n-gram is a formula (of a template or
 def clusters(texts: Sequence[str], containment: float = CLEAN) -> np.ndarray:
     """Of each text the number of its cluster, int32 `[texts]`: two that share so many n-grams are in the same one.
 
-    Clusters are the connected components (single linkage), so a chain of versions is one cluster. Takes about 50 bytes of
-    memory a word.
+    Clusters are the connected components (single linkage), so a chain of versions is one cluster. Takes about 50
+    bytes of memory a word.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

@@ -217,7 +217,8 @@ def overlap_summary(manifest: Manifest) -> str:
     measured, rest = len(overlap.ngrams), manifest.val.documents - len(overlap.ngrams)
     return (
         f"{overlap.share:.1%} of the held-out 13-grams of tokens occur in training; {sum(overlap.clean):,} of "
-        f"{measured:,} held-out documents are clean (at most {CLEAN:.0%})" + (f"; {rest:,} more were not measured" if rest else "")
+        f"{measured:,} held-out documents are clean (at most {CLEAN:.0%})"
+        + (f"; {rest:,} more were not measured" if rest else "")
     )
 
 

@@ -24,22 +24,23 @@ MEASURED = 1 << 23
 _BLOCK = 1 << 18  # training tokens at a time
 
 
-def measure_overlap(train: Tokens, val: Tokens, end: int, vocab_size: int, progress: Progress) -> ValOverlap:
+def measure_overlap(train: Tokens, val: Tokens, vocab_size: int, progress: Progress) -> ValOverlap:
     """The n-grams of each document of `val`, and how many of them occur in `train`.
 
-    `end` begins each document; no n-gram contains it. A document that reaches beyond the first `MEASURED` tokens is not
-    measured, nor is any behind it. N-grams are compared by 64-bit hashes: among 10^7 held-out and 10^11 training ones
-    fewer than 0.1 are taken for equal by chance.
+    The first token of `val` begins every document; no n-gram contains it. A document that reaches beyond the first
+    `MEASURED` tokens is not measured, nor is any behind it. N-grams are compared by 64-bit hashes: among 10^7 held-out
+    and 10^11 training ones fewer than 0.1 are taken for equal by chance.
     """
     ids = val[:MEASURED]
-    starts = np.flatnonzero(ids == end)
+    begin = ids[0]
+    starts = np.flatnonzero(ids == begin)
     if len(val) > MEASURED:
         ids, starts = ids[: starts[-1]], starts[:-1]
     values = mix(np.arange(vocab_size, dtype=np.uint64))
-    document = np.cumsum(ids == end) - 1
-    last = len(ids) - N + 1
-    inside = (ids[: max(last, 0)] != end) & (document[: max(last, 0)] == document[N - 1 :])
-    document = document[: max(last, 0)][inside]
+    document = np.cumsum(ids == begin) - 1
+    windows = max(len(ids) - N + 1, 0)
+    inside = (ids[:windows] != begin) & (document[:windows] == document[N - 1 :])
+    document = document[:windows][inside]
     own, number = np.unique(hash_ngrams(values[ids])[inside], return_inverse=True)
     found = np.zeros(len(own), dtype=bool)
     # Most n-grams of train are not in val: a table over the first bits of the hashes passes over nine in ten of them.

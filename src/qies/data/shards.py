@@ -118,9 +118,8 @@ class Shards:
         return documents[first[:begun]], [run.source for run in runs[:begun]]
 
     def val_clean(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of the first `tokens` tokens of val: where each document begins, and whether it is of the clean part.
-
-        Documents whose overlap with train was not measured are not. Both are int64 and bool `[documents]`.
+        """Of the first `tokens` tokens of val: where each document begins, int64 `[documents]`, and whether it is of
+        the clean part, bool `[documents]`: False for one whose overlap with train was not measured.
         """
         starts = np.flatnonzero(self.tokens("val")[:tokens] == self.tokenizer().eos_token_id)
         clean = np.zeros(max(len(starts), len(self.manifest.overlap.clean)), dtype=bool)
@@ -233,9 +232,7 @@ def build_shards(
         state = Writer(stream, plan, state, tell).write()
         manifest = _manifest(cfg, build, stream, state, size, table)
         built = Shards(out, manifest)
-        end = tokenizer.token_to_id(bpe.end_token(out / TOKENIZER))
-        overlap = measure_overlap(built.tokens("train"), built.tokens("val"), end, size, tell)
-        manifest = replace(manifest, overlap=overlap)
+        manifest = replace(manifest, overlap=measure_overlap(built.tokens("train"), built.tokens("val"), size, tell))
         with replacing(out / MANIFEST) as file:
             file.write(dumps(manifest).encode())
         _clear(out, {shard.file for split in SPLITS for shard in state.shards[split]} | {TOKENIZER})
