@@ -72,6 +72,17 @@ def test_the_page_is_made_of_the_records(finished):
     assert f"{records[0]['metrics']['val_bpb']:.4f}" in page or f"{records[0]['metrics']['val_bpb']:.3f}" in page
 
 
+def test_the_table_has_the_loss_on_the_clean_part_where_it_was_measured(finished, settings):
+    text = io.StringIO()
+    records = [r | {"metrics": r["metrics"] | {"val_loss_clean": 7.125}} for r in finished[1] if r["arm"] == "qies"]
+    older = [r | {"metrics": {k: v for k, v in r["metrics"].items() if "clean" not in k}} for r in finished[1]]
+    older = [r for r in older if r["arm"] == "transformer"]
+    Console(file=text, width=200).print(study.result_table(settings, [*records, *older]))
+    rows = {line.split()[0]: line for line in text.getvalue().splitlines() if line.strip()}
+    assert rows["qies"].count("; 7.125)") == 3
+    assert f"({older[0]['metrics']['val_loss']:.3f})" in rows["transformer"]
+
+
 def test_every_arm_is_compared_with_the_baseline_and_the_model_with_its_controls(finished, settings, tmp_path):
     _, records = finished
     arms = ["qies", "transformer", "no_phase", "gpt2"]

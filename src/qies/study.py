@@ -354,7 +354,7 @@ def result_table(study: StudyConfig, records: list[dict[str, Any]]) -> Table:
 
     Each is the mean over the seeds.
     """
-    title = f"study {study.name}: held-out bits a byte (loss in nats a token), throughput, peak memory"
+    title = f"study {study.name}: held-out bits a byte (loss in nats a token; on the clean part), tokens/s, peak memory"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
     points = list(dict.fromkeys((c.size, c.tokens) for c in study.runs()))
@@ -369,7 +369,9 @@ def result_table(study: StudyConfig, records: list[dict[str, Any]]) -> Table:
             done = [r["metrics"] for r in here if r["status"] == "done"]
             if done:
                 mean = {k: sum(m[k] for m in done) / len(done) for k in ("val_bpb", "val_loss")}
-                cells.append(f"{mean['val_bpb']:.4f} ({mean['val_loss']:.3f})")
+                clean = [m["val_loss_clean"] for m in done if "val_loss_clean" in m]
+                beside = f"; {sum(clean) / len(clean):.3f}" if clean else ""
+                cells.append(f"{mean['val_bpb']:.4f} ({mean['val_loss']:.3f}{beside})")
             else:
                 cells.append(", ".join(sorted({r["status"] for r in here})) or "-")
         rates = [r["tokens_per_second"] for r in own if r["tokens_per_second"]]

@@ -1,4 +1,5 @@
 import json
+import os
 import random
 from pathlib import Path
 
@@ -108,4 +109,7 @@ def test_no_pack_is_one_line(tmp_path: Path) -> None:
         Pack(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(b"\xff")
     with pytest.raises(UserError, match="not UTF-8"):
+        Pack(tmp_path)
+    (tmp_path / "a.jsonl").rename(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
+    with pytest.raises(UserError, match=r"caf\\xe9.jsonl' is not UTF-8; rename it"):
         Pack(tmp_path)

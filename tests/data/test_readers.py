@@ -1,6 +1,7 @@
 import bz2
 import csv
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -30,6 +31,17 @@ def _parquet(texts: list[str]) -> bytes:
 
     parquet.write_table(pa.table({"text": texts}), sink := pa.BufferOutputStream())
     return sink.getvalue().to_pybytes()
+
+
+def _columns(*columns, kind=None) -> bytes:
+    """A parquet file of names and values in turn."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    out = io.BytesIO()
+    arrays = [pa.array(values, pa.timestamp("ms") if kind else None) for values in columns[1::2]]
+    parquet.write_table(pa.table(arrays, names=list(columns[::2])), out)
+    return out.getvalue()
 
 
 def _write(path: Path, texts: list[str]) -> None:
@@ -100,6 +112,10 @@ FAULTS = {
     "nul.txt": (lambda: b"a\0b\n", r"line 1 holds zero bytes \(NUL\)"),
     "nul.csv": (lambda: b"text\na\0b\n", r"line 2 holds zero bytes \(NUL\)"),
     "nul.parquet": (lambda: _parquet(["a\0b"]), r"row 1 holds zero bytes \(NUL\)"),
+    "twice.csv": (lambda: b"id,text,text\n1,a,b\n", "has 2 columns 'text'; rename all but one"),
+    "twice.parquet": (lambda: _columns("text", ["a"], "text", ["b"]), "has 2 columns 'text'; rename all but one"),
+    "bytes.parquet": (lambda: _columns("text", [b"a"]), "has binary, no text, in 'text'; name the right one"),
+    "years.parquet": (lambda: _columns("text", [2**62], kind="timestamp"), r"has timestamp\[ms\], no text, in 'text'"),
     "fields.csv": (lambda: b"id,text\n1,a\n2,b,c\n", "line 3 has 3 fields, not the 2 of its first line"),
     "quote.csv": (lambda: b'text\n"a"b\n', "line 2 is not CSV"),
     "latin.csv": (lambda: b"text\ncaf\xe9\n", "line 2 is not UTF-8"),
@@ -173,6 +189,19 @@ def test_null_and_empty_texts_are_empty_in_every_format(tmp_path):
     assert [text for b in find_files(str(tmp_path)).batches() for _, text in b.records] == ["", "", "x"] * 4
 
 
+def test_text_of_parquet_may_be_of_any_kind_of_string(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = ["a", None, "caf\u00e9", "a"]
+    for number, kind in enumerate((pa.string(), pa.large_string(), pa.string_view())):
+        parquet.write_table(pa.table({"text": pa.array(texts, kind)}), tmp_path / f"{number}.parquet")
+    parquet.write_table(pa.table({"text": pa.array(texts).dictionary_encode()}), tmp_path / "dictionary.parquet")
+    parquet.write_table(pa.table({"text": pa.nulls(1)}), tmp_path / "null.parquet")
+    read = [text for b in find_files(str(tmp_path)).batches() for _, text in b.records]
+    assert read == ["a", "", "caf\u00e9", "a"] * 4 + [""]
+
+
 def test_an_array_larger_than_a_block_and_with_odd_characters_comes_back(tmp_path):
     texts = [f'"]}},[{{ {i} \\ 日本 \U0001f600' * (i % 7 + 1) for i in range(3000)] + ["x" * 300_000, "end"]
     _write(tmp_path / "a.json", texts)
@@ -233,5 +262,7 @@ def test_errors_of_arrow_that_are_no_value_errors_are_one_line_too(tmp_path, mon
 
     (tmp_path / "a.parquet").write_bytes(_parquet(["x"]))
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", fail)
-    with pytest.raises(UserError, match=r"a.parquet' is a damaged parquet file \(Unsupported encoding\)"):
+    with pytest.raises(
+        UserError, match=r"a.parquet' is a parquet file of a kind that cannot be read \(Unsupported encoding"
+    ):
         list(find_files(str(tmp_path)).batches())

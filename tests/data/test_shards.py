@@ -139,8 +139,11 @@ def test_same_data_is_left_as_it_is(config: DataConfig, copy: Path, shards: Shar
 def test_progress_reaches_its_end(config: DataConfig, tmp_path: Path) -> None:
     told: list[Step] = []
     manifest = build_shards(config, tmp_path, progress=told.append)
-    assert [*dict.fromkeys(step.what for step in told)] == ["reading text", "training tokenizer", "encoding"]
-    last = told[-1]
+    assert [*dict.fromkeys(step.what for step in told)] == [
+        "reading text", "training tokenizer", "encoding", "comparing val with train"
+    ]  # fmt: skip
+    assert told[-1].done == told[-1].total == manifest.train.tokens
+    last = [step for step in told if step.what == "encoding"][-1]
     assert last.documents == manifest.train.documents + manifest.val.documents
     assert last.tokens == manifest.train.tokens + manifest.val.tokens
     assert 0.8 * last.total < last.done <= last.total  # characters of bytes

@@ -103,6 +103,11 @@ def test_a_name_that_is_not_utf8_is_one_line_before_any_work(tmp_path, capsys):
     assert run(VERBS, ["data", "build", str(tmp_path / "d"), "--out", str(tmp_path / "out")], "") == 2
     assert r"caf\xe9.jsonl' is not UTF-8; rename it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    Path(os.fsdecode(bad + b".jsonl")).unlink()
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    assert run(VERBS, ["data", "build", str(tmp_path / "d"), "--out", out], "") == 2
+    assert r"/caf\xe9' is not UTF-8; rename it" in capsys.readouterr().err
+    assert not os.path.exists(out)
 
 
 @pytest.mark.parametrize("source", ["", "~nobody-of-this-name/x"])

@@ -74,6 +74,19 @@ def test_table_shows_the_differences_of_the_records(whole):
             assert f"{ours[key]:.4f} ({ours[key] - base[key]:+.4f})" in page.text
 
 
+def test_loss_on_the_clean_part_is_a_table_where_runs_have_it(whole, study):
+    assert "clean part" not in Page(whole[1]).text  # of runs older than the measure
+    for path in study.glob("runs/*/run.json"):
+        edit(path, lambda r: r["metrics"].update(val_loss_clean=1.25 * r["metrics"]["val_loss"]))
+    page = page_of(study)
+    assert (
+        "Validation loss on the clean part on held-out text (nats per token) and difference to transformer" in page.text
+    )
+    arms = ("qies", "transformer")
+    ours, base = (json.loads(record_of(study, arm, "50k").read_text())["metrics"]["val_loss_clean"] for arm in arms)
+    assert f"{ours:.4f} ({ours - base:+.4f})" in page.text
+
+
 def test_loss_chart_holds_points_laws_and_bands(whole):
     figure = Page(whole[1]).charts[1]
     kinds = [(trace["mode"], trace.get("fill")) for trace in figure["data"] if not trace["showlegend"]]

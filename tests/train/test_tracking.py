@@ -17,7 +17,7 @@ ROWS = [
     {"step": 2, "tokens": 384, "lr_factor": 1.0, "loss": 5.0, "grad_norm": 2.0, "seconds": 0.3},
     {"step": 3, "tokens": 512, "lr_factor": 0.0, "loss": 4.0, "grad_norm": 3.0, "seconds": 0.4},
 ]  # fmt: skip
-METRICS = {"val_loss": 4.5, "val_bpb": 2.0, "train_loss": 5.0}
+METRICS = {"val_loss": 4.5, "val_loss_clean": 4.75, "val_bpb": 2.0, "train_loss": 5.0}
 RECORD = {"schema": 1, "status": "running", "arm": "qies", "size": "50k", "seed": 0, "config_hash": "0123456789abcdef",
           "config": {"seed": 0}, "steps": 4, "metrics": {}}  # fmt: skip
 

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ import torch
 from transformers import AutoTokenizer
 
 from qies import runs
+from qies.cli.runs import _print_record
 from qies.config import DataConfig, RunConfig, TrainConfig, save
 from qies.data.locate import locate
-from qies.data.manifest import Build
+from qies.data.manifest import Build, ValOverlap
 from qies.data.shards import Shards, build_shards, open_shards
 from qies.data.tokenizer import END, save_tokenizer, token_byte_lengths, train_tokenizer
 from qies.errors import UserError
@@ -51,11 +53,10 @@ def config(built: Path) -> RunConfig:
     return locate(RunConfig("transformer", "20k", 32 * 4 * 20, train=TINY), str(built))
 
 
-def _by_hand(model, shards: Shards, seq_len: int, targets: int) -> dict[str, tuple[float, int, int]]:
-    """nats, tokens and bytes of each source, window by window and token by token."""
+def _by_hand(model, shards: Shards, seq_len: int, targets: int, names: list) -> dict[Any, tuple[float, int, int]]:
+    """nats, tokens and bytes of what has the same name (one for each document), window by window and token by token."""
     ids = np.asarray(shards.tokens("val")).astype(np.int64)[: targets + 1]
     end = shards.tokenizer().eos_token_id
-    runs_ = [run.source for run in shards.manifest.val_order for _ in range(run.documents)]
     lengths = token_byte_lengths(shards.tokenizer())
     document, sums = 0, {}
     for start in range(0, targets, seq_len):
@@ -64,8 +65,8 @@ def _by_hand(model, shards: Shards, seq_len: int, targets: int) -> dict[str, tup
             losses = -model(window[None, :-1]).logits.double().log_softmax(-1)[0]
         for i, goal in enumerate(window[1:].tolist()):
             document += goal == end
-            nats, tokens, size = sums.get(runs_[document], (0.0, 0, 0))
-            sums[runs_[document]] = nats + losses[i, goal].item(), tokens + 1, size + int(lengths[goal])
+            nats, tokens, size = sums.get(names[document], (0.0, 0, 0))
+            sums[names[document]] = nats + losses[i, goal].item(), tokens + 1, size + int(lengths[goal])
     return sums
 
 
@@ -77,7 +78,8 @@ def test_loss_by_source_is_the_sum_over_its_documents(built: Path, config: RunCo
     found = held_out_loss(
         model, shards, seq_len=32, batch_size=3, max_tokens=0 if part == 1 else targets, precision=nullcontext
     )
-    expected = _by_hand(model, shards, 32, targets)
+    sources = [run.source for run in shards.manifest.val_order for _ in range(run.documents)]
+    expected = _by_hand(model, shards, 32, targets, sources)
     assert found["val_by_source"].keys() == expected.keys() and len(expected) >= 2
     for name, (nats, tokens, size) in expected.items():
         own = found["val_by_source"][name]
@@ -87,6 +89,25 @@ def test_loss_by_source_is_the_sum_over_its_documents(built: Path, config: RunCo
     nats, tokens, size = (sum(column) for column in zip(*expected.values(), strict=True))
     assert (found["val_tokens"], found["val_bytes"]) == (tokens, size)
     assert found["val_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_loss_on_the_clean_part_is_the_sum_over_its_documents(built: Path, config: RunConfig, part: int) -> None:
+    shards = open_shards(built)
+    clean = shards.manifest.overlap.clean
+    assert 0 < sum(clean) < len(clean) == shards.manifest.val.documents  # documents of one word repeat one another
+    targets = (len(shards.tokens("val")) - 1) // part
+    model = build_model(config, shards.manifest.vocab_size).eval()
+    options = {"seq_len": 32, "batch_size": 3, "max_tokens": targets, "precision": nullcontext}
+    found = held_out_loss(model, shards, **options)
+    nats, tokens, size = _by_hand(model, shards, 32, targets, list(clean))[True]
+    assert found["val_tokens_clean"] == tokens < found["val_tokens"]
+    assert found["val_loss_clean"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert found["val_bpb_clean"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    for row in (ValOverlap(), ValOverlap((9,) * len(clean), (9,) * len(clean))):  # not measured; none of it clean
+        other = held_out_loss(model, Shards(built, replace(shards.manifest, overlap=row)), **options)
+        assert not [key for key in other if "clean" in key]
+        assert other["val_loss"] == pytest.approx(found["val_loss"], rel=1e-12)
 
 
 @torch.no_grad()
@@ -102,10 +123,15 @@ def test_processes_share_a_batch_by_source(built: Path, config: RunConfig) -> No
         assert sum(two) == pytest.approx(one, rel=1e-5)
 
 
-def test_training_on_a_build_keeps_its_tokenizer_and_reports_sources(built: Path, config, tmp_path: Path) -> None:
+def test_training_on_a_build_keeps_its_tokenizer_and_reports_sources(built: Path, config, tmp_path, capsys) -> None:
     record = train(config, open_shards(built), tmp_path / "run")
     assert record["status"] == "done"
     assert record["metrics"]["val_by_source"].keys() == {"law", "one", "sea"}
+    assert record["metrics"]["val_loss_clean"] > record["metrics"]["val_loss"]
+    assert record["data"]["val_overlap"] == open_shards(built).manifest.overlap.share
+    _print_record(record, tmp_path / "run")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"nats a token ({record['metrics']['val_loss_clean']:.4f} on the clean part)" in said
     one = record["metrics"]["val_by_source"]["one"]["val_bpb"]
     assert one < record["metrics"]["val_bpb"]  # the source of one word is the easiest
     saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")

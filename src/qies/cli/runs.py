@@ -175,9 +175,9 @@ def data(
 
     Args:
         action: build, or contamination: the overlap of the training text of a folder of shards with a pack.
-        source: "builtin", "registry" (or "registry:pip"), "hub:OWNER/NAME" or "hub:OWNER/NAME:CONFIG", or a file, a
-            folder or a glob of text, jsonl, JSON arrays, CSV (also .gz, .zst, .xz, .bz2) or parquet; for contamination
-            the folder of shards.
+        source: "builtin", "registry" (or "registry:pip"), "registry-dedup", "hub:OWNER/NAME" or
+            "hub:OWNER/NAME:CONFIG", or a file, a folder or a glob of text, jsonl, JSON arrays, CSV (also .gz, .zst,
+            .xz, .bz2) or parquet; for contamination the folder of shards.
         out: The folder of shards to write.
         vocab_size: Vocabulary size of the byte-level BPE tokenizer to train.
         tokenizer: Use this tokenizer instead of training one: a folder, a tokenizer.json, or a name on the hub.
@@ -339,7 +339,7 @@ def train(
 
 
 def _print_manifest(manifest: Any, folder: Path) -> None:
-    from qies.data.manifest import summary
+    from qies.data.manifest import overlap_summary, summary
 
     print(summary(manifest))
     print(f"{folder}: {manifest.corpus}, vocabulary {manifest.vocab_size:,}, hash {manifest.hash[:16]}")
@@ -349,6 +349,8 @@ def _print_manifest(manifest: Any, folder: Path) -> None:
     for source in manifest.sources:
         total = source.train + source.val
         print(f"  {source.name} ({source.version}): {total.documents:,} documents, {total.bytes:,} B; {source.licence}")
+    if overlap := overlap_summary(manifest):
+        print(f"  {overlap}")
     _print_overlap(manifest.contamination)
 
 
@@ -362,9 +364,10 @@ def _print_overlap(rows: Sequence[Any]) -> None:
 
 def _print_record(record: dict[str, Any], folder: Path) -> None:
     m = record["metrics"]
-    held = (
-        f"held-out loss {m['val_loss']:.4f} nats a token, {m['val_bpb']:.4f} bits a byte" if m else record.get("error")
-    )
+    held = record.get("error")
+    if m:
+        clean = f" ({m['val_loss_clean']:.4f} on the clean part)" if "val_loss_clean" in m else ""
+        held = f"held-out loss {m['val_loss']:.4f} nats a token{clean}, {m['val_bpb']:.4f} bits a byte"
     print(
         f"{record['arm']} {record['size']}: {record['status']}; {held}; {record['tokens_per_second']} tok/s; {folder}"
     )

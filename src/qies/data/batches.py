@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from qies.data.hashing import mix
 from qies.data.shards import Shards
 from qies.errors import UserError
 
@@ -88,8 +89,8 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.nd
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
     secret = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little")
-    key = _mix(np.uint64(secret) ^ epoch)
-    keys = [_mix(key + np.uint64(round)) for round in range(_ROUNDS)]
+    key = mix(np.uint64(secret) ^ epoch)
+    keys = [mix(key + np.uint64(round)) for round in range(_ROUNDS)]
     out = _feistel(index, a, b, keys)
     while (outside := out >= np.uint64(size)).any():
         out[outside] = _feistel(out[outside], a, b, [key[outside] for key in keys])
@@ -101,15 +102,7 @@ def _feistel(x: np.ndarray, a: int, b: int, keys: list[np.ndarray]) -> np.ndarra
     row, column = np.divmod(x, np.uint64(b))
     for round, key in enumerate(keys):
         if round % 2:
-            column = np.mod(column + np.mod(_mix(key ^ row), np.uint64(b)), np.uint64(b))
+            column = np.mod(column + np.mod(mix(key ^ row), np.uint64(b)), np.uint64(b))
         else:
-            row = np.mod(row + np.mod(_mix(key ^ column), np.uint64(a)), np.uint64(a))
+            row = np.mod(row + np.mod(mix(key ^ column), np.uint64(a)), np.uint64(a))
     return row * np.uint64(b) + column
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al., 2014), a bijection of uint64 that spreads every bit."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

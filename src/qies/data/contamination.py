@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qies.data.hashing import N, hash_ngrams
 from qies.data.manifest import Overlap
-from qies.data.packed import read_whole
+from qies.data.packed import read_whole, require_utf8
 from qies.data.progress import Progress, Step
 from qies.errors import UserError
 
 if TYPE_CHECKING:
     from qies.data.shards import Shards
 
-N = 13
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def words(text: str) -> list[str]:
@@ -53,7 +52,7 @@ class Task:
 class Pack:
     """An evaluation pack as a table of its n-grams: a folder of `.jsonl` and `.txt` files, each a task, an item a line.
 
-    Raises UserError: no such folder, no items in it, a line that is no JSON.
+    Raises UserError: no such folder, no items in it, a line that is no JSON, a name that is not UTF-8.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -63,8 +62,9 @@ class Pack:
             raise UserError(f"'{folder}' is no evaluation pack; give a folder of .jsonl or .txt files")
         self.numbers: dict[str, int] = {}
         digest = hashlib.sha256()
-        tasks, hashes = [], [_NONE]
+        tasks, hashes = [], [np.zeros(0, dtype=np.uint64)]
         for path in paths:
+            require_utf8(path)
             content = read_whole(path)
             digest.update(path.name.encode() + b"\0" + hashlib.sha256(content).digest())
             tasks.append(Task(path.stem, tuple(self._item(item, hashes) for item in _items(path, content))))
@@ -140,18 +140,9 @@ def shards_overlap(shards: Shards, folder: Path, progress: Progress) -> tuple[Ov
     return count.result(pack)
 
 
-_NONE = np.zeros(0, dtype=np.uint64)
-
-
 def _rolling(found: list[str]) -> np.ndarray:
     """A 64-bit hash of every 13 words in a row, uint64; the same within a process."""
-    if len(found) < N:
-        return _NONE
-    each = np.fromiter(map(hash, found), dtype=np.int64, count=len(found)).view(np.uint64)
-    out = np.zeros(len(found) - N + 1, dtype=np.uint64)
-    for i in range(N):
-        out = out * _FACTOR + each[i : i + len(out)]
-    return out
+    return hash_ngrams(np.fromiter(map(hash, found), dtype=np.int64, count=len(found)).view(np.uint64))
 
 
 def _items(path: Path, content: bytes) -> Iterator[list[str]]:

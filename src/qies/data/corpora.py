@@ -10,16 +10,19 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qies.data import registry
 from qies.data.builtin import GENRES
-from qies.data.manifest import Dropped, Reading
+from qies.data.duplicates import clusters
+from qies.data.manifest import CLEAN, Dropped, Reading
 from qies.data.packed import read_whole
 from qies.data.readers import LONGEST, without_nul
 from qies.data.sources import Files, find_files
 from qies.errors import UserError
+
+_DEDUP = "registry-dedup"
 
 # A text file of more than LONGEST characters is cut into documents; in a corpus of few files a shorter one too,
 _PIECES = 64  # so that there are about so many documents to choose from,
@@ -55,20 +58,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order, those of a source side by side."""
+    """Documents in a fixed order, those of a source side by side.
+
+    Documents with the same number in `groups` stay on one side of the split; where it is empty each may go either way.
+    """
 
     name: str
     documents: list[Document]
     sources: list[Source]
     sha256: str
     reading: Reading = field(default_factory=Reading)
+    groups: tuple[int, ...] = ()
 
 
 def load_corpus(source: str | Files) -> Corpus:
     """The cleaned corpus that `source` names, or of its files.
 
     "builtin" is English prose of three genres carried by dependencies of this package (see `qies.data.builtin`).
-    "registry" is text of pinned packages, fetched where they are not in the cache (see `qies.data.registry`).
+    "registry" is text of pinned packages, fetched where they are not in the cache (see `qies.data.registry`), and
+    "registry-dedup" the same text, of which near-duplicates stay on one side of the split (see `qies.data.duplicates`).
     Anything else is a path to a UTF-8 text file, a folder (searched through; hidden names left out) or a glob; all of
     its files are `.txt` or `.md` (`qies.data.streams` reads others). A file is one document, but one of more than 1 MB,
     or of more than 1/64 of the corpus, is cut at blank lines (at line ends or spaces where there are none) into
@@ -84,7 +92,11 @@ def load_corpus(source: str | Files) -> Corpus:
     if isinstance(source, str) and _is_registry(source):
         licences = registry.registry_sources(source)
         raw = (Document(text, name, id) for name, id, text in registry.registry_documents(source))
-        return _corpus("registry", raw, licences)
+        kind = source.partition(":")[0]
+        corpus = _corpus(kind, raw, licences)
+        if kind == _DEDUP:
+            corpus = replace(corpus, groups=tuple(clusters([own.text for own in corpus.documents]).tolist()))
+        return corpus
     if source == "builtin":
         licences = {genre.name: (genre.licence, genre.version()) for genre in GENRES}
         raw = (Document(text, genre.name, id) for genre in GENRES for id, text in genre.documents())
@@ -101,7 +113,8 @@ def load_corpus(source: str | Files) -> Corpus:
 def fingerprint(source: str | Files) -> str:
     """What decides `load_corpus(source)`, found without loading it: package versions, or a sha256 of the raw files."""
     if isinstance(source, str) and _is_registry(source):
-        return registry.registry_fingerprint(source)
+        split = f"; no cluster of containment {CLEAN} is split" if source.partition(":")[0] == _DEDUP else ""
+        return registry.registry_fingerprint(source) + split
     if source == "builtin":
         return "; ".join(genre.version() for genre in GENRES)
     files = find_files(source) if isinstance(source, str) else source
@@ -109,42 +122,63 @@ def fingerprint(source: str | Files) -> str:
 
 
 def _is_registry(source: str) -> bool:
-    return source.partition(":")[0] == "registry"
+    return source.partition(":")[0] in ("registry", _DEDUP)
 
 
 def split_documents(corpus: Corpus, val_fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """(train, val): whole documents, every source with at least two of them in both.
+    """(train, val): whole documents and whole groups, every source with at least two of them in both.
 
-    Within a source the documents are taken in the order of a hash of (seed, id, text), and each goes to validation that
-    still fits in the source's `val_fraction` of bytes; where not one fits, the shortest goes. Train keeps the order of
-    the corpus (its windows are shuffled). Val, which is read in order and perhaps not to its end, mixes the sources so
-    that all advance together.
+    The groups are taken in the order of a hash of (seed, id, text) of their documents, the smallest of each, and each
+    goes to validation that still fits in its sources' `val_fraction` of bytes; where nothing of a source fits, the
+    shortest of its groups goes that leaves something of every source. Train keeps the order of the corpus (its windows
+    are shuffled). Val, which is read in order and perhaps not to its end, mixes the sources so that all advance
+    together.
 
     Raises UserError if nothing is left for one of the two.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction {val_fraction} is not between 0 and 1; give the fraction of text to hold out")
-    held_out: dict[tuple[str, str], float] = {}  # and where in val: how much of its source is before its middle
+    documents = corpus.documents
+    sizes = [len(document.text.encode()) for document in documents]
+    order = sorted(range(len(documents)), key=lambda i: _sha256([str(seed).encode(), *_parts(documents[i])]))
+    groups: dict[int, list[int]] = {}
+    for i in order:
+        groups.setdefault(corpus.groups[i] if corpus.groups else i, []).append(i)
+    left = Counter(document.source for document in documents)  # documents of each source that are not in val
+    room = {source.name: val_fraction * source.bytes if left[source.name] > 1 else 0.0 for source in corpus.sources}
+    held_out: set[int] = set()
+
+    def hold_out(group: list[int]) -> None:
+        held_out.update(group)
+        left.subtract(documents[i].source for i in group)
+
+    for group in groups.values():
+        need: Counter[str] = Counter()
+        for i in group:
+            need[documents[i].source] += sizes[i]
+        if all(size <= room[name] for name, size in need.items()):
+            hold_out(group)
+            for name, size in need.items():
+                room[name] -= size
     for source in corpus.sources:
-        documents = [document for document in corpus.documents if document.source == source.name]
-        if len(documents) < 2:
-            continue
-        documents.sort(key=lambda document: _sha256([str(seed).encode(), *_parts(document)]))
-        sizes = {document.id: len(document.text.encode()) for document in documents}
-        room = val_fraction * source.bytes
-        chosen = []
-        for document in documents:
-            if sizes[document.id] <= room:
-                chosen.append(document)
-                room -= sizes[document.id]
-        chosen = chosen or [min(documents, key=lambda document: sizes[document.id])]
-        total, before = sum(sizes[document.id] for document in chosen), 0
-        for document in chosen:
-            held_out[document.source, document.id] = (before + sizes[document.id] / 2) / total
-            before += sizes[document.id]
-    train = [document for document in corpus.documents if (document.source, document.id) not in held_out]
-    val = [document for document in corpus.documents if (document.source, document.id) in held_out]
-    val.sort(key=lambda document: held_out[document.source, document.id])
+        if left[source.name] == source.documents:
+            possible = [
+                group
+                for group in groups.values()
+                if any(documents[i].source == source.name for i in group)
+                and all(n < left[name] for name, n in Counter(documents[i].source for i in group).items())
+            ]
+            if possible:
+                hold_out(min(possible, key=lambda group: sum(sizes[i] for i in group)))
+    place: dict[int, float] = {}  # in val: how much of its source is before its middle
+    for source in corpus.sources:
+        own = [i for i in order if i in held_out and documents[i].source == source.name]
+        total, before = sum(sizes[i] for i in own), 0
+        for i in own:
+            place[i] = (before + sizes[i] / 2) / total
+            before += sizes[i]
+    train = [document for i, document in enumerate(documents) if i not in held_out]
+    val = [documents[i] for i in sorted(sorted(held_out), key=place.__getitem__)]
     if not train or not val:
         raise UserError(f"corpus '{corpus.name}' is too short to hold a document out for validation; give more text")
     return train, val

@@ -20,7 +20,7 @@ LIMIT = 64_000_000  # bytes above which a manifest is not read; `val_order` has 
 SHARD_NAME = re.compile(r"(train|val)-\d{5}\.bin")
 
 _PROVENANCE = ("hash", "config", "fingerprint", "corpus", "sources", "build", "val_order", "contamination",
-               "reading")  # fmt: skip
+               "reading", "overlap")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,14 +135,37 @@ class Overlap:
     documents: int
 
 
+CLEAN = 0.1
+"""Share of a held-out document's n-grams that may occur in training for it to be of the clean part."""
+
+
+@dataclass(frozen=True)
+class ValOverlap:
+    """What val has in common with train (see `qies.data.overlap`): of each document of val, in their order, its n-grams
+    of 13 tokens, and how many of them occur in train. Documents behind the last one listed were not measured."""
+
+    ngrams: tuple[int, ...] = ()
+    found: tuple[int, ...] = ()
+
+    @property
+    def share(self) -> float | None:
+        """Of all n-grams those that occur in train; None where none was looked at."""
+        return sum(self.found) / sum(self.ngrams) if any(self.ngrams) else None
+
+    @property
+    def clean(self) -> tuple[bool, ...]:
+        """Which documents are of the clean part; one that has no n-gram is."""
+        return tuple(found <= CLEAN * ngrams for ngrams, found in zip(self.ngrams, self.found, strict=True))
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a folder of shards holds.
 
     `hash` identifies text, split, tokenizer and tokens: two folders with the same one hold the same data. `config`,
     `fingerprint` (see `corpora.fingerprint`), `corpus` (its name) and `sources` say where it came from, `val_order` to
-    which source the documents of val belong, in their order, `reading` what was left out (both are empty in manifests
-    older than the field).
+    which source the documents of val belong, in their order, `reading` what was left out, `overlap` what val and train
+    have in common (all three are empty in manifests older than the field).
     """
 
     schema: int
@@ -161,6 +184,7 @@ class Manifest:
     val_order: tuple[Run, ...] = ()
     contamination: tuple[Overlap, ...] = ()
     reading: Reading = Reading()
+    overlap: ValOverlap = ValOverlap()
 
     def split(self, name: str) -> Split:
         """The split "train" or "val". Raises UserError for another name."""
@@ -183,6 +207,19 @@ def dtype_for(vocab_size: int) -> str:
 def dumps(manifest: Manifest) -> str:
     """The manifest as text, the same for the same manifest."""
     return json.dumps(to_dict(manifest), indent=1, ensure_ascii=False) + "\n"
+
+
+def overlap_summary(manifest: Manifest) -> str:
+    """What val has in common with train, in one line of words; "" where it was not measured."""
+    overlap = manifest.overlap
+    if overlap.share is None:
+        return ""
+    measured, rest = len(overlap.ngrams), manifest.val.documents - len(overlap.ngrams)
+    return (
+        f"{overlap.share:.1%} of the held-out 13-grams of tokens occur in training; {sum(overlap.clean):,} of "
+        f"{measured:,} held-out documents are clean (at most {CLEAN:.0%})"
+        + (f"; {rest:,} more were not measured" if rest else "")
+    )
 
 
 def summary(manifest: Manifest) -> str:
@@ -247,5 +284,10 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"val_order does not add up to {manifest.val.documents} documents")
         if unknown := {run.source for run in manifest.val_order} - {source.name for source in manifest.sources}:
             raise ValueError(f"val_order names {min(unknown)!r}, which is not among its sources")
+    overlap = manifest.overlap
+    if len(overlap.ngrams) != len(overlap.found) or len(overlap.ngrams) > manifest.val.documents:
+        raise ValueError(f"overlap does not fit {manifest.val.documents} documents")
+    if any(not 0 <= found <= ngrams for ngrams, found in zip(overlap.ngrams, overlap.found, strict=True)):
+        raise ValueError("overlap finds more n-grams than there are")
     if manifest.sealed().hash != manifest.hash:
         raise ValueError("its hash is not that of its content")

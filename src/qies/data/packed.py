@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,15 @@ def read_whole(path: Path) -> bytes:
         return file.read()
 
 
+def require_utf8(path: Path) -> None:
+    """Raise UserError for a path that is not UTF-8: it could neither be written to a manifest nor be printed."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise UserError(f"the name '{name}' is not UTF-8; rename it or leave it out") from None
+
+
 @contextmanager
 def reading(path: Path, *damage: type[Exception]) -> Iterator[None]:
     """Errors of a file, and those of the types `damage`, as one line."""
@@ -50,6 +60,10 @@ def reading(path: Path, *damage: type[Exception]) -> Iterator[None]:
             raise UserError(f"'{path}' cannot be read ({error.strerror}); check its permissions") from None
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         what = path.suffix.lstrip(".")
+        if isinstance(error, NotImplementedError):
+            raise UserError(
+                f"'{path}' is a {what} file of a kind that cannot be read ({reason}); convert it or leave it out"
+            ) from None
         raise UserError(f"'{path}' is a damaged {what} file ({reason}); fetch it again or leave it out") from None
 
 

@@ -24,6 +24,7 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}  # and what stands between two fields
 LONGEST_LINE = 256_000_000  # bytes above which a line is taken for damage, or for a bomb
 
+_OTHER_FIELD = "name the right one with: qies data build SOURCE --text-field NAME"
 _OBJECTS = "give one object a line, or one array of objects"
 
 BATCH = 512, 1_000_000  # records, characters after which a batch ends: some tenths of a second of tokenising
@@ -80,15 +81,14 @@ def grouped(records: Iterable[R], length: Callable[[R], int], characters: int = 
 def text_of(row: Any, text_field: str, where: str) -> str:
     """The text of a record, "" where it is null. Raises UserError naming `where` if it has none, or one that is no
     Unicode text."""
-    other = "name the right one with: qies data build SOURCE --text-field NAME"
     if not isinstance(row, dict) or text_field not in row:
         known = f"; it has: {', '.join(map(str, row))}" if isinstance(row, dict) else ""
-        raise UserError(f"{where} has no field '{text_field}'{known}; {other}")
+        raise UserError(f"{where} has no field '{text_field}'{known}; {_OTHER_FIELD}")
     text = row[text_field]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise UserError(f"{where} has a {type(text).__name__}, no text, in '{text_field}'; {other}")
+        raise UserError(f"{where} has a {type(text).__name__}, no text, in '{text_field}'; {_OTHER_FIELD}")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -211,6 +211,7 @@ def _csv(path: Path, text_field: str, skip: int) -> Iterator[str]:
     rows = csv.reader(lines(), delimiter=CSV_SUFFIXES[_suffix(path)], strict=True)
     try:
         names = next(rows, [])
+        _require_one(names, text_field, path)
         for number, row in enumerate(filter(None, rows)):
             where = f"'{path}' line {rows.line_num}"
             if len(row) != len(names):
@@ -241,6 +242,12 @@ def _pieces(path: Path) -> Iterator[str]:
         yield "".join(piece)
 
 
+def _require_one(names: list[str], text_field: str, path: Path) -> None:
+    """Refuse a table with several columns of that name: the text of all but one would be lost."""
+    if (count := names.count(text_field)) > 1:
+        raise UserError(f"'{path}' has {count} columns '{text_field}'; rename all but one")
+
+
 def _decoded(line: bytes, where: str, *, first: bool) -> str:
     try:
         return line.decode("utf-8-sig" if first else "utf-8")
@@ -265,7 +272,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def _parquet(path: Path, text_field: str, skip: int) -> Iterator[str]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, BaseExtensionType, parquet, types
     except ModuleNotFoundError:
         raise UserError("parquet files need the package 'pyarrow'; pip install 'qies[hub]'") from None
 
@@ -273,6 +280,13 @@ def _parquet(path: Path, text_field: str, skip: int) -> Iterator[str]:
         names = file.schema_arrow.names
         if text_field not in names:
             text_of(dict.fromkeys(names), text_field, f"'{path}'")
+        _require_one(names, text_field, path)
+        column = file.schema_arrow.field(text_field).type
+        column = column.storage_type if isinstance(column, BaseExtensionType) else column
+        column = column.value_type if types.is_dictionary(column) else column
+        tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+        if not any(test(column) for test in tests):  # before values are made that Python perhaps cannot hold
+            raise UserError(f"'{path}' has {column}, no text, in '{text_field}'; {_OTHER_FIELD}")
         start = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows

@@ -39,6 +39,8 @@ from qies.data.manifest import (
     dumps,
     read_manifest,
 )
+from qies.data.overlap import measure_overlap
+from qies.data.packed import require_utf8
 from qies.data.progress import Progress, Step
 from qies.data.sources import is_below
 from qies.data.streams import Stream, open_stream
@@ -115,6 +117,15 @@ class Shards:
         begun = int((first < len(documents)).sum())
         return documents[first[:begun]], [run.source for run in runs[:begun]]
 
+    def val_clean(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the first `tokens` tokens of val: where each document begins, int64 `[documents]`, and whether it is of
+        the clean part, bool `[documents]`: False for one whose overlap with train was not measured.
+        """
+        starts = np.flatnonzero(self.tokens("val")[:tokens] == self.tokenizer().eos_token_id)
+        clean = np.zeros(max(len(starts), len(self.manifest.overlap.clean)), dtype=bool)
+        clean[: len(self.manifest.overlap.clean)] = self.manifest.overlap.clean
+        return starts, clean[: len(starts)]
+
     def identity(self) -> dict[str, Any]:
         """What a run record says of its data."""
         m = self.manifest
@@ -127,6 +138,7 @@ class Shards:
             "train_tokens": m.train.tokens,
             "val_tokens": m.val.tokens,
             "val_bytes": m.val.bytes,
+            "val_overlap": m.overlap.share,
         }
 
 
@@ -174,6 +186,7 @@ def build_shards(
         raise UserError(
             f"{workers} workers, a limit of {build.limit_tokens} tokens: give at least 1, and 0 for no limit"
         )
+    require_utf8(out.absolute())
     table = Pack(pack) if pack else None
     build = replace(build, pack=table.fingerprint if table else "")
     if is_below(out, cfg.source):
@@ -218,6 +231,8 @@ def build_shards(
         )  # fmt: skip
         state = Writer(stream, plan, state, tell).write()
         manifest = _manifest(cfg, build, stream, state, size, table)
+        built = Shards(out, manifest)
+        manifest = replace(manifest, overlap=measure_overlap(built.tokens("train"), built.tokens("val"), size, tell))
         with replacing(out / MANIFEST) as file:
             file.write(dumps(manifest).encode())
         _clear(out, {shard.file for split in SPLITS for shard in state.shards[split]} | {TOKENIZER})

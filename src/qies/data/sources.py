@@ -17,7 +17,7 @@ from typing import Any
 
 from qies.data import readers
 from qies.data.manifest import Skipped
-from qies.data.packed import is_compressed, open_file, reading
+from qies.data.packed import is_compressed, open_file, reading, require_utf8
 from qies.data.readers import BATCH, Batch, grouped, kind, known_kinds
 from qies.errors import UserError
 
@@ -128,7 +128,7 @@ def find_files(
     path = Path(os.path.expanduser(source))
     found = _Found(include, exclude)
     if path.is_file():
-        _require_utf8(path, path.name)
+        require_utf8(path)
         if kind(path) is None:
             raise UserError(f"'{path}' is of no known kind; give {known_kinds()}")
         return Files(path.name, ((path, path.name),), text_field)
@@ -150,9 +150,11 @@ def find_files(
         reasons = f" ({describe(found.skipped())})" if found.reasons else ""
         raise UserError(f"'{source}' holds no file of a known kind{reasons}; give some of {known_kinds()}")
     files = tuple((found.files[id], id) for id in sorted(found.files))
-    for file, id in files:
-        _require_utf8(file, id)
-    return Files(path.name or path.resolve().name, files, text_field, found.skipped())
+    for file, _ in files:
+        require_utf8(file)
+    name = path.name or path.resolve().name
+    require_utf8(Path(name))
+    return Files(name, files, text_field, found.skipped())
 
 
 def is_below(out: Path, source: str) -> bool:
@@ -265,11 +267,3 @@ class _Found:
 def _matches(id: str, patterns: Sequence[str]) -> bool:
     name = id.rpartition("/")[2]
     return any(fnmatch.fnmatchcase(id, pattern) or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _require_utf8(path: Path, id: str) -> None:
-    try:
-        f"{path}{id}".encode()
-    except UnicodeEncodeError:
-        name = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise UserError(f"the name of the file '{name}' is not UTF-8; rename it or leave it out") from None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from qies.config import DataConfig
+from qies.config import DataConfig, is_path
 from qies.data import corpora, readers
 from qies.data.corpora import Corpus, Document
 from qies.data.hub import HubStream
@@ -53,7 +53,7 @@ class Stream(Protocol):
 def open_stream(cfg: DataConfig, build: Build = Build()) -> Stream:  # noqa: B008 (it is frozen)
     """The stream that `cfg.source` names. Raises UserError if there is none."""
     kind, _, rest = cfg.source.partition(":")
-    named = cfg.source == "builtin" or kind in ("registry", "hub")
+    named = not is_path(cfg.source)
     if named and (build.include or build.exclude):
         raise UserError(f"--include and --exclude choose among files, and '{cfg.source}' is none; leave them out")
     if kind == "hub":

@@ -85,7 +85,10 @@ def _loss(study: Study) -> Section | None:
     for title, unit, name in (
         ("Bits per byte", "bits per byte", "bits_per_byte"),
         ("Validation loss", "nats per token", "loss"),
+        ("Validation loss on the clean part", "nats per token", "clean_loss"),
     ):
+        if not any(getattr(run, name) for run in study.done):  # runs older than the measure
+            continue
         rows = [[arm, *(_against(study, arm, cell, name) for cell in study.cells)] for arm in study.arms]
         caption = f"{title} on held-out text ({unit}) and difference to {study.base}; means over seeds"
         section.blocks.append(Table(caption, ["arm", *map(study.label, study.cells)], rows))

@@ -44,7 +44,7 @@ class Run:
     """One run record; numbers that are absent or not finite are None. `rows` are the lines of metrics.jsonl.
 
     `induction` is the final gain on a repeated random segment in nats per token, `onset` the tokens from which on it
-    stayed at or above INDUCTION_ONSET.
+    stayed at or above INDUCTION_ONSET. `clean_loss` is of the held-out documents that training text hardly overlaps.
     """
 
     arm: str
@@ -57,6 +57,7 @@ class Run:
     tokens: float | None
     flops: float | None
     loss: float | None
+    clean_loss: float | None
     bits_per_byte: float | None
     induction: float | None
     onset: float | None
@@ -205,6 +206,7 @@ def _read_run(folder: Path, notes: list[str]) -> Run | None:
         tokens=number(record.get("tokens")),
         flops=number(record.get("flops")),
         loss=number(metrics.get("val_loss")),
+        clean_loss=number(metrics.get("val_loss_clean")),
         bits_per_byte=number(metrics.get("val_bpb")),
         induction=number(metrics.get("induction")),
         onset=number(metrics.get("induction_onset")),

@@ -17,7 +17,7 @@ from qies import runs
 from qies.errors import UserError, nearest, require
 
 SERIES = ("loss", "grad_norm", "lr_factor", "tokens", "seconds")  # of a row; what is missing or None is left out
-RESULTS = ("val_loss", "val_bpb", "train_loss")  # of a finished run, after its last step
+RESULTS = ("val_loss", "val_loss_clean", "val_bpb", "train_loss")  # of a finished run, after its last step
 
 
 class Tracker(Protocol):
@@ -130,7 +130,7 @@ def tracking(names: Sequence[str], folder: Path) -> Iterator[Callable[[dict[str,
             if not opened:  # every step was done before, and only the end was missing
                 fill(after["steps"])
             for tracker in opened:
-                tracker.write(after["steps"], {k: after["metrics"][k] for k in RESULTS})
+                tracker.write(after["steps"], {k: after["metrics"][k] for k in RESULTS if k in after["metrics"]})
     finally:
         for tracker in opened:
             tracker.close()

@@ -33,34 +33,49 @@ def held_out_loss(
 
     Returns val_loss (nats a token), val_bpb (bits a byte of the same text, whatever the tokenizer), val_tokens and
     val_bytes, and, where the text has several sources, `val_by_source` with the same of each. A token counts for the
-    source of its document, `<|endoftext|>` for that of the document it begins. `max_tokens=0` takes all of it.
+    source of its document, `<|endoftext|>` for that of the document it begins. `val_loss_clean`, `val_bpb_clean` and
+    `val_tokens_clean` are of the documents that training text hardly overlaps (`Shards.val_clean`); they are absent
+    where there is none, or the overlap was not measured. `max_tokens=0` takes all of the text.
     The processes of `group` share each batch; every one of them returns the sums over all.
     """
     group = group or Group()
     lengths = token_byte_lengths(shards.tokenizer())
     total = len(shards.tokens("val"))
-    starts, runs = shards.val_sources(min(total, max_tokens + 1) if max_tokens else total)
+    read = min(total, max_tokens + 1) if max_tokens else total
+    starts, runs = shards.val_sources(read)
+    documents, clean = shards.val_clean(read)
     names = list(dict.fromkeys(runs)) or [shards.manifest.corpus]
     source_of_run = np.array([names.index(name) for name in runs] or [0])
-    nats, tokens, size = (np.zeros(len(names)) for _ in range(3))  # of each source
+
+    def part_of(where: np.ndarray) -> np.ndarray:
+        """Twice the source of the tokens at these positions, and one more where they are of the clean part."""
+        source = source_of_run[np.maximum(np.searchsorted(starts, where, "right") - 1, 0)]
+        return 2 * source + clean[np.searchsorted(documents, where, "right") - 1]
+
+    parts = 2 * len(names)
+    nats, tokens, size = (np.zeros(parts) for _ in range(3))
     position = 1  # of the next target in the text
     training = model.training
     model.eval()
-    size[source_of_run[0]] += lengths[int(shards.tokens("val")[:1][0])]  # no target, but it may take a byte back
+    size[part_of(np.array(0))] += lengths[int(shards.tokens("val")[:1][0])]  # no target, but it may take a byte back
     for batch in val_batches(shards, seq_len, batch_size, max_tokens=max_tokens or None):
         goals = batch[:, 1:]
         where = np.arange(position, position + goals.size).reshape(goals.shape)
         position += goals.size
-        source = source_of_run[np.maximum(np.searchsorted(starts, where, "right") - 1, 0)]
-        tokens += np.bincount(source.ravel(), minlength=len(names))
-        size += np.bincount(source.ravel(), lengths[goals].ravel(), minlength=len(names))
-        nats += _nats(model, batch, source, len(names), precision, group)
+        part = part_of(where)
+        tokens += np.bincount(part.ravel(), minlength=parts)
+        size += np.bincount(part.ravel(), lengths[goals].ravel(), minlength=parts)
+        nats += _nats(model, batch, part, parts, precision, group)
     nats = group.gather(nats.tolist()).reshape(group.size, -1).sum(0).numpy()
     model.train(training)
-    result: dict[str, Any] = _measures(nats.sum(), tokens.sum(), size.sum())
+    sums = np.stack([nats, tokens, size]).reshape(3, len(names), 2)
+    result: dict[str, Any] = _measures(*sums.sum((1, 2)))
+    if sums[1, :, 1].any():
+        own = _measures(*sums[:, :, 1].sum(1))
+        result |= {f"{key}_clean": own[key] for key in ("val_loss", "val_bpb", "val_tokens")}
     if len(names) > 1:
-        each = zip(names, nats, tokens, size, strict=True)
-        result["val_by_source"] = {name: _measures(*sums) for name, *sums in each if sums[2] > 0}
+        each = zip(names, sums.sum(2).T, strict=True)
+        result["val_by_source"] = {name: _measures(*of_source) for name, of_source in each if of_source[2] > 0}
     return result
 
 
@@ -76,18 +91,18 @@ def _measures(nats: float, tokens: float, size: float) -> dict[str, float]:
 def _nats(
     model: QiesForCausalLM,
     batch: np.ndarray,
-    source: np.ndarray,
-    sources: int,
+    part: np.ndarray,
+    parts: int,
     precision: Callable[[], AbstractContextManager],
     group: Group,
 ) -> np.ndarray:
-    """This process's share of a batch's cross-entropy, in nats, float64 `[sources]`; `source` is `[B, T]`."""
+    """This process's share of a batch's cross-entropy, in nats, float64 `[parts]`; `part` is `[B, T]`."""
     own = slice(group.rank, None, group.size)
     idle = len(batch) <= group.rank  # a process without a row joins in the collectives, and counts nothing
     ids = torch.from_numpy(batch[:1] if idle else batch[own]).to(group.device)
     inputs, goal = ids[:, :-1], torch.full_like(ids[:, 1:], -100) if idle else ids[:, 1:]
-    mine = source[:1] if idle else source[own]
-    nats = np.zeros(sources)
+    mine = part[:1] if idle else part[own]
+    nats = np.zeros(parts)
     with precision():
         if group.size == 1:  # the sum in fp64
             hidden = model.model(inputs, use_cache=False).last_hidden_state
@@ -98,10 +113,10 @@ def _nats(
                 softcap=model.config.logit_softcap or None,
                 reduction="none",
             )
-            return np.bincount(mine.ravel(), losses.double().cpu().numpy(), minlength=sources)
-        for number in np.unique(source):  # sharded weights are whole only inside of the model's own forward
-            of_source = torch.from_numpy(mine == number).to(group.device)
-            only = torch.where(of_source, goal, -100)
+            return np.bincount(mine.ravel(), losses.double().cpu().numpy(), minlength=parts)
+        for number in np.unique(part):  # sharded weights are whole only inside of the model's own forward
+            in_part = torch.from_numpy(mine == number).to(group.device)
+            only = torch.where(in_part, goal, -100)
             out = model(inputs, shift_labels=only, num_items_in_batch=1, logits_to_keep=1, use_cache=False)
             nats[number] = out.loss.item()
     return nats
