@@ -38,7 +38,9 @@ def as_on_cuda(monkeypatch):
     monkeypatch.setattr(
         conv,
         "_CausalConv",
-        SimpleNamespace(apply=lambda x, w, *_: conv._definition(x, w, x.new_zeros(len(x), w.shape[1] - 1, x.shape[2]))[0]),
+        SimpleNamespace(
+            apply=lambda x, w, *_: conv._definition(x, w, x.new_zeros(len(x), w.shape[1] - 1, x.shape[2]))[0]
+        ),
     )
     monkeypatch.setattr(loss, "_product_dtype", lambda *_: None)
     monkeypatch.setattr(attention, "LONGEST", 0)
