@@ -391,7 +391,7 @@ name: tiny
 arms: [qies]
 sizes: [50k]
 seeds: [0, 1]
-tokens_per_parameter: 4
+tokens_per_parameter: 1
 data: {source: texts, vocab_size: 400, val_fraction: 0.2}
 train: {seq_len: 32, batch_size: 4, eval_tokens: 512}
 """
