@@ -28,8 +28,8 @@ def measure_overlap(train: Tokens, val: Tokens, vocab_size: int, progress: Progr
     """Count the n-grams of each document of `val`, and those of them that occur in `train`.
 
     The first token of `val` is the one that begins every document; no n-gram contains it. Only documents that end
-    within the first `MEASURED` tokens are measured. N-grams are compared by 64-bit hashes: 10^7 held-out and 10^11 training
-    n-grams give fewer than 0.1 false matches on average.
+    within the first `MEASURED` tokens are measured. N-grams are compared by 64-bit hashes: 10^7 held-out and 10^11
+    training n-grams give fewer than 0.1 false matches on average.
     """
     ids = val[:MEASURED]
     begin = ids[0]
