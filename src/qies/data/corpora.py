@@ -60,7 +60,8 @@ class Source:
 class Corpus:
     """Documents in a fixed order, those of a source side by side.
 
-    Documents with the same number in `groups` stay on one side of the split; where it is empty each may go either way.
+    `groups` has a number for each document; documents with the same number stay on one side of the split. If it is
+    empty, every document is a group of its own.
     """
 
     name: str
@@ -126,12 +127,12 @@ def _is_registry(source: str) -> bool:
 
 
 def split_documents(corpus: Corpus, val_fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """(train, val): whole documents and whole groups, every source with at least two of them in both.
+    """(train, val): whole documents and whole groups; every source with at least two groups is in both.
 
-    The groups are taken in the order of a hash of (seed, id, text) of their documents, the smallest of each, and each
-    goes to validation that still fits in its sources' `val_fraction` of bytes; where nothing of a source fits, the
-    shortest of its groups goes that leaves something of every source. Train keeps the order of the corpus (its windows
-    are shuffled). Val, which is read in order and perhaps not to its end, mixes the sources so that all advance
+    Groups are visited in the order of the smallest hash of (seed, id, text) among their documents. A group goes to
+    validation if it fits in what is left of `val_fraction` of the bytes of each of its sources. If no group of a source
+    fits, its shortest group goes that does not hold all documents of a source. Train keeps the order of the corpus (its
+    windows are shuffled). Val, which is read in order and perhaps not to its end, mixes the sources so that all advance
     together.
 
     Raises UserError if nothing is left for one of the two.

@@ -1,8 +1,8 @@
-"""Near-duplicates in a corpus: documents that share n-grams of 13 words, as editions and versions of one text do.
+"""Clusters of near-duplicate documents, such as editions of one text, by the 13-grams of words that they share.
 
-The measure is Broder's containment ("On the resemblance and containment of documents", 1997): the n-grams that two
-documents share, as a share of the shorter one's. It is counted, not estimated from MinHash, which estimates resemblance
-and so misses a chapter within a book; at up to 10^8 words counting takes seconds.
+The similarity is containment (Broder, "On the resemblance and containment of documents", 1997): the number of shared
+n-grams divided by that of the shorter document. It is counted exactly. MinHash estimates resemblance (Jaccard
+similarity) instead, which is low for a chapter and its book; exact counts take half a minute for 3 * 10^7 words.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from qies.data.contamination import words
 from qies.data.hashing import hash_ngrams, mix
 from qies.data.manifest import CLEAN
 
-_FORMULA = 100  # documents above which an n-gram is a formula (of a template or a licence), which links none of them
+_FORMULA = 100  # an n-gram in more documents is boilerplate (a template, a licence) and links none of them
 
 
 def clusters(texts: Sequence[str], containment: float = CLEAN) -> np.ndarray:
-    """Of each text the number of its cluster, int32 `[texts]`: two that share so many n-grams are in the same one.
+    """The cluster of each text, int32 `[texts]`. Texts with at least this `containment` are in the same cluster.
 
-    Clusters are the connected components (single linkage), so a chain of versions is one cluster. Takes about 50
-    bytes of memory a word.
+    Clusters are connected components (single linkage), so a chain of versions is one cluster. Uses about 50 bytes of
+    memory per word.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -48,7 +48,7 @@ def clusters(texts: Sequence[str], containment: float = CLEAN) -> np.ndarray:
 
 
 def _ngrams(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The hashes of each text's n-grams, each once, uint64, and the number of the text, int32."""
+    """Hashes of the distinct n-grams of each text, uint64 `[n]`, and the index of the text, int32 `[n]`."""
     number: defaultdict[str, int] = defaultdict(count().__next__)
     parts = [np.zeros(0, dtype=np.uint64)]
     for text in texts:

@@ -34,5 +34,5 @@ def hash_ngrams(values: np.ndarray) -> np.ndarray:
 
 
 def _joined(first: np.ndarray, second: np.ndarray, length: int) -> np.ndarray:
-    """Hashes of what `first` stands for and, behind it, the `length` values that `second` stands for."""
+    """Hashes of the values hashed in `first` followed by the `length` values hashed in `second`."""
     return first * np.uint64(pow(_BASE, length, 1 << 64)) + second

@@ -136,25 +136,25 @@ class Overlap:
 
 
 CLEAN = 0.1
-"""Share of a held-out document's n-grams that may occur in training for it to be of the clean part."""
+"""A held-out document is clean if at most this share of its n-grams occurs in training."""
 
 
 @dataclass(frozen=True)
 class ValOverlap:
-    """What val has in common with train (see `qies.data.overlap`): of each document of val, in their order, its n-grams
-    of 13 tokens, and how many of them occur in train. Documents behind the last one listed were not measured."""
+    """Overlap of val with train (see `qies.data.overlap`): the number of 13-grams of tokens of each document of val, in
+    order, and how many of them occur in train. Later documents of val were not measured."""
 
     ngrams: tuple[int, ...] = ()
     found: tuple[int, ...] = ()
 
     @property
     def share(self) -> float | None:
-        """Of all n-grams those that occur in train; None where none was looked at."""
+        """Share of all measured n-grams that occur in train; None if there are none."""
         return sum(self.found) / sum(self.ngrams) if any(self.ngrams) else None
 
     @property
     def clean(self) -> tuple[bool, ...]:
-        """Which documents are of the clean part; one that has no n-gram is."""
+        """Whether each measured document is clean. A document without n-grams is."""
         return tuple(found <= CLEAN * ngrams for ngrams, found in zip(self.ngrams, self.found, strict=True))
 
 
@@ -164,8 +164,8 @@ class Manifest:
 
     `hash` identifies text, split, tokenizer and tokens: two folders with the same one hold the same data. `config`,
     `fingerprint` (see `corpora.fingerprint`), `corpus` (its name) and `sources` say where it came from, `val_order` to
-    which source the documents of val belong, in their order, `reading` what was left out, `overlap` what val and train
-    have in common (all three are empty in manifests older than the field).
+    which source the documents of val belong, in their order, `reading` what was left out, `overlap` how much of val
+    occurs in train (all three are empty in manifests older than the field).
     """
 
     schema: int
@@ -210,7 +210,7 @@ def dumps(manifest: Manifest) -> str:
 
 
 def overlap_summary(manifest: Manifest) -> str:
-    """What val has in common with train, in one line of words; "" where it was not measured."""
+    """The overlap of val with train in one line of words; "" if it was not measured."""
     overlap = manifest.overlap
     if overlap.share is None:
         return ""

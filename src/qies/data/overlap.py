@@ -1,9 +1,9 @@
-"""What the held-out text has in common with the training text: n-grams of 13 tokens.
+"""Overlap of held-out with training text: the 13-grams of tokens of the validation split that occur in training.
 
-A model that has seen a passage predicts it better, so a held-out loss counts only where the text is new. Every held-out
-document is compared with all of training, and the loss is also reported on the clean part: the documents of which at
-most a tenth of the n-grams occur in training. Touvron et al., "Llama 2" (2023), arXiv:2307.09288, appendix A.6, divide
-evaluation data in the same way, by tokens in matches of more than ten, and call clean what has less than a fifth.
+A model predicts a passage better if it was trained on it, so the loss is also reported on the clean part: the documents
+of which at most a tenth of the n-grams occur in training. Touvron et al., "Llama 2" (2023), arXiv:2307.09288, appendix
+A.6, partition evaluation data in the same way; there a sample is clean if less than a fifth of its tokens are in
+matches of more than ten tokens.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from qies.data.shards import Tokens
 
 MEASURED = 1 << 23
-"""Held-out tokens that are compared at most. They bound the memory, to about 60 bytes each (0.5 GB)."""
+"""Number of held-out tokens measured at most. It bounds the memory: about 60 bytes a token, 0.5 GB."""
 _BLOCK = 1 << 18  # training tokens at a time
 
 
 def measure_overlap(train: Tokens, val: Tokens, vocab_size: int, progress: Progress) -> ValOverlap:
-    """The n-grams of each document of `val`, and how many of them occur in `train`.
+    """Count the n-grams of each document of `val`, and those of them that occur in `train`.
 
-    The first token of `val` begins every document; no n-gram contains it. A document that reaches beyond the first
-    `MEASURED` tokens is not measured, nor is any behind it. N-grams are compared by 64-bit hashes: among 10^7 held-out
-    and 10^11 training ones fewer than 0.1 are taken for equal by chance.
+    The first token of `val` is the one that begins every document; no n-gram contains it. Only documents that end
+    within the first `MEASURED` tokens are measured. N-grams are compared by 64-bit hashes: 10^7 held-out and 10^11
+    training n-grams give fewer than 0.1 false matches on average.
     """
     ids = val[:MEASURED]
     begin = ids[0]
@@ -43,7 +43,7 @@ def measure_overlap(train: Tokens, val: Tokens, vocab_size: int, progress: Progr
     document = document[:windows][inside]
     own, number = np.unique(hash_ngrams(values[ids])[inside], return_inverse=True)
     found = np.zeros(len(own), dtype=bool)
-    # Most n-grams of train are not in val: a table over the first bits of the hashes passes over nine in ten of them.
+    # Most n-grams of train are not in val: a table of the first bits of the hashes rejects about nine in ten of them.
     shift = np.uint64(64 - (8 * len(own)).bit_length())
     among = np.zeros(1 << (64 - int(shift)), dtype=bool)
     among[own >> shift] = True

@@ -41,7 +41,7 @@ def read_whole(path: Path) -> bytes:
 
 
 def require_utf8(path: Path) -> None:
-    """Raise UserError for a path that is not UTF-8: it could neither be written to a manifest nor be printed."""
+    """Raise UserError for a path that is not UTF-8, which can neither be written to a manifest nor be printed."""
     try:
         str(path).encode()
     except UnicodeEncodeError:

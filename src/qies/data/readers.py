@@ -243,7 +243,7 @@ def _pieces(path: Path) -> Iterator[str]:
 
 
 def _require_one(names: list[str], text_field: str, path: Path) -> None:
-    """Refuse a table with several columns of that name: the text of all but one would be lost."""
+    """Raise UserError for a table with several columns of that name: the text of all but one would be lost."""
     if (count := names.count(text_field)) > 1:
         raise UserError(f"'{path}' has {count} columns '{text_field}'; rename all but one")
 
@@ -285,7 +285,7 @@ def _parquet(path: Path, text_field: str, skip: int) -> Iterator[str]:
         column = column.storage_type if isinstance(column, BaseExtensionType) else column
         column = column.value_type if types.is_dictionary(column) else column
         tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-        if not any(test(column) for test in tests):  # before values are made that Python perhaps cannot hold
+        if not any(test(column) for test in tests):  # before conversion: Python cannot hold every value of Arrow
             raise UserError(f"'{path}' has {column}, no text, in '{text_field}'; {_OTHER_FIELD}")
         start = 0
         for group in range(file.num_row_groups):

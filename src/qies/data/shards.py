@@ -118,8 +118,8 @@ class Shards:
         return documents[first[:begun]], [run.source for run in runs[:begun]]
 
     def val_clean(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of the first `tokens` tokens of val: where each document begins, int64 `[documents]`, and whether it is of
-        the clean part, bool `[documents]`: False for one whose overlap with train was not measured.
+        """Where each document within the first `tokens` tokens of val begins, int64 `[documents]`, and whether it is
+        clean, bool `[documents]`: False if its overlap with train was not measured.
         """
         starts = np.flatnonzero(self.tokens("val")[:tokens] == self.tokenizer().eos_token_id)
         clean = np.zeros(max(len(starts), len(self.manifest.overlap.clean)), dtype=bool)

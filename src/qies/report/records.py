@@ -44,7 +44,8 @@ class Run:
     """One run record; numbers that are absent or not finite are None. `rows` are the lines of metrics.jsonl.
 
     `induction` is the final gain on a repeated random segment in nats per token, `onset` the tokens from which on it
-    stayed at or above INDUCTION_ONSET. `clean_loss` is of the held-out documents that training text hardly overlaps.
+    stayed at or above INDUCTION_ONSET. `clean_loss` is the loss on the clean part of the held-out text (see
+    `qies.data.overlap`).
     """
 
     arm: str

@@ -34,8 +34,8 @@ def held_out_loss(
     Returns val_loss (nats a token), val_bpb (bits a byte of the same text, whatever the tokenizer), val_tokens and
     val_bytes, and, where the text has several sources, `val_by_source` with the same of each. A token counts for the
     source of its document, `<|endoftext|>` for that of the document it begins. `val_loss_clean`, `val_bpb_clean` and
-    `val_tokens_clean` are of the documents that training text hardly overlaps (`Shards.val_clean`); they are absent
-    where there is none, or the overlap was not measured. `max_tokens=0` takes all of the text.
+    `val_tokens_clean` are the same over the clean documents (`Shards.val_clean`); they are absent if there are none or
+    if the overlap was not measured. `max_tokens=0` takes all of the text.
     The processes of `group` share each batch; every one of them returns the sums over all.
     """
     group = group or Group()
@@ -48,7 +48,7 @@ def held_out_loss(
     source_of_run = np.array([names.index(name) for name in runs] or [0])
 
     def part_of(where: np.ndarray) -> np.ndarray:
-        """Twice the source of the tokens at these positions, and one more where they are of the clean part."""
+        """Index of the sums to which the tokens at these positions count: 2 * source + (1 if clean else 0)."""
         source = source_of_run[np.maximum(np.searchsorted(starts, where, "right") - 1, 0)]
         return 2 * source + clean[np.searchsorted(documents, where, "right") - 1]
 
