@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from qies import runs
+from qies.config import StudyConfig, load
 from qies.scaling import compare, read_runs
 
 ROOT = Path(__file__).parent.parent
 SMALL = ROOT / "results" / "reference" / "small"
 FAIR = SMALL.parent / "fair-200k"
+QUICK = SMALL.parent / "quick"
 SIZES = ("40k", "60k", "100k")
 
 
@@ -51,3 +53,40 @@ def test_the_readmes_table_of_the_fair_comparison(arm, name):
         [pair] = compare(read_runs(FAIR), arm, "transformer").to_dict()["paired"]
         against = f"{pair['difference']:+.3f} ({pair['lo']:+.3f} to {pair['hi']:+.3f}) "
     assert f"| {name} | {loss:.4f} | {against}| {induction:.2f} |" in words("README.md")
+
+
+def test_the_readmes_comparison_at_twice_the_tokens():
+    folder = FAIR.parent / "fair-200k-4m"
+    means = {
+        arm: np.mean([r["metrics"]["val_loss"] for r in runs.query(folder, arm=arm)]) for arm in ("transformer", "qies")
+    }
+    [pair] = compare(read_runs(folder), "qies", "transformer").to_dict()["paired"]
+    said = (
+        f"transformer {means['transformer']:.4f}, qies {means['qies']:.4f}, a difference of {pair['difference']:+.3f} "
+    )
+    assert f"{said}(95% CI {pair['lo']:+.3f} to {pair['hi']:+.3f};" in words("README.md")
+
+
+@pytest.mark.parametrize("arm", ["transformer", "qies"])
+def test_the_readmes_losses_of_the_quick_study(arm):
+    study = load(StudyConfig, QUICK / "study.yaml")
+    means = []
+    for size in study.sizes:
+        found = runs.query(QUICK, arm=arm, size=size, status="done")
+        assert {record["seed"] for record in found} == set(study.seeds)
+        means.append(np.mean([record["metrics"]["val_bpb"] for record in found]))
+    assert f"| {arm} | {' | '.join(f'{mean:.4f}' for mean in means)} |" in words("README.md")
+
+
+def test_the_quick_studys_records_are_of_the_study_that_make_study_runs():
+    preset, recorded = (
+        load(StudyConfig, path) for path in (ROOT / "src/qies/studies/quick.yaml", QUICK / "study.yaml")
+    )
+    for name in ("arms", "sizes", "seeds", "budgets", "train"):
+        assert getattr(preset, name) == getattr(recorded, name)
+
+
+def test_the_readmes_verdict_of_the_quick_study():
+    result = compare(read_runs(QUICK), "qies", "transformer")
+    verdict = f"{result.verdict}: {result.reason}".split(", and its ")[0]
+    assert f'"{verdict[0].upper() if verdict.startswith("no diff") else verdict[0]}{verdict[1:]}' in words("README.md")
