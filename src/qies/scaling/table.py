@@ -303,9 +303,9 @@ def _decimal_marks(
     """What marks decimals in each column, POINT or COMMA, and notes that name the columns of commas.
 
     A column is decided by its own cells (0,05 and 1.234,5 and 1.000.000 have decimal commas, 1,200,000 and 1,234.5 have
-    not), or else by those of the other columns: 6,851 by any, and 1.234, which is a decimal in a table of points and a
-    count where points separate thousands elsewhere. Raises UserError for a column of both kinds, and where nothing
-    decides.
+    not), or else by those of the other columns: 6,851 by any; 1.234 is a decimal in a table of points, and
+    a count where points separate thousands and commas mark decimals elsewhere. Raises UserError for a column of both
+    kinds, and where nothing decides.
     """
     # By column and mark, the first cell that has it.
     cells: dict[str, dict[str, str]] = {column: {} for column in columns}
@@ -314,6 +314,9 @@ def _decimal_marks(
             cells[column].setdefault(_mark(row.get(column)), str(row.get(column)).strip())
     shown = {mark for found in cells.values() for mark in found}
     points, commas = POINT in shown, bool({COMMA, GROUPED} & shown)
+    # Points elsewhere that separate thousands do not rule out a loss of 3.451; decimal commas besides them do.
+    written = [cell for found in cells.values() for cell in found.values()]
+    grouping = GROUPED in shown and not points and any("," in cell for cell in written)
     marks, decimals, thousands = dict.fromkeys(columns, POINT), [], []
     for column, found in cells.items():
         if POINT in found and (comma := found.get(COMMA) or found.get(GROUPED)):
@@ -328,7 +331,7 @@ def _decimal_marks(
                 raise _ambiguous(path, column, found["?,"], "comma")
             comma = found["?,"] if commas else None
         if "?." in found and POINT not in found and (comma or commas):
-            if GROUPED not in found and (points or GROUPED not in shown):
+            if GROUPED not in found and not grouping:
                 raise _ambiguous(path, column, found["?."], "point")
             comma = comma or found["?."]
         if comma:
