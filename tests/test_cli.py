@@ -146,7 +146,7 @@ def test_overrides_may_stand_anywhere(capsys, tmp_path):
                   ["--json", "--dry-run", "--preset", "quick", "seeds=[3]", "sizes=[50k]"]):  # fmt: skip
         assert call("study", *order) == 0
         hashes.append([r["config_hash"] for r in json.loads(capsys.readouterr().out)])
-    assert hashes[0] == hashes[1] and len(hashes[0]) == 3
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 2
 
 
 @pytest.mark.parametrize("tokens", ["2m", "2e6", "2_000_000", "2000k"])
@@ -283,7 +283,7 @@ def test_a_terminal_without_unicode_gets_escapes(short_memory, monkeypatch):
     assert call("generate", str(short_memory), "--prompt", "\u00dcn \u6f22", "--max-new-tokens", "2") == 0
     assert stream.buffer.getvalue().startswith(rb"\xdcn \u6f22")
     assert call("study", "--preset", "quick", "--dry-run") == 0
-    assert b"no_phase" in stream.buffer.getvalue()
+    assert b"transformer" in stream.buffer.getvalue()
 
 
 def test_text_beyond_the_learned_positions_is_refused_before_it_is_made(short_memory, capsys):
@@ -333,7 +333,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_work(verb, shard_folde
 
 
 @pytest.mark.parametrize("verb", ["fit --json", "fit --figures", "compare --json", "report", "report --svg"])
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(verb, tmp_path, capsys):
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(verb, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python does not notice a module's file that was cut short
     shutil.copytree(QUICK, tmp_path / "quick")
     (tmp_path / "figures").mkdir()
     argv = {**verbs_that_write(tmp_path), "report": ["report", str(tmp_path / "quick")]}[verb]

@@ -57,6 +57,7 @@ TABLE = {
     "qies data build registry:pip --out data/registry": NETWORK,
     "qies data build registry:pip,npm --out data/registry": NETWORK,
     "qies data build registry --out data/registry": NETWORK,
+    "qies data build registry-dedup --out data/dedup": NETWORK,
     "qies data build SOURCE --out DIR": How({"SOURCE": "my_texts", "DIR": "built"}, "--vocab-size 400"),
     "qies study my.yaml --out results/mine seeds=[3,4]": How(more="--dry-run"),
     "qies ladder plan ladder.yaml": How(),

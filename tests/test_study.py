@@ -214,6 +214,7 @@ def test_a_study_whose_arm_was_defined_anew_is_refused(finished, settings, tmp_p
     assert (folder / "study.yaml").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_study_killed_in_the_middle_ends_as_the_undisturbed_one(finished, settings, tmp_path):
     undisturbed, expected = finished
     configs.save(settings, tmp_path / "tiny.yaml")

@@ -116,7 +116,7 @@ def test_texts_are_told_apart_by_their_hash_and_else_by_their_name(tmp_path):
     assert found["swept"] == ["data.hash", "data.seed", "data.source"]
     assert [row["loss"] for row in found["cells"][0]["variants"]] == [4.0, 4.1, 4.2, 4.3]
     finish(tmp_path / "moved", 4.2, "/moved/other", "a" * 64)
-    with pytest.raises(UserError, match="two runs of qies 50k seed 0 alike"):
+    with pytest.raises(UserError, match="two identical runs: qies 50k seed 0"):
         sweep(tmp_path)
 
 
@@ -125,7 +125,7 @@ def test_no_run_and_the_same_run_twice_are_refused(tmp_path):
         sweep(tmp_path)
     write(tmp_path / "a", {"0.5": [4.0]})
     write(tmp_path / "b", {"0.5": [4.0]})
-    with pytest.raises(UserError, match="two runs of qies 50k seed 0 alike"):
+    with pytest.raises(UserError, match="two identical runs: qies 50k seed 0"):
         sweep(tmp_path)
 
 

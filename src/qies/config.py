@@ -404,15 +404,21 @@ def save(config: Any, path: Path) -> None:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The `differences` of two runs or studies; their text is compared by its hash where both have one."""
+    """The `differences` of two runs or studies.
+
+    Their text is compared by its hash where both have one, and else by its path, of which a record with a hash holds
+    only the last part.
+    """
     pair = [dict(values) for values in (old, new)]
     data = [dict(values["data"]) if isinstance(values.get("data"), Mapping) else {} for values in pair]
     known = all(part.get("hash") for part in data)
+    name_only = bool(data[0].get("hash")) and not known
     for values, part in zip(pair, data, strict=True):
         source = part.get("source", "")
         part.pop("source" if known else "hash", None)
         if not known and isinstance(source, str) and is_path(source):
-            part["source"] = os.path.abspath(os.path.expanduser(source))
+            path = os.path.abspath(os.path.expanduser(source))
+            part["source"] = os.path.basename(path) if name_only else path
         values["data"] = part
     return differences(pair[0], pair[1])
 

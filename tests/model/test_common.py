@@ -305,6 +305,7 @@ def test_embeddings_resize(arm, tie, size, ids):
     assert model.lm_head.weight.grad.shape == (size, 32)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_as_the_plain_one():
     model = stirred("qies").train()
     ids = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -140,6 +140,7 @@ def test_gain_is_inside_its_band_when_there_is_one(quick_fits):
     assert np.mean(inside) >= 0.8
 
 
+@pytest.mark.slow
 def test_no_difference_under_the_null_quickly(quick_fits):
     for cells, count in ((GRID, 12), (LADDER, 50)):
         silent, covered = null(cells, count, 1, seed_sd=0.003, shared_sd=0.003)

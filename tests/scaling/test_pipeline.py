@@ -46,7 +46,7 @@ def test_the_json_holds_the_contract(table, tmp_path, capsys):
     [point] = found["predictions"]
     assert point["lo"] < point["loss"] < point["hi"] and point["loss"] == pytest.approx(law(1e9, 2e10), rel=0.01)
     assert len(found["held_out"]["runs"]) == 5 and found["comparison"]["scores"]
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert "alpha" in printed and "FLOPs 6ND" in printed and "diverged" in printed
 
 

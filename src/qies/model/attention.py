@@ -74,7 +74,7 @@ class Attention(nn.Module):
         self.gate = OutputGate(width, config.num_attention_heads, inner, config.gate)
         self.o_proj = linear(inner, width, std=0.0)
 
-    def forward(self, x: Tensor, *, angles, causal_mask, blocks, mask, past_key_values, texts=None, **kwargs):
+    def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, blocks=None, texts=None, **kwargs):
         """x [B,T,D] -> [B,T,D] and the weights or None. `causal_mask` is None when plain causal order holds;
         mask [B,T] bool, False at pads; texts [B,T], the number of each token's text in a packed row, and blocks the
         same with 0 at pads: tokens attend within their block."""

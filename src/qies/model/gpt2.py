@@ -26,7 +26,7 @@ class Gpt2Attention(nn.Module):
         self.o_proj = nn.Linear(inner, width)
         self.o_proj.residual = True  # type: ignore[assignment]
 
-    def forward(self, x: Tensor, *, angles, causal_mask, blocks, mask, past_key_values, texts=None, **kwargs):
+    def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, blocks=None, texts=None, **kwargs):
         """x [B,T,D] -> [B,T,D] and the weights or None."""
         shape = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (t.view(shape).transpose(1, 2) for t in self.qkv_proj(x).chunk(3, -1))
