@@ -60,6 +60,10 @@ TABLE = {
     "qies data build registry-dedup --out data/dedup": NETWORK,
     "qies data build SOURCE --out DIR": How({"SOURCE": "my_texts", "DIR": "built"}, "--vocab-size 400"),
     "qies study my.yaml --out results/mine seeds=[3,4]": How(more="--dry-run"),
+    "qies probe --preset quick": How(more="--dry-run"),
+    "qies probe tasks=[s3,a5] arms=[qies,complex,transformer] seeds=[0,1,2,3,4] --out results/state-tracking": How(
+        more="--dry-run"
+    ),
     "qies ladder plan ladder.yaml": How(),
     "qies ladder run ladder.yaml --out ladders/first": How(),
     "qies ladder status --out ladders/first --watch": How(),

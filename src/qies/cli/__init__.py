@@ -12,6 +12,7 @@ try:  # a second in which Ctrl-C is likely too
     from qies.cli.ladders import ladder
     from qies.cli.models import generate
     from qies.cli.numbers import bench, compare, fit, report
+    from qies.cli.probes import probe
     from qies.cli.runs import data, plan, study, train
     from qies.terminal import run
 except KeyboardInterrupt:
@@ -26,6 +27,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "ladder": ladder,
     "generate": generate,
     "report": report,
+    "probe": probe,
     "bench": bench,
     "fit": fit,
     "compare": compare,

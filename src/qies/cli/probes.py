@@ -1,0 +1,87 @@
+"""The verb probe: one capability at a time, on synthetic tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from qies.errors import UserError
+from qies.terminal import show
+
+
+def probe(
+    overrides: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PROBES.yaml] [KEY=VALUE ...]")] = (),
+    /,
+    preset: str | None = None,
+    out: Path | None = None,
+    workers: int = 0,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Train small models on synthetic tasks (state tracking, recall) and score them beyond the trained length.
+
+    Finished probes are kept: the same command resumes a killed sweep. docs/probes.md has the tasks and the protocol.
+
+    For example:
+
+        qies probe --preset quick
+        qies probe tasks=[s3,a5] arms=[qies,complex,transformer] seeds=[0,1,2,3,4] --out results/state-tracking
+        qies probe tasks=[mqar] probe.layers=2 probe.hidden_size=32 probe.steps=4000
+
+    Args:
+        overrides: A YAML file with tasks, arms, seeds and probe (the common settings), and overrides of its keys.
+        preset: Probes that come with the package: quick.
+        out: The folder of the records; by default results/probes.
+        workers: Probes trained at a time, each on one thread; by default one per core.
+        dry_run: Print the probes and stop.
+        json: Print the records as JSON.
+    """
+    from qies import config, ladder
+    from qies.probes.sweep import ProbeSweep, run_sweep, summary
+
+    files, changes = config.split(overrides)
+    if preset not in (None, "quick"):
+        raise UserError(f"Unknown value '{preset}' for preset. Known: quick.")
+    if len(files) + (preset is not None) > 1:
+        raise UserError("Give one set of probes: a PROBES.yaml or --preset quick.")
+    if workers < 0:
+        raise UserError("--workers must be 0 (one per core) or more.")
+    if preset is not None:
+        files = [str(Path(__file__).parents[1] / "probes" / f"{preset}.yaml")]
+    sweep = (
+        config.load(ProbeSweep, files[0], changes) if files else config.from_dict(ProbeSweep, config.merge({}, changes))
+    )
+    probes = sweep.probes()
+    console = Console(stderr=json)
+    if dry_run:
+        show(json, [config.to_dict(p) for p in probes], lambda: [print(p.task, p.arm, "seed", p.seed) for p in probes])
+        return
+    done = 0
+
+    def progress(record: dict) -> None:
+        nonlocal done
+        done += 1
+        name = "{task} {arm} seed {seed}".format(**record["config"])
+        longest, score = list(record["accuracy"].items())[-1]
+        console.print(f"{done} of {len(probes)}: {name}, accuracy at {longest} tokens {score:.3f}", highlight=False)
+
+    records = run_sweep(probes, out or Path("results/probes"), workers or ladder.cores(), progress)
+    show(json, records, lambda: console.print(_table(summary(records))))
+
+
+def _table(rows: list[dict]) -> Table:
+    lengths = sorted({int(n) for row in rows for n in row["accuracy"]})
+    table = Table(title="accuracy over all scored positions, mean over seeds, by number of tokens")
+    for name in ("task", "arm", "solved", "chance", *(f"{n:,}" for n in lengths), "N"):
+        table.add_column(name, justify="left" if name in ("task", "arm") else "right")
+    for row in rows:
+        scores = [f"{row['accuracy'][str(n)]:.3f}" if str(n) in row["accuracy"] else "" for n in lengths]
+        solved = f"{row['solved']} of {row['seeds']}"
+        table.add_row(row["task"], row["arm"], solved, f"{row['chance']:.3f}", *scores, f"{row['parameters']:,}")
+    table.caption = "solved: seeds with an accuracy of at least 0.99 at the longest; N: non-embedding parameters"
+    return table

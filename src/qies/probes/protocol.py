@@ -1,0 +1,159 @@
+"""One probe: a small model trained on a task at growing lengths, then scored at lengths up to 16 times as long."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from qies import presets
+from qies.errors import UserError
+from qies.probes.tasks import IGNORED, Task, task
+
+SUCCESS = 0.99  # accuracy from which on a run counts as having solved the task
+CLIP = 1.0
+WARMUP = 0.05  # share of the steps
+SCORED = 2**16  # tokens of every evaluation
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """One run: an arm of one or few layers without a short convolution, trained from scratch on one task.
+
+    length: the longest of the training lengths, which double from 4 during the first half of the steps.
+    longer: evaluation lengths as multiples of `length`. mixer: every layer's, by default the arm's own (its
+    entanglement layer, or attention where it has none). model: fields of QiesConfig to replace.
+    """
+
+    task: str = "s3"
+    arm: str = "qies"
+    seed: int = 0
+    layers: int = 1
+    hidden_size: int = 64
+    heads: int = 4
+    length: int = 64
+    longer: tuple[int, ...] = (1, 2, 4, 8, 16)
+    steps: int = 2000
+    batch_size: int = 64
+    lr: float = 3e-3
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.length < 4 or not self.longer or min(self.longer) < 1:
+            raise UserError("length must be at least 4 and longer a list of multiples of at least 1.")
+        if self.hidden_size % (2 * self.heads):
+            raise UserError(f"hidden_size {self.hidden_size} must be a multiple of twice the {self.heads} heads.")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"lr is {self.lr}; it must be positive.")
+        self.values()
+        for length in {self.length, self.length * max(self.longer)}:
+            task(self.task).sample(np.random.default_rng(0), 1, length)  # a length that does not fit is said now
+
+    def values(self) -> dict[str, Any]:
+        """The keyword arguments of `QiesConfig`."""
+        if self.arm not in presets.ARMS:
+            presets.settings(self.arm, "100k", 4096)  # raises, with the nearest name
+        arm = dict(presets.ARMS[self.arm])
+        kind = "full_attention" if arm.pop("attention_everywhere", False) else "linear_attention"
+        for key in self.model:
+            if key not in presets.MODEL_FIELDS:
+                presets.settings(self.arm, "100k", 4096, **{key: None})  # raises, with the nearest name
+        values = {
+            **presets.MODEL_FIELDS, **arm, "num_hidden_layers": self.layers, "hidden_size": self.hidden_size,
+            "num_attention_heads": self.heads, "head_dim": self.hidden_size // self.heads,
+            "intermediate_size": 2 * self.hidden_size, "conv_size": 0, "attention_conv_size": 0, "logit_softcap": 0.0,
+            "layer_types": [kind] * self.layers, "vocab_size": task(self.task).vocab_size, **self.model,
+        }  # fmt: skip
+        if problem := presets.inconsistent(values):
+            raise UserError(problem)
+        return values
+
+
+def train_probe(config: ProbeConfig, progress: Callable[[int, float], None] | None = None) -> dict[str, Any]:
+    """Train and score one probe in float32 on this process; the result as plain data.
+
+    accuracy: {length: share of the scored positions that are right}; `last`: the same at the last scored position of
+    each row alone. AdamW, warm-up over 5 % of the steps, cosine decay to zero, gradients clipped to norm 1.
+    """
+    from qies.model import QiesConfig, QiesForCausalLM
+
+    chosen, values = task(config.task), config.values()
+    torch.manual_seed(config.seed)
+    model = QiesForCausalLM(QiesConfig(**values)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warm = max(1, round(WARMUP * config.steps))
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    rng = np.random.default_rng([config.seed, 0])
+    start = time.monotonic()
+    for step in range(config.steps):
+        ids, targets = chosen.sample(rng, config.batch_size, training_length(config, chosen, step))
+        loss = model(torch.from_numpy(ids), shift_labels=torch.from_numpy(targets)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if progress is not None:
+            progress(step, loss.item())
+    seconds = time.monotonic() - start
+    scores = {config.length * m: accuracy(model, chosen, config.length * m, config.seed) for m in config.longer}
+    return {
+        "parameters": presets.count_parameters(values)["non_embedding"],
+        "accuracy": {str(length): score[0] for length, score in scores.items()},
+        "last": {str(length): score[1] for length, score in scores.items()},
+        "chance": chosen.chance,
+        "seconds": seconds,
+    }
+
+
+def training_length(config: ProbeConfig, chosen: Task, step: int) -> int:
+    """The length of a training step: doubling from 4 over the first half of the steps, then `config.length`.
+
+    A length that the task cannot fill is passed over.
+    """
+    doublings = max(1, math.ceil(math.log2(config.length / 4)))
+    stage = min(doublings, step * 2 * doublings // config.steps)
+    lengths = [min(config.length, 4 * 2**i) for i in range(stage, doublings + 1)]
+    return next(length for length in lengths if _fits(chosen, length))
+
+
+def _fits(chosen: Task, length: int) -> bool:
+    try:
+        chosen.sample(np.random.default_rng(0), 1, length)
+    except UserError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, chosen: Task, length: int, seed: int) -> tuple[float, float]:
+    """Share of right answers over about 2^16 tokens of rows that training did not see: all scored positions, and the
+    last of each row."""
+    rng = np.random.default_rng([seed, 1, length])
+    rows = max(16, SCORED // length)
+    model.eval()
+    right: list[np.ndarray] = []
+    last: list[np.ndarray] = []
+    for _ in range(4):
+        ids, targets = chosen.sample(rng, rows // 4, length)
+        answers = model(torch.from_numpy(ids), use_cache=False).logits.argmax(-1).numpy()
+        scored = targets != IGNORED
+        hit = answers == targets
+        right.append(hit[scored])
+        end = length - 1 - scored[:, ::-1].argmax(1)
+        last.append(hit[np.arange(len(hit)), end])
+    return float(np.concatenate(right).mean()), float(np.concatenate(last).mean())

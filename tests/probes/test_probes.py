@@ -1,0 +1,72 @@
+"""A probe from the configuration to the table."""
+
+import json
+
+import pytest
+
+from qies import presets
+from qies.errors import UserError
+from qies.probes.protocol import ProbeConfig, train_probe, training_length
+from qies.probes.sweep import ProbeSweep, run_sweep, summary
+from qies.probes.tasks import task
+
+SMALL = {"hidden_size": 16, "heads": 2, "length": 8, "longer": (1, 2), "steps": 3, "batch_size": 4}
+
+
+@pytest.mark.parametrize("arm", [arm for arm in presets.ARMS if arm != "gpt2"])
+def test_every_arm_trains_and_repeats(arm):
+    first, second = (train_probe(ProbeConfig(task="s3", arm=arm, **SMALL)) for _ in range(2))
+    first.pop("seconds"), second.pop("seconds")
+    assert first == second and set(first["accuracy"]) == {"8", "16"}
+
+
+def test_parity_is_learned():
+    """One entanglement layer with reflections learns parity and carries it to 8 times the length."""
+    probe = ProbeConfig(
+        task="parity", arm="no_phase", hidden_size=32, heads=2, length=8, longer=(1, 8), steps=600, batch_size=32
+    )
+    result = train_probe(probe)
+    assert result["accuracy"]["64"] > 0.99
+
+
+def test_lengths_double_over_the_first_half():
+    probe = ProbeConfig(task="s3", length=64, steps=80)
+    lengths = [training_length(probe, task("s3"), step) for step in range(80)]
+    assert lengths == [4] * 10 + [8] * 10 + [16] * 10 + [32] * 10 + [64] * 40
+    # eight items do not fit into less than 16 tokens
+    copy = ProbeConfig(task="selective-copy", length=64, steps=80)
+    assert [training_length(copy, task("selective-copy"), step) for step in (0, 79)] == [16, 64]
+
+
+def test_a_sweep_resumes_and_counts_seeds(tmp_path):
+    sweep = ProbeSweep(("s3",), ("no_phase",), (0, 1), ProbeConfig(**SMALL))
+    seen = []
+    records = run_sweep(sweep.probes(), tmp_path, 2, seen.append)
+    assert len(records) == len(seen) == 2 == len(list(tmp_path.glob("*.json")))
+    [lost] = tmp_path.glob("s3-no_phase-1-*.json")
+    before = lost.read_text()
+    lost.unlink()
+    again = run_sweep(sweep.probes(), tmp_path, 1, lambda record: None)
+    for record in (*again, *records, old := json.loads(before)):
+        record.pop("seconds")
+    assert again == records and old in again
+    rows = summary(again)
+    assert [(row["task"], row["seeds"]) for row in rows] == [("s3", 2)]
+    assert all(row["solved"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"task": "s33"}, "Did you mean 's3'"),
+        ({"arm": "qeis"}, "Did you mean 'qies'"),
+        ({"model": {"fase": "none"}}, "Did you mean 'phase'"),
+        ({"task": "mqar", "length": 65536}, "fewer pairs"),
+        ({"hidden_size": 30}, "multiple of twice"),
+        ({"steps": 0}, "at least 1"),
+        ({"lr": float("nan")}, "positive"),
+    ],
+)
+def test_bad_input_is_one_line_before_training(values, words):
+    with pytest.raises(UserError, match=words):
+        ProbeConfig(**values)
