@@ -23,6 +23,7 @@ def held(outcome):
     assert not outcome.wrong, outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True])
 def test_killed_at_a_random_moment(inside, place):
     held(kills.kill(place, random.Random(1), inside=inside))

@@ -20,6 +20,7 @@ def test_every_arm_trains_and_repeats(arm):
     assert first == second and set(first["accuracy"]) == {"8", "16"}
 
 
+@pytest.mark.slow
 def test_parity_is_learned():
     """One entanglement layer with reflections learns parity and carries it to 8 times the length."""
     probe = ProbeConfig(

@@ -128,6 +128,7 @@ def test_both_directions_are_found_with_noise():
         assert there.paired[-1].p < 0.05 and there.paired[-1].difference == -back.paired[-1].difference
 
 
+@pytest.mark.slow
 def test_gain_is_inside_its_band_when_there_is_one(quick_fits):
     rng = np.random.default_rng(5)
     n, d = GRID.T
