@@ -59,7 +59,8 @@ def probe(
     probes = sweep.probes()
     console = Console(stderr=json)
     if dry_run:
-        show(json, [config.to_dict(p) for p in probes], lambda: [print(p.task, p.arm, "seed", p.seed) for p in probes])
+        lines = "\n".join(f"{p.task} {p.arm} seed {p.seed}" for p in probes)
+        show(json, [config.to_dict(p) for p in probes], lambda: print(lines))
         return
     done = 0
 
