@@ -13,13 +13,13 @@ ROOT = Path(__file__).parent.parent / "src" / "qies"
 # presets, and the objective is arithmetic on the ops that the model's loss needs.
 TIERS = [
     {"errors", "strict_yaml", "storage", "_register", "terminal"},
-    {"config", "presets", "efficiency.flops"},
+    {"config", "presets", "accounting"},
     {"ops"},
     {"objective"},
     {"model"},
     {"data", "train", "runs"},
     {"ladder", "plotting"},
-    {"evaluation", "scaling", "entanglement", "probes", "efficiency", "decoding", "faults"},
+    {"evaluation", "scaling", "entanglement", "probes", "bench", "decoding", "faults"},
     {"report"},
     {"study"},
     {"cli"},
@@ -60,7 +60,7 @@ def test_imports_point_up_the_list(path):
         assert {m for m in imported(path) if tier(m) > tier(name)} == set()
 
 
-@pytest.mark.parametrize("module", ["qies", "qies.config", "qies.presets", "qies.scaling.laws", "qies.efficiency.plan"])
+@pytest.mark.parametrize("module", ["qies", "qies.config", "qies.presets", "qies.scaling.laws", "qies.accounting.plan"])
 def test_light_modules_import_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

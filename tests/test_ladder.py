@@ -201,12 +201,12 @@ def test_status_reads_folders_alone(grid, shard_folder, fake, tmp_path):
 
 def test_a_worker_trains_on_the_device_it_finds_and_ends_with_its_controller(shard_folder, tmp_path, monkeypatch):
     from qies.ladder import worker
-    from qies.train import loop, parallel
+    from qies.train import distributed, loop
 
     config = RunConfig("qies", "50k")
     runs.write(tmp_path, {"schema": 1, "status": "planned", "config": to_dict(config)})
-    own, seen = parallel.Group(), {}
-    monkeypatch.setattr(parallel, "start", lambda folder: contextlib.nullcontext(own))
+    own, seen = distributed.Group(), {}
+    monkeypatch.setattr(distributed, "start", lambda folder: contextlib.nullcontext(own))
     monkeypatch.setattr(loop, "train", lambda config, *rest, **how: seen.update(how, config=config))
     assert worker.main(tmp_path, shard_folder, 1) == 0
     assert seen["group"] is own and seen["parent"] == os.getppid() and seen["config"] == config

@@ -30,7 +30,7 @@ STATUSES = ("planned", "running", "done", "failed", "diverged")
 def plan(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     """The record of a run that has not started: everything that is known before anything is spent."""
     from qies import presets
-    from qies.efficiency.flops import CONVENTION, training_flops_per_token
+    from qies.accounting.flops import CONVENTION, training_flops_per_token
 
     values = presets.settings(config.arm, config.size, vocab_size, **config.model)
     if values["position"] == "learned" and config.train.seq_len > values["max_position_embeddings"]:

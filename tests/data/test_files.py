@@ -11,8 +11,8 @@ from qies.config import RunConfig
 from qies.data.files import exclusive, replacing
 from qies.errors import UserError
 from qies.train.checkpoint import _partial
-from qies.train.folder import CHECKPOINTS, claim
 from qies.train.loop import _Run, build_model
+from qies.train.run_directory import CHECKPOINTS, claim
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:

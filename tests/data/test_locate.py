@@ -18,7 +18,7 @@ from qies.data.shards import build_shards
 from qies.data.tokenizer import save_tokenizer, train_tokenizer
 from qies.errors import UserError
 from qies.terminal import run
-from qies.train.folder import claim, open_run
+from qies.train.run_directory import claim, open_run
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qies.ops import compiled
-from qies.ops.entangle import chunk, entangle, entangle_chunk, entangle_naive, fused
-from qies.ops.entangle.fused import entangle_fused, in_parts, sweep, tile
+from qies.ops.entangle import chunk, cpu, entangle, entangle_chunk, entangle_naive
+from qies.ops.entangle.cpu import entangle_fused, in_parts, scan, workspace
 
 FORMS = [("real", False), ("complex", False), ("complex", True)]
 
@@ -122,26 +122,26 @@ def test_the_digest_sees_every_file(tmp_path):
 
 
 def test_two_processes_never_give_two_codes_one_name():
-    function = sweep.forward.py_func
+    function = scan.forward.py_func
     names = {compiled.kernel(function)._cache._cache_file._data_name(1) for _ in range(2)}
     assert len(names) == 2
 
 
 def test_compiled_code_is_kept_until_any_file_of_the_kernel_changes(monkeypatch):
-    key = sweep.forward._cache._index_key
-    signature = sweep.forward.signatures[0] if sweep.forward.signatures else ()
-    codegen = sweep.forward.targetctx.codegen()
+    key = scan.forward._cache._index_key
+    signature = scan.forward.signatures[0] if scan.forward.signatures else ()
+    codegen = scan.forward.targetctx.codegen()
     before = key(signature, codegen)
     assert key(signature, codegen) == before
-    monkeypatch.setattr(type(sweep.forward._cache), "sources", "another")
+    monkeypatch.setattr(type(scan.forward._cache), "sources", "another")
     assert key(signature, codegen) != before
 
 
 def test_the_kernel_cuts_chunks_head_by_head():
     damping = torch.full((1, 70, 2), -0.5)
     damping[:, 40, 0] = damping[:, 50:, 1] = -100.0
-    sizes = tile.Sizes(70, 2, 4, 4, 1, 1, 1, False, 16, 16)
-    first, starts, place, kept = sweep.plan(damping.numpy().reshape(-1), sizes, 1)
+    sizes = workspace.Sizes(70, 2, 4, 4, 1, 1, 1, False, 16, 16)
+    first, starts, place, kept = scan.plan(damping.numpy().reshape(-1), sizes, 1)
     assert first.tolist() == [0, 4, 4 + 23]
     assert starts.tolist()[:4] == [0, 32, 40, 70]
     assert starts.tolist()[4:] == [0, 32, *range(50, 71)]
@@ -321,7 +321,7 @@ def test_vmap_and_exports_do_not_read_the_numbers():
 def test_a_compiled_model_runs_the_kernel(monkeypatch):
     args = [x.float() for x in inputs(2, 40, 2, 3, 4)]
     calls = []
-    monkeypatch.setattr(fused._Fused, "apply", lambda *a, f=fused._Fused.apply: calls.append(1) or f(*a))
+    monkeypatch.setattr(cpu._Fused, "apply", lambda *a, f=cpu._Fused.apply: calls.append(1) or f(*a))
 
     def twice(q, *rest):
         return 2 * entangle(q * 2, *rest)[0]

@@ -6,7 +6,7 @@ from entangle_cases import NAMES, assert_close, evaluate, inputs
 
 from qies.errors import UserError
 from qies.ops.entangle import entangle, entangle_chunk, entangle_naive
-from qies.ops.entangle.fused import entangle_fused
+from qies.ops.entangle.cpu import entangle_fused
 
 
 @pytest.mark.parametrize("given", ["q", "k"])

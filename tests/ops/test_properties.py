@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qies.ops.entangle import entangle_chunk, entangle_naive, entangle_step
-from qies.ops.entangle.fused import entangle_fused
+from qies.ops.entangle.cpu import entangle_fused
 from qies.ops.pairs import rotate, times_i, to_complex, to_pair
 
 FORMS = [("real", False), ("complex", False), ("complex", True)]

@@ -10,7 +10,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 )
 
 from qies.ops.entangle import entangle_chunk, entangle_naive
-from qies.ops.entangle.fused import entangle_fused
+from qies.ops.entangle.cpu import entangle_fused
 
 
 def gated_delta_rule(referee):

@@ -156,7 +156,7 @@ def test_ranks_part_before_a_tracker_closes(monkeypatch, tmp_path, shard_folder,
 
     from qies.config import RunConfig
     from qies.ladder import worker
-    from qies.train import parallel
+    from qies.train import distributed
     from qies.train import tracking as trackers
 
     order = []
@@ -169,7 +169,7 @@ def test_ranks_part_before_a_tracker_closes(monkeypatch, tmp_path, shard_folder,
 
         return context
 
-    monkeypatch.setattr(parallel, "start", logged("group", parallel.Group()))
+    monkeypatch.setattr(distributed, "start", logged("group", distributed.Group()))
     monkeypatch.setattr(trackers, "tracking", logged("tracker", lambda row: None))
     monkeypatch.setattr("qies.train.loop.train", lambda *_, **__: None)
     runs.write(tmp_path, runs.plan(RunConfig("qies", "50k", 128, 0, data_config, tiny), 300))

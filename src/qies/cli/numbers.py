@@ -94,16 +94,16 @@ def bench(
         return
     if quick or markdown is not None:
         raise UserError("--quick and --markdown are for qies bench faults.")
-    from qies.efficiency import bench as benches
-    from qies.efficiency.threads import bench_threads
+    from qies.bench import rivals
+    from qies.bench.threads import bench_threads
 
     torch.set_num_threads(threads)
-    results = bench_threads(cases, rounds=rounds) if what == "threads" else benches.run(what, cases, rounds)
+    results = bench_threads(cases, rounds=rounds) if what == "threads" else rivals.run(what, cases, rounds)
     measured = {"threads": None if what == "threads" else threads, "cases": [r.to_dict() for r in results]}
     value = _measured(what) | measured
     if out is not None:
         runs.write_json(out, value)
-    show(json, value, lambda: Console().print(benches.comparison_table(f"bench {what}", results)))
+    show(json, value, lambda: Console().print(rivals.comparison_table(f"bench {what}", results)))
 
 
 def _bench_faults(

@@ -121,7 +121,7 @@ def plan(
         json: Print JSON.
     """
     from qies import config, presets
-    from qies.efficiency.plan import Cluster, plan_model, plan_text
+    from qies.accounting.plan import Cluster, plan_model, plan_text
 
     budget = None if tokens is None else presets.parse_count(tokens, "--tokens")
     counts = {"tokens": budget, "vocab-size": vocab_size, "seq-len": seq_len, "micro-batch": micro_batch}
@@ -270,10 +270,10 @@ def train(
     from qies.data.locate import locate
     from qies.data.manifest import summary
     from qies.data.shards import build_shards, open_shards
-    from qies.train.folder import branch, claim
+    from qies.train.distributed import check_batch, rank_and_size, start
     from qies.train.loop import check_data
     from qies.train.loop import train as train_run
-    from qies.train.parallel import check_batch, rank_and_size, start
+    from qies.train.run_directory import branch, claim
     from qies.train.tracking import parse, tracking
 
     if out is None:

@@ -24,7 +24,7 @@ from qies.config import DataConfig, RunConfig, TrainConfig
 from qies.data.locate import locate
 from qies.data.shards import build_shards
 from qies.faults import victim
-from qies.train.folder import CHECKPOINTS
+from qies.train.run_directory import CHECKPOINTS
 
 SETTINGS = TrainConfig(
     seq_len=32, batch_size=4, eval_tokens=512, save_every=4, warmup=0.1, precision="fp32", muon_precision="fp32"

@@ -16,7 +16,7 @@ from pathlib import Path
 from qies import runs
 from qies.faults.lab import Lab, Outcome, one_line, rows_written
 from qies.train import checkpoint
-from qies.train.folder import CHECKPOINTS
+from qies.train.run_directory import CHECKPOINTS
 
 DAMAGES = ("truncate", "delete", "flip")
 DISK = 16 << 20  # bytes of the small file system

@@ -13,11 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import qies.data.shards
-import qies.ladder
-import qies.train.folder
-import qies.train.loop  # noqa: F401 (what the fork server is to have imported)
-
 
 def main(command: list[str], env: dict[str, str], log: Path, fresh: bool, before: Callable[[], None] | None) -> None:
     """Run `python COMMAND` with its output in `log`.out and `log`.err; `before` is called first, unless `fresh`."""

@@ -13,7 +13,7 @@ from pathlib import Path
 class Ranks:
     """`count` processes of one command, as far as a controller wants to know of them: like one `Popen`.
 
-    When one dies the others end by themselves within seconds (`qies.train.parallel`).
+    When one dies the others end by themselves within seconds (`qies.train.distributed`).
     """
 
     def __init__(self, words: Sequence[str], env: Mapping[str, str], log: Path, count: int) -> None:

@@ -25,8 +25,8 @@ def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> i
     from qies import runs
     from qies.config import RunConfig, from_dict
     from qies.data.shards import open_shards
+    from qies.train.distributed import start
     from qies.train.loop import Interrupted, train
-    from qies.train.parallel import start
     from qies.train.tracking import tracking
 
     torch.set_num_threads(threads)

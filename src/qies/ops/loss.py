@@ -20,7 +20,7 @@ from torch import Tensor
 from qies.errors import UserError
 from qies.ops.autograd import first_order, transformed
 from qies.ops.compiled import kernel
-from qies.ops.lanes import exp, flat, get, put, reread, write
+from qies.ops.simd import exp, flat, get, put, reread, write
 
 TILE = 1 << 17  # half as many numbers of the head as are cast, or whose gradient is added up, at once: a 2 MB cache
 CHUNK = 512  # most tokens whose logits are held at once

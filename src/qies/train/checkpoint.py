@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from qies.data.files import make_folder, sync
 from qies.errors import Stopped
-from qies.train.parallel import Group
+from qies.train.distributed import Group
 
 PREFIX = "step-"
 SEAL, META = "seal.json", "meta.json"

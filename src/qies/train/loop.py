@@ -29,12 +29,12 @@ from qies.data.shards import Shards
 from qies.errors import Stopped, UserError
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.train import checkpoint, memory
-from qies.train.folder import CHECKPOINTS, FIXED, open_run
+from qies.train.distributed import Group, check_batch
 from qies.train.induction import due, induction_gain, onset
+from qies.train.loss_spikes import Spikes
 from qies.train.optim import Optimizers
-from qies.train.parallel import Group, check_batch
+from qies.train.run_directory import CHECKPOINTS, FIXED, open_run
 from qies.train.schedule import warmup_stable_decay
-from qies.train.spikes import Spikes
 from qies.train.validation import held_out_loss
 
 transformers_logging.disable_progress_bar()  # saving a model is no news beside the run's own bar
@@ -95,8 +95,8 @@ def train(
     Writes run.json, metrics.jsonl (a row a step), checkpoints while it runs, and `model/` (safetensors and
     tokenizer) at the end. Raises UserError when `folder` holds another run or other data, Interrupted after
     SIGTERM or SIGINT once the state is saved, Stopped when the disk is full. Another process in the same folder is
-    waited for, `patience` seconds. Every process of `group` (`qies.train.parallel.start`) calls this alike. A run that
-    is given the id of its `parent` (a controller, torchrun) stops as by SIGTERM when that is gone.
+    waited for, `patience` seconds. Every process of `group` (`qies.train.distributed.start`) calls this alike. A run
+    that is given the id of its `parent` (a controller, torchrun) stops as by SIGTERM when that is gone.
     """
     keep_memory()
     group = group or Group()

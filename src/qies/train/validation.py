@@ -15,7 +15,7 @@ from qies.data.tokenizer import token_byte_lengths
 from qies.model import QiesForCausalLM
 from qies.objective import bits_per_byte
 from qies.ops.loss import linear_cross_entropy
-from qies.train.parallel import Group
+from qies.train.distributed import Group
 
 
 @torch.no_grad()

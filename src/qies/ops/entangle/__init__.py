@@ -100,7 +100,7 @@ def evolve(
         fast = "fla" if obstacle(*inputs) is None else "fused" if _fits_kernel(*inputs) else "chunk"
         backend = "step" if q.shape[1] == 1 else fast
     if backend == "fused":
-        from qies.ops.entangle.fused import entangle_fused  # numba is imported when it is needed
+        from qies.ops.entangle.cpu import entangle_fused  # numba is imported when it is needed
 
         return entangle_fused(*inputs, mode)
     run = {"naive": entangle_naive, "chunk": entangle_chunk, "step": entangle_step, "fla": entangle_fla}[backend]

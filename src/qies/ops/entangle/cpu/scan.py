@@ -11,10 +11,10 @@ import numpy as np
 from numba import njit
 
 from qies.ops.compiled import OPTIONS, kernel
-from qies.ops.entangle.fused.pull import pull, settle, sum_up, through, turn_back
-from qies.ops.entangle.fused.push import advance, outputs, prepare
-from qies.ops.entangle.fused.tile import RANGE, rescale
-from qies.ops.lanes import cos_sin, get, prefetch, put, read
+from qies.ops.entangle.cpu.chunk_backward import pull, settle, sum_up, through, turn_back
+from qies.ops.entangle.cpu.chunk_forward import advance, outputs, prepare
+from qies.ops.entangle.cpu.workspace import RANGE, rescale
+from qies.ops.simd import cos_sin, get, prefetch, put, read
 
 ABREAST = 8  # most heads that go in step: their states stay in the nearer cache
 CALM = 60.0  # a chunk damps to e^-60 at most: its rescaled halves are far from over- and underflow in float32

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3NextConfig, Qwen3Next
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from qies import presets
-from qies.efficiency.latency import Comparison, compare
+from qies.bench.timing import Comparison, compare
 from qies.errors import UserError
 from qies.model.configuration import QiesConfig
 from qies.model.modeling import QiesForCausalLM

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from qies.efficiency.bench import own_step
-from qies.efficiency.latency import Comparison, compare
+from qies.bench.rivals import own_step
+from qies.bench.timing import Comparison, compare
 from qies.errors import UserError
 from qies.ladder import cores
 from qies.ladder.controller import thread_environment

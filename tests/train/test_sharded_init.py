@@ -7,8 +7,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qies import presets
 from qies.model import QiesConfig, QiesForCausalLM
-from qies.train.deferred import Deferred
-from qies.train.parallel import Group
+from qies.train.distributed import Group
+from qies.train.sharded_init import Deferred
 
 TIED = {"tie_word_embeddings": True}
 REGISTERS = {"register_heads": 2, "decay": "channel"}

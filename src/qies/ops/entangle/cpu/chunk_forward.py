@@ -10,8 +10,8 @@ import numpy as np
 from numba import njit
 
 from qies.ops.compiled import OPTIONS
-from qies.ops.entangle.fused.tile import RANGE, hand_out, hide, rescale, spread, take_in, turn
-from qies.ops.lanes import (
+from qies.ops.entangle.cpu.workspace import RANGE, hand_out, hide, rescale, spread, take_in, turn
+from qies.ops.simd import (
     FULL,
     LANES,
     LOWER,

@@ -3,13 +3,13 @@
 import pytest
 
 from qies import presets
-from qies.efficiency import bench, latency, threads
+from qies.bench import rivals, threads, timing
 from qies.errors import UserError
 
 
 def test_ratios_are_those_of_each_round_and_cancel_drift(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     order, drift = [], [1.0]
 
     def rival(name, cost):
@@ -21,22 +21,22 @@ def test_ratios_are_those_of_each_round_and_cancel_drift(monkeypatch):
 
         return call
 
-    result = latency.compare("case", {"a": rival("a", 1.0), "b": rival("b", 3.0)}, rounds=3, warmup=1)
+    result = timing.compare("case", {"a": rival("a", 1.0), "b": rival("b", 3.0)}, rounds=3, warmup=1)
     assert order == ["a", "b"] * 4
     assert result.ratio == {"a": 1.0, "b": pytest.approx(3.0)}
     assert result.seconds == {"a": 4.0, "b": 12.0}
 
 
 def test_every_op_rival_runs_forward_and_backward():
-    rivals = bench.op_rivals(1, 70, 2, 8, 8)
-    assert set(rivals) == {"entangle", "entangle, no phase", "transformers gated delta rule", "causal SDPA"}
-    for call in rivals.values():
+    found = rivals.op_rivals(1, 70, 2, 8, 8)
+    assert set(found) == {"entangle", "entangle, no phase", "transformers gated delta rule", "causal SDPA"}
+    for call in found.values():
         call()
 
 
 def test_foreign_models_have_the_same_shape_and_about_the_same_size():
     values = presets.settings("qies", "400k", 512)
-    for name, model in bench.foreign_models("400k", 512, 512).items():
+    for name, model in rivals.foreign_models("400k", 512, 512).items():
         config = model.config
         assert (config.hidden_size, config.num_hidden_layers) == (values["hidden_size"], values["num_hidden_layers"])
         body = sum(p.numel() for n, p in model.named_parameters() if "wte" not in n and "embed" not in n
@@ -45,7 +45,7 @@ def test_foreign_models_have_the_same_shape_and_about_the_same_size():
 
 
 def test_a_training_step_of_every_rival_runs():
-    [result] = bench.bench_train([("50k", 16)], rounds=1, vocab_size=300, tokens=32)
+    [result] = rivals.bench_train([("50k", 16)], rounds=1, vocab_size=300, tokens=32)
     assert len(result.seconds) == 5 and min(result.seconds.values()) > 0
 
 
@@ -54,7 +54,7 @@ def test_a_training_step_of_every_rival_runs():
 )
 def test_a_bad_case_is_named(what, case):
     with pytest.raises(UserError):
-        bench.run(what, [case], 1)
+        rivals.run(what, [case], 1)
 
 
 @pytest.mark.parametrize("case", ["2", "2x", "0x1", "axb"])

@@ -13,7 +13,7 @@ from qies.config import RunConfig, changes, content_hash, from_dict, to_dict
 from qies.data.shards import Shards
 from qies.errors import UserError
 from qies.train import checkpoint
-from qies.train.parallel import RANKS
+from qies.train.distributed import RANKS
 
 CHECKPOINTS = "checkpoints"
 # What decides the shape of the model, the text or its order: a resumed run cannot have another.

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qies.ops.autograd import first_order
-from qies.ops.entangle.fused.sweep import backward, forward, plan
-from qies.ops.entangle.fused.tile import Sizes, tile_of
-from qies.ops.lanes import LANES, flat, working
+from qies.ops.entangle.cpu.scan import backward, forward, plan
+from qies.ops.entangle.cpu.workspace import Sizes, tile_of
+from qies.ops.simd import LANES, flat, working
 
 
 @torch.compiler.disable  # a compiled model runs it as it is, between two compiled pieces

@@ -1,6 +1,6 @@
 """Loss spikes against a robust scatter, in closed form."""
 
-from qies.train.spikes import Spikes
+from qies.train.loss_spikes import Spikes
 
 
 def fed(losses):

@@ -30,7 +30,7 @@ from qies import runs
 from qies.config import TrainConfig
 from qies.errors import GONE, Stopped, UserError
 from qies.model import QiesForCausalLM
-from qies.train.deferred import Deferred
+from qies.train.sharded_init import Deferred
 
 T = TypeVar("T")
 # Of a collective: the others wait while the first builds data or checks the files of a checkpoint. A process that dies

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from qies.efficiency.flops import CONVENTION, forward_flops_per_token, muon_flops, training_flops_per_token
-from qies.efficiency.memory import obstacle, training_memory
+from qies.accounting.flops import CONVENTION, forward_flops_per_token, muon_flops, training_flops_per_token
+from qies.accounting.memory import obstacle, training_memory
 from qies.errors import UserError
 from qies.presets import (
     Hyperparameters,

@@ -5,14 +5,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qies import presets
-from qies.efficiency.flops import (
+from qies.accounting.flops import (
     CHUNK,
     entanglement_flops,
     forward_flops_per_token,
     muon_flops,
     training_flops_per_token,
 )
-from qies.efficiency.plan import plan_model
+from qies.accounting.plan import plan_model
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.train.optim import Optimizers
 

@@ -18,8 +18,8 @@ from qies.faults.kills import kill, lost_rank, move
 from qies.faults.lab import Lab, one_line
 from qies.model import QiesForCausalLM
 from qies.terminal import run
+from qies.train.distributed import Group, check_batch, rank_and_size
 from qies.train.loop import precision_context, train
-from qies.train.parallel import Group, check_batch, rank_and_size
 from qies.train.validation import held_out_loss
 
 TOLERANCE = 1e-5  # nats; fp32 sums in another order

@@ -10,8 +10,7 @@ import torch
 from qies import presets, runs
 from qies.config import RunConfig, content_hash, from_dict
 from qies.errors import UserError
-from qies.train import folder as folders
-from qies.train import loop
+from qies.train import loop, run_directory
 
 STEP = 32 * 4
 
@@ -91,7 +90,7 @@ def test_a_run_from_before_its_arm_was_defined_anew_is_refused(part, field, then
     values = {k: v for k, v in record[part].items() if k != field} | ({} if then is None else {field: then})
     runs.write(tmp_path, record | {part: values})
     with pytest.raises(UserError, match=f"definition of its arm changed .*{words}.*give another --out"):
-        folders.claim(config, tmp_path)
+        run_directory.claim(config, tmp_path)
 
 
 def test_records_of_the_same_model_in_earlier_words_go_on(config, tmp_path):
@@ -100,7 +99,7 @@ def test_records_of_the_same_model_in_earlier_words_go_on(config, tmp_path):
     earlier = {k: v for k, v in record["model"].items() if k not in ("nope_interval", "rope_fraction", "register_mode")}
     record["model"] = earlier | {"value_residual": False, "conv": "input"}
     runs.write(tmp_path, record)
-    assert folders.claim(config, tmp_path) == record
+    assert run_directory.claim(config, tmp_path) == record
 
 
 def test_committed_records_are_of_models_that_can_be_told(tmp_path):
@@ -141,7 +140,7 @@ def test_a_folder_that_anyone_may_write_is_refused(config, shards, unfinished):
 
 def test_no_room_is_said_before_training(config, shards, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(run_directory.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"has 0\.1 MB free"):
         loop.train(config, shards, tmp_path / "run")
     assert runs.read(tmp_path / "run") is None
@@ -163,7 +162,7 @@ def test_a_branch_equals_the_straight_run_bit_for_bit(steps, start, trunk, shard
     config, out = trunk
     short = dataclasses.replace(changed(config, branches=()), tokens=STEP * steps)
     straight = loop.train(short, shards, tmp_path / "straight")
-    folders.branch(short, out, tmp_path / "branch")
+    run_directory.branch(short, out, tmp_path / "branch")
     taken = []
     record = loop.train(short, shards, tmp_path / "branch", progress=lambda row: taken.append(row["step"]))
     assert taken == list(range(start, steps))  # the trunk's steps are not taken again
@@ -179,14 +178,14 @@ def test_what_cannot_branch_is_refused(trunk, config, shards, tmp_path):
     whole, out = trunk
     short = dataclasses.replace(changed(whole, branches=()), tokens=STEP * 10)
     with pytest.raises(UserError, match=r"train.lr_scale: 1.0 -> 2.0"):
-        folders.branch(changed(short, lr_scale=2.0), out, tmp_path / "a")
+        run_directory.branch(changed(short, lr_scale=2.0), out, tmp_path / "a")
     with pytest.raises(UserError, match="no checkpoint at step 3 or before"):
-        folders.branch(dataclasses.replace(short, tokens=STEP * 5), out, tmp_path / "a")
+        run_directory.branch(dataclasses.replace(short, tokens=STEP * 5), out, tmp_path / "a")
     with pytest.raises(UserError, match="no run to branch from"):
-        folders.branch(short, tmp_path / "nothing", tmp_path / "a")
+        run_directory.branch(short, tmp_path / "nothing", tmp_path / "a")
     loop.train(config, shards, tmp_path / "plain")
     with pytest.raises(UserError, match="depend on its budget"):
-        folders.branch(dataclasses.replace(config, tokens=STEP * 40), tmp_path / "plain", tmp_path / "a")
+        run_directory.branch(dataclasses.replace(config, tokens=STEP * 40), tmp_path / "plain", tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
@@ -198,7 +197,7 @@ def test_only_what_a_run_takes_from_the_rule_must_agree(config, tmp_path):
     runs.write(tmp_path / "trunk", runs.plan(whole, config.data.vocab_size))
     short = dataclasses.replace(changed(whole, branches=()), tokens=1_000_000)
     with pytest.raises(UserError, match="no checkpoint at step"):  # the next thing that is asked
-        folders.branch(short, tmp_path / "trunk", tmp_path / "a")
+        run_directory.branch(short, tmp_path / "trunk", tmp_path / "a")
 
 
 def test_a_branch_cut_off_while_it_starts_is_made_again(trunk, shards, tmp_path, monkeypatch):
@@ -209,9 +208,9 @@ def test_a_branch_cut_off_while_it_starts_is_made_again(trunk, shards, tmp_path,
         raise Cut
 
     with monkeypatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(folders.checkpoint, "copy", cut)
-        folders.branch(short, out, tmp_path / "branch")
-    folders.branch(short, out, tmp_path / "branch")
+        patch.setattr(run_directory.checkpoint, "copy", cut)
+        run_directory.branch(short, out, tmp_path / "branch")
+    run_directory.branch(short, out, tmp_path / "branch")
     record = loop.train(short, shards, tmp_path / "branch")
     assert record["branch"]["step"] == 6
     assert [row["step"] for row in runs.steps(tmp_path / "branch")] == list(range(10))
@@ -231,7 +230,7 @@ def test_a_link_anywhere_in_the_folder_is_refused(name, config, shards, tmp_path
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / "kept")
     with pytest.raises(UserError, match=f"{link.name} is a symbolic link"):
-        folders.claim(config, tmp_path / "run")
+        run_directory.claim(config, tmp_path / "run")
     assert (tmp_path / "kept").read_text() == "kept"
 
 
@@ -241,7 +240,7 @@ def test_a_link_anywhere_in_the_folder_is_refused(name, config, shards, tmp_path
 def test_a_record_without_its_configuration_is_one_line(record, config, tmp_path):
     (tmp_path / "run.json").write_text(record)
     with pytest.raises(UserError, match="delete that run's folder"):
-        folders.claim(config, tmp_path)
+        run_directory.claim(config, tmp_path)
 
 
 def test_who_branches_holds_the_folder(trunk, tmp_path, monkeypatch):
@@ -252,6 +251,8 @@ def test_who_branches_holds_the_folder(trunk, tmp_path, monkeypatch):
             pass
         raise Cut
 
-    monkeypatch.setattr(folders.checkpoint, "copy", copy)
+    monkeypatch.setattr(run_directory.checkpoint, "copy", copy)
     with pytest.raises(Cut):
-        folders.branch(dataclasses.replace(changed(config, branches=()), tokens=STEP * 10), out, tmp_path / "branch")
+        run_directory.branch(
+            dataclasses.replace(changed(config, branches=()), tokens=STEP * 10), out, tmp_path / "branch"
+        )

@@ -10,8 +10,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qies import presets
-from qies.efficiency import memory
-from qies.efficiency.plan import plan_model
+from qies.accounting import memory
+from qies.accounting.plan import plan_model
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.ops import attention, conv, entangle, loss, norm
 from qies.ops.entangle import fla

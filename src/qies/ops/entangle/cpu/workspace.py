@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from qies.ops.compiled import OPTIONS
-from qies.ops.lanes import LANES, get, put, read, write
+from qies.ops.simd import LANES, get, put, read, write
 
 RANGE = 32  # rows of a chunk: tokens, or half as many in complex mode
 

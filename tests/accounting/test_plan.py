@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from qies import presets
+from qies.accounting.plan import Cluster, plan_model
 from qies.cli import VERBS
 from qies.config import RunConfig, from_dict, merge
-from qies.efficiency.plan import Cluster, plan_model
 from qies.terminal import run
 
 

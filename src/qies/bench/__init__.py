@@ -1,0 +1,1 @@
+"""Timing against named rivals, in one run on this machine (`qies bench`)."""

@@ -1,1 +1,0 @@
-"""What a model costs: FLOPs now, memory and latency beside them."""
