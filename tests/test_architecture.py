@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "src" / "qies"
 # presets, and the objective is arithmetic on the ops that the model's loss needs.
 TIERS = [
     {"errors", "strict_yaml", "storage", "_register", "terminal"},
-    {"config", "presets", "accounting"},
+    {"config", "presets", "accounting", "mixers", "plugins"},
     {"ops"},
     {"objective"},
     {"model"},

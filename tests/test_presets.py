@@ -7,6 +7,7 @@ import torch
 
 from qies import presets
 from qies.errors import UserError
+from qies.mixers.entanglement import head_groups
 from qies.model import QiesConfig, QiesForCausalLM
 
 VOCAB = 4096
@@ -87,7 +88,7 @@ def test_arms_differ_in_the_mixer_and_positions_alone(size):
 
 
 def test_real_registers_hold_as_many_numbers_as_their_complex_twins():
-    complex_, real = (presets.head_groups(presets.settings(a, "400k", VOCAB)) for a in ("qies", "real_registers"))
+    complex_, real = (head_groups(presets.settings(a, "400k", VOCAB)) for a in ("qies", "real_registers"))
     assert complex_[0] == real[0]
     assert (complex_[1].mode, complex_[1].eigenvalues) == ("complex", "disc")
     assert (real[1].mode, real[1].eigenvalues) == ("real", "unit")

@@ -8,51 +8,90 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
+from qies.accounting.parameters import count_parameters
 from qies.errors import UserError, nearest
+from qies.mixers import BUILT_IN, mixers, names, register
+from qies.mixers.attention import ATTENTION
+from qies.mixers.common import below, first, outside, unknown_choice
+from qies.mixers.entanglement import ENTANGLEMENT
 
 SIZES = ("50k", "100k", "200k", "400k", "800k", "1.6m", "3m", "6m", "25m", "100m", "350m", "1b", "3b", "10b")
 LARGEST = 20_000_000_000
 TOLERANCE = 0.01  # every arm of a size has N to within this share
 
-# What an arm changes of MODEL_FIELDS, which describe `qies` itself. Whatever is not the entangled state is the same in
-# every arm but `gpt2`, which is GPT-2's own block; a test holds what may differ.
-_MEMORY_ALONE = {"register_heads": 0}
-ARMS: dict[str, dict[str, Any]] = {
-    "transformer": {"rope_theta": 1e8, "attention_everywhere": True},
-    "qies": {},
-    "real_registers": {"register_mode": "real"},
-    "no_phase": _MEMORY_ALONE,
-    "fixed_phase": {**_MEMORY_ALONE, "phase": "fixed"},
-    "selective_phase": {**_MEMORY_ALONE, "phase": "selective"},
-    "gpt2": {
-        "block": "gpt2",
-        "position": "learned",
-        "attention_everywhere": True,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-        "logit_softcap": 0.0,
-        "attention_conv_size": 0,
-    },
-    "complex": {**_MEMORY_ALONE, "phase": "selective", "mode": "complex", "eigenvalues": "disc"},
+@dataclass(frozen=True)
+class Arm:
+    """A row of `ARMS`: the mixers of its layers, and what else it changes of the defaults.
+
+    pattern: mixers, repeated over the depth. last: the mixer of the last layer, "" for the pattern's. settings: fields
+    of the configuration, of the backbone or of the arm's mixers.
+    """
+
+    pattern: tuple[str, ...]
+    last: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def layer_types(self, layers: int) -> list[str]:
+        """The mixer of each of `layers` layers."""
+        kinds = [self.pattern[i % len(self.pattern)] for i in range(layers)]
+        return [*kinds[:-1], self.last] if self.last and kinds else kinds
+
+
+def _hybrid(**settings: Any) -> Arm:
+    """Three entanglement layers to one of attention, which is also the last."""
+    return Arm((*3 * (ENTANGLEMENT.name,), ATTENTION.name), ATTENTION.name, settings)
+
+
+# An arm's settings replace MODEL_FIELDS, which describe `qies` itself. Whatever is not the entangled state is the same
+# in every arm but `gpt2`, which is GPT-2's own block; a test holds what may differ.
+ARMS: dict[str, Arm] = {
+    "transformer": Arm((ATTENTION.name,), settings={"rope_theta": 1e8}),
+    "qies": _hybrid(),
+    "real_registers": _hybrid(register_mode="real"),
+    "no_phase": _hybrid(register_heads=0),
+    "fixed_phase": _hybrid(register_heads=0, phase="fixed"),
+    "selective_phase": _hybrid(register_heads=0, phase="selective"),
+    "gpt2": Arm(
+        (ATTENTION.name,),
+        settings={
+            "block": "gpt2",
+            "position": "learned",
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "logit_softcap": 0.0,
+            "attention_conv_size": 0,
+        },
+    ),
+    "complex": _hybrid(register_heads=0, phase="selective", mode="complex", eigenvalues="disc"),
 }
 
-# What the named options of QiesConfig may be.
-CHOICES = {
-    "block": ("qies", "gpt2"),
-    "position": ("rope", "learned", "none"),
-    "attention_conv": ("input", "keys"),
-    "register_mode": ("complex", "real"),
-    "mode": ("real", "complex"),
-    "phase": ("selective", "fixed", "none"),
-    "eigenvalues": ("unit", "signed", "disc"),
-    "decay": ("head", "channel"),
-    "gate": ("head", "channel", "none"),
-}
+
+def register_arm(name: str, pattern: Sequence[str], *, last: str = "", **settings: Any) -> None:
+    """Make an arm known under `name`: mixers repeated over the depth, the last layer's, and settings that it changes.
+
+    Raises UserError for an unknown mixer or setting, or when another arm has the name already; registering the same one
+    again does nothing.
+    """
+    arm = Arm(tuple(pattern), last, settings)
+    if not name or not name.replace("-", "").replace("_", "").isalnum():
+        raise UserError(f"The name of an arm is {name!r}; it must be letters, digits, - and _ only.")
+    if not arm.pattern:
+        raise UserError(f"Arm '{name}' has an empty pattern; name at least one mixer.")
+    known = model_fields([*arm.pattern, *filter(None, [last])])
+    for key in settings:
+        if key not in known:
+            hint = nearest(key, known) or f" Known: {', '.join(known)}."
+            raise UserError(f"Arm '{name}' sets an unknown field '{key}'.{hint}")
+    register(ARMS, name, arm, "arm")
+
+
+# What the named options of the backbone may be.
+CHOICES = {"block": ("qies", "gpt2"), "gate": ("head", "channel", "none")}
 
 # The fields of QiesConfig that a study may override, with their defaults (tested against the class itself).
 MODEL_FIELDS: dict[str, Any] = {
@@ -62,30 +101,28 @@ MODEL_FIELDS: dict[str, Any] = {
     "head_dim": None,
     "intermediate_size": None,
     "block": "qies",
-    "position": "rope",
-    "rope_theta": 1e6,
-    "rope_fraction": 1.0,
-    "nope_interval": 0,
     "max_position_embeddings": 32_768,
-    "attention_conv_size": 4,
-    "attention_conv": "keys",
-    "mode": "real",
-    "phase": "none",
-    "phase_rank": 8,
-    "phase_max": math.pi,
-    "phase_slope": 0.05,
-    "phase_fraction": 1.0,
-    "eigenvalues": "signed",
-    "register_heads": 4,
-    "register_channels": 4,
-    "register_mode": "complex",
-    "decay": "head",
-    "conv_size": 4,
+    **{name: default for spec in BUILT_IN for name, default in spec.fields.items()},
     "gate": "head",
     "logit_softcap": 15.0,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+
+
+def model_fields(kinds: Iterable[str]) -> dict[str, Any]:
+    """`MODEL_FIELDS` and those of the mixers in `kinds`.
+
+    Raises UserError for an unknown mixer, and for one that takes the name of a field of another.
+    """
+    fields = dict(MODEL_FIELDS)
+    for spec in mixers(kinds):
+        if spec in BUILT_IN:
+            continue
+        if taken := fields.keys() & spec.fields.keys():
+            raise UserError(f"Mixer '{spec.name}' takes names of other fields ({', '.join(sorted(taken))}); rename them.")
+        fields |= spec.fields
+    return fields
 
 
 # A field that models had before it existed with another value than its default of today, and fields that are gone with
@@ -158,11 +195,12 @@ def settings(arm: str, size: str, vocab_size: int, /, **overrides: Any) -> dict[
     """
     if arm not in ARMS:
         raise UserError(f"Unknown value '{arm}' for arm.{nearest(arm, ARMS) or f' Known: {chr(44).join(ARMS)}.'}")
+    known = model_fields(names())  # of all mixers: a study's settings go to every arm
     for key, value in overrides.items():
-        if key not in MODEL_FIELDS:
-            hint = ELSEWHERE.get(key) or nearest(key, MODEL_FIELDS) or f" Known: {', '.join(MODEL_FIELDS)}."
+        if key not in known:
+            hint = ELSEWHERE.get(key) or nearest(key, known) or f" Known: {', '.join(known)}."
             raise UserError(f"Unknown key 'model.{key}'.{hint}")
-        default = MODEL_FIELDS[key]
+        default = known[key]
         kind = int if default is None else type(default)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             overrides[key] = float(value)
@@ -182,108 +220,44 @@ def settings(arm: str, size: str, vocab_size: int, /, **overrides: Any) -> dict[
 
 def _shaped(arm: str, target: int, vocab_size: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The values of an arm at `target` parameters, without the MLP width that brings it there."""
-    everywhere = ARMS[arm].get("attention_everywhere", False)
-    values = {**MODEL_FIELDS, **shape(target)}
-    values.update({k: v for k, v in ARMS[arm].items() if k != "attention_everywhere"})
-    values.update(overrides)
-    layers = values["num_hidden_layers"]
-    values["layer_types"] = [
-        "full_attention" if everywhere or (i + 1) % 4 == 0 or i == layers - 1 else "linear_attention"
-        for i in range(layers)
-    ]
-    values["vocab_size"] = vocab_size
-    values["phase_rank"] = overrides.get("phase_rank", max(8, values["hidden_size"] // 16))
-    return values
+    sized = shape(target)
+    chosen = {**sized, **ARMS[arm].settings, **overrides}
+    kinds = ARMS[arm].layer_types(chosen["num_hidden_layers"])
+    return {
+        **model_fields(kinds),
+        "phase_rank": max(8, chosen["hidden_size"] // 16),
+        **chosen,
+        "layer_types": kinds,
+        "vocab_size": vocab_size,
+    }
 
 
 def inconsistent(values: Mapping[str, Any]) -> str | None:
     """What is wrong with a model's values taken together, in one sentence, or None."""
-    for name, options in CHOICES.items():
-        if values[name] not in options:
-            hint = nearest(str(values[name]), options) or f" Known: {', '.join(options)}."
-            return f"Unknown value '{values[name]}' for model.{name}.{hint}"
+    try:
+        concerned = mixers([*(spec.name for spec in BUILT_IN), *values["layer_types"]])
+    except UserError as unknown:
+        return str(unknown)
     least = dict.fromkeys(("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim", "vocab_size"), 1)
-    least |= {"attention_conv_size": 0, "conv_size": 0, "phase_rank": 1, "max_position_embeddings": 1}
-    least |= {
-        "nope_interval": 0,
-        "register_heads": 0,
-        "register_channels": 2,
-    }  # one channel commutes with itself: no register
-    for name, smallest in least.items():
-        if values[name] < smallest:
-            return f"model.{name} is {values[name]}; it must be at least {smallest}."
-    if values["intermediate_size"] is not None and values["intermediate_size"] < 1:
-        return f"model.intermediate_size is {values['intermediate_size']}; it must be at least 1."
-    if not 0 <= values["logit_softcap"] < math.inf:
-        return f"model.logit_softcap is {values['logit_softcap']}; it must be 0 (off) or a positive number."
-    if values["head_dim"] % 2:
-        return f"model.head_dim is {values['head_dim']}; it must be even (Re and Im halves)."
-    for name in ("phase_fraction", "rope_fraction"):
-        if not 0 <= values[name] <= 1:
-            return f"model.{name} is {values[name]}; it must lie in [0, 1]."
-    for name in ("phase_max", "phase_slope", "rope_theta", "rms_norm_eps"):
-        if not values[name] > 0:
-            return f"model.{name} is {values[name]}; it must be positive."
-    if values["eigenvalues"] == "disc" and values["mode"] != "complex":
-        return 'model.eigenvalues="disc" needs model.mode="complex".'
+    kinds, cap = values["layer_types"], values["logit_softcap"]
+    problem = first(
+        unknown_choice(values, CHOICES),
+        below(values, least | {"max_position_embeddings": 1}),
+        values["intermediate_size"] is not None and below(values, {"intermediate_size": 1}),
+        not 0 <= cap < math.inf and f"model.logit_softcap is {cap}; it must be 0 (off) or a positive number.",
+        values["head_dim"] % 2 and f"model.head_dim is {values['head_dim']}; it must be even (Re and Im halves).",
+        outside(values, positive=["rms_norm_eps"]),
+        *(spec.check(values) for spec in concerned),
+    )
+    if problem:
+        return problem
     if (values["block"] == "gpt2") != (values["position"] == "learned"):
         return 'model.block="gpt2" and model.position="learned" go together.'
-    kinds = values["layer_types"]
     if len(kinds) != values["num_hidden_layers"]:
         return f"model.layer_types names {len(kinds)} layers, but there are {values['num_hidden_layers']}."
-    if values["block"] == "gpt2" and "linear_attention" in kinds:
+    if values["block"] == "gpt2" and set(kinds) != {ATTENTION.name}:
         return 'model.block="gpt2" holds attention layers only.'
     return None
-
-
-@dataclass(frozen=True)
-class HeadGroup:
-    """The heads of an entanglement layer that are alike: each holds one state Psi in C^{m x V}."""
-
-    heads: int
-    channels: int  # m, complex key channels of a head
-    values: int  # V, complex ones in complex mode
-    mode: str
-    eigenvalues: str
-    decays: int  # of all heads together, as every count below
-    phases: int
-    spans: tuple[int, int]  # tokens that the first and the last head remember before training
-
-    @property
-    def key_width(self) -> int:
-        return self.heads * 2 * self.channels
-
-    @property
-    def value_width(self) -> int:
-        return self.heads * self.values * (2 if self.mode == "complex" else 1)
-
-    @property
-    def betas(self) -> int:
-        return self.heads * (2 if self.eigenvalues == "disc" else 1)
-
-    @property
-    def state_size(self) -> int:
-        """Numbers in the states of one sequence."""
-        return self.heads * 2 * self.channels * self.values
-
-
-def head_groups(values: Mapping[str, Any]) -> tuple[HeadGroup, ...]:
-    """The groups of heads of an entanglement layer: memory heads, then register heads where there are any.
-
-    A register of m levels is complex with eigenvalues in the disc, so that tokens apply any gate of U(m) to it, and
-    V = m: its state has m rows, so m columns hold a whole U(m), and more would repeat them. It starts with the longest
-    memory, since a register that forgets loses its count. With register_mode "real" its twin: the same number of heads
-    and of state numbers, real values, eigenvalues in [0, 1].
-    """
-
-    def group(heads: int, m: int, v: int, mode: str, eigenvalues: str, spans: tuple[int, int]) -> HeadGroup:
-        decays = heads * (m if values["decay"] == "channel" else 1)
-        return HeadGroup(heads, m, v, mode, eigenvalues, decays, heads * round(values["phase_fraction"] * m), spans)
-
-    k, m, registers = values["head_dim"], values["register_channels"], values["register_heads"]
-    memory = group(values["num_attention_heads"], k // 2, k, values["mode"], values["eigenvalues"], (16, 4096))
-    kind = ("complex", "disc") if values["register_mode"] == "complex" else ("real", "unit")
-    return (memory, group(registers, m, m, *kind, (4096, 4096))) if registers else (memory,)
 
 
 def _mlp_width(values: Mapping[str, Any], target: int) -> int | None:
@@ -312,90 +286,6 @@ def _no_width(arm: str, size: str, vocab_size: int, overrides: Mapping[str, Any]
         f"Arm {arm} has no MLP width that gives {size} parameters to within {TOLERANCE:.0%} (its mixers alone hold "
         f"{mixers:,}); {take}lower model.hidden_size or model.num_hidden_layers."
     )
-
-
-def count_parameters(values: Mapping[str, Any]) -> dict[str, int]:
-    """Parameters by group of the model that `values` describe, in closed form.
-
-    Groups: embedding (with learned positions), head, attention, entanglement, convolution, mlp, norm; with the sums
-    non_embedding (all but embedding and head) and total.
-    """
-    if values["block"] == "gpt2":
-        return _sums(_count_gpt2(values))
-    d, heads, k = values["hidden_size"], values["num_attention_heads"], values["head_dim"]
-    inner = heads * k
-    gate = {"none": 0, "head": heads, "channel": inner}[values["gate"]]
-    attention = 4 * d * inner + k + d * gate
-
-    groups = head_groups(values)
-    wide = sum(g.value_width for g in groups)
-    gate = {"none": 0, "head": sum(g.heads for g in groups), "channel": wide}[values["gate"]]
-    beta, decay, phase = sum(g.betas for g in groups), sum(g.decays for g in groups), sum(g.phases for g in groups)
-    entanglement = 2 * d * (sum(g.key_width for g in groups) + wide) + d * (beta + decay + gate) + beta + 2 * decay
-    if values["phase"] != "none":
-        entanglement += phase
-    if values["phase"] == "selective":
-        entanglement += values["phase_rank"] * (d + phase)
-
-    kinds = values["layer_types"]
-    n_attention, n_entangled = kinds.count("full_attention"), kinds.count("linear_attention")
-    return _sums(
-        {
-            "embedding": values["vocab_size"] * d,
-            "head": 0 if values["tie_word_embeddings"] else values["vocab_size"] * d,
-            "attention": n_attention * attention,
-            "entanglement": n_entangled * entanglement,
-            "convolution": n_attention * attention_conv_width(values) * values["attention_conv_size"]
-            + n_entangled * d * values["conv_size"],
-            "mlp": len(kinds) * 2 * d * values["intermediate_size"],
-            "norm": 0,
-        }
-    )
-
-
-def attention_conv_width(values: Mapping[str, Any]) -> int:
-    """Channels of the short convolution of an attention layer: its input's, or those of the keys of all heads."""
-    if values["attention_conv"] == "keys":
-        return values["num_attention_heads"] * values["head_dim"]
-    return values["hidden_size"]
-
-
-def _count_gpt2(values: Mapping[str, Any]) -> dict[str, int]:
-    d, layers, hidden = values["hidden_size"], values["num_hidden_layers"], values["intermediate_size"]
-    inner = values["num_attention_heads"] * values["head_dim"]
-    return {
-        "embedding": (values["vocab_size"] + values["max_position_embeddings"]) * d,
-        "head": 0 if values["tie_word_embeddings"] else values["vocab_size"] * d,
-        "attention": layers * (4 * d * inner + 3 * inner + d),
-        "entanglement": 0,
-        "convolution": 0,
-        "mlp": layers * (2 * d * hidden + hidden + d),
-        "norm": (2 * layers + 1) * 2 * d,
-    }
-
-
-def _sums(groups: dict[str, int]) -> dict[str, int]:
-    out = dict(groups)
-    out["non_embedding"] = sum(n for g, n in groups.items() if g not in ("embedding", "head"))
-    out["total"] = sum(groups.values())
-    return out
-
-
-def control_parameters(values: Mapping[str, Any]) -> int:
-    """Of the non-embedding parameters those that AdamW trains: biases, scales, convolutions, small control maps.
-
-    Muon trains the rest of them; AdamW the embedding and the head too (`train.optim.parameter_groups`).
-    """
-    counts = count_parameters(values)
-    d, inner = values["hidden_size"], values["num_attention_heads"] * values["head_dim"]
-    if values["block"] == "gpt2":
-        layers = values["num_hidden_layers"]
-        matrices = layers * (4 * d * inner + 2 * d * values["intermediate_size"])
-        return counts["non_embedding"] - matrices
-    kinds, groups = values["layer_types"], head_groups(values)
-    wide = sum(g.key_width + g.value_width for g in groups)
-    matrices = kinds.count("full_attention") * 4 * d * inner + kinds.count("linear_attention") * 2 * d * wide
-    return counts["non_embedding"] - counts["mlp"] - matrices
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from qies import config as configs
 from qies import ladder, runs
 from qies.config import RunConfig, StudyConfig
 from qies.errors import Stopped, UserError, nearest
+from qies.mixers import mixers
 from qies.presets import parse_size
 from qies.report.records import BASELINE, PROPOSAL
 
@@ -319,7 +320,7 @@ def entanglement_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]
     arms: dict[str, Any] = {}
     for arm in study.arms:
         record = largest(study, done, arm)
-        if record is None or "linear_attention" not in record["model"]["layer_types"]:
+        if record is None or not any(spec.entangled for spec in mixers(record["model"]["layer_types"])):
             continue
         model, _ = load_model(folder / "runs" / record["config_hash"])
         states = capture(model, torch.from_numpy(ids), positions)

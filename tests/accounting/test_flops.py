@@ -5,14 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qies import presets
-from qies.accounting.flops import (
-    CHUNK,
-    entanglement_flops,
-    forward_flops_per_token,
-    muon_flops,
-    training_flops_per_token,
-)
+from qies.accounting.flops import forward_flops_per_token, muon_flops, training_flops_per_token
 from qies.accounting.plan import plan_model
+from qies.mixers.entanglement import CHUNK
+from qies.mixers.entanglement import chunk_flops as entanglement_flops
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.train.optim import Optimizers
 

@@ -11,6 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qies import presets
 from qies.accounting import memory
+from qies.accounting.parameters import control_parameters
 from qies.accounting.plan import plan_model
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.ops import attention, conv, entangle, loss, norm
@@ -109,7 +110,7 @@ def test_each_optimizer_has_the_parameters_that_are_counted(arm, overrides):
     values = presets.settings(arm, "100k", 512, **overrides)
     groups = parameter_groups(QiesForCausalLM(QiesConfig(**values)))
     size = {kind: sum(p.numel() for _, p in pairs) for kind, pairs in groups.items()}
-    counts, controls = presets.count_parameters(values), presets.control_parameters(values)
+    counts, controls = presets.count_parameters(values), control_parameters(values)
     # GPT-2's learned positions count as embedding and are trained as such
     assert size["vector"] == controls
     assert size["matrix"] == counts["non_embedding"] - controls

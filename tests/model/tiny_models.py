@@ -10,8 +10,9 @@ ATTENTION, ENTANGLED = ["full_attention"] * 4, ["linear_attention"] * 4
 
 
 def _arm(name: str) -> dict:
-    values = {**presets.ARMS[name]}
-    if values.pop("attention_everywhere", False):
+    arm = presets.ARMS[name]
+    values = {**arm.settings}
+    if arm.layer_types(4) == ATTENTION:
         values["layer_types"] = ATTENTION
     if "max_position_embeddings" in values:
         values["max_position_embeddings"] = 64

@@ -1,6 +1,6 @@
 """FLOPs of a model from its settings alone, by one stated convention for every arm. Imports no torch.
 
-Legend: T sequence length, D width, H heads, K = 2m key width, V value width, C chunk length.
+Legend: T sequence length.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qies.presets import count_parameters, head_groups
+from qies.accounting.parameters import block_weights, hidden_matrices, layers
+from qies.mixers import mixer
 
-CHUNK = 64
 CONVENTION = (
     "matrix products only, 2 FLOPs a multiply-add, training = 3 x forward; output head counted, embedding look-up not; "
     "causal attention over (T+1)/2 positions; entanglement in chunk form with C=64"
@@ -18,31 +18,22 @@ CONVENTION = (
 
 
 def forward_flops_per_token(values: Mapping[str, Any], seq_len: int) -> dict[str, float]:
-    """Forward FLOPs a token by group, at sequence length T; `values` as `presets.settings` gives them."""
-    counts = count_parameters(values)
-    kinds = values["layer_types"]
-    inner = values["num_attention_heads"] * values["head_dim"]
-    return {
-        "projections": 2.0 * (counts["attention"] + counts["entanglement"] + counts["convolution"]),
-        "mlp": 2.0 * counts["mlp"],
-        "head": 2.0 * values["vocab_size"] * values["hidden_size"],
-        "attention": kinds.count("full_attention") * 2.0 * inner * (seq_len + 1),
-        "entanglement": kinds.count("linear_attention") * entanglement_flops(values, min(CHUNK, seq_len)),
-    }
+    """Forward FLOPs per token by group, at sequence length T; `values` as `presets.settings` gives them.
 
-
-def entanglement_flops(values: Mapping[str, Any], chunk: int) -> float:
-    """One layer's op, a token: key products, triangular inverse and its use, reads of and writes to the state.
-
-    A head with r rows a token (1 real, 2 complex): 2 r^2 C K for each of k k^T and q k^T (lower halves), r^2 C V for
-    each of X R and P D, r^3 C^2 / 3 for the inverse, and 2 r K V for each of k S, q S and k^T D.
+    projections: 2 for each parameter of a mixer, whatever its group. mlp, head: their products. The rest: what each
+    mixer computes besides (`MixerSpec.flops`), under its own label.
     """
-    total = 0.0
-    for group in head_groups(values):
-        r, k, v = (2 if group.mode == "complex" else 1), 2 * group.channels, group.values
-        inside = 2 * r * r * chunk * k + 2 * r * r * chunk * v + r**3 * chunk**2 / 3
-        total += group.heads * (inside + 3 * 2 * r * k * v)
-    return total
+    out = {"projections": 0.0, "mlp": 0.0, "head": 2.0 * values["vocab_size"] * values["hidden_size"]}
+    out |= {"attention": 0.0, "entanglement": 0.0}
+    for kind, times in layers(values).items():
+        spec = mixer(kind)
+        for name, weight in block_weights(values, kind).items():
+            if name.startswith("mixer."):
+                out["projections"] += 2.0 * times * weight.size
+            elif weight.group == "mlp":
+                out["mlp"] += 2.0 * times * weight.size
+        out[spec.label] = out.get(spec.label, 0.0) + times * spec.flops(values, seq_len)
+    return out
 
 
 def training_flops_per_token(values: Mapping[str, Any], seq_len: int) -> float:
@@ -56,11 +47,5 @@ def muon_flops(values: Mapping[str, Any], iterations: int = 5) -> float:
     A matrix [a, b] with a <= b takes X X^T, its square, and their product with X in each Newton-Schulz iteration:
     4 a^2 b + 2 a^3 (Jordan et al., Muon, 2024).
     """
-    d, f, kinds = values["hidden_size"], values["intermediate_size"], values["layer_types"]
-    inner = values["num_attention_heads"] * values["head_dim"]
-    attention = [3 * inner, inner] if values["block"] == "gpt2" else [inner] * 4
-    keys, wide = (sum(getattr(g, name) for g in head_groups(values)) for name in ("key_width", "value_width"))
-    widths = len(kinds) * [f, f] + kinds.count("full_attention") * attention
-    widths += kinds.count("linear_attention") * [keys, keys, wide, wide]
-    sides = ((min(d, w), max(d, w)) for w in widths)
+    sides = (sorted(shape) for shape in hidden_matrices(values))
     return iterations * float(sum(4 * a * a * b + 2 * a**3 for a, b in sides))

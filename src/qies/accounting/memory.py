@@ -1,11 +1,11 @@
 """Bytes that one GPU holds while it trains a model under FSDP2 in bfloat16, from the model's settings. No torch.
 
-Legend: B sequences of a micro-batch, T their length, D width, F MLP width, H heads, K key width, m = K / 2, V values,
-r phase rank, g GPUs.
+Legend: B sequences of a micro-batch, T their length, D width, F MLP width, g GPUs.
 
 Weights, gradients and optimizer are fp32 and cut into g parts (`fully_shard` on every block and on the whole: Zhao et
 al., arXiv:2304.11277; ZeRO stage 3: Rajbhandari et al., arXiv:1910.02054). Activations are counted tensor by tensor, as
-Korthikanti et al. (arXiv:2205.05198) do for the transformer, for this package's blocks as they run on CUDA.
+Korthikanti et al. (arXiv:2205.05198) do for the transformer, for this package's blocks as they run on CUDA;
+mixers declare their own (`MixerSpec.activation_bytes`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qies.presets import HeadGroup, attention_conv_width, control_parameters, count_parameters, head_groups
+from qies.accounting.parameters import control_parameters, count_parameters
+from qies.mixers import NotCounted, mixer, mixers
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
-KERNEL_CHUNK = 64  # tokens of a chunk in flash-linear-attention, whose inverse [64, 64] it keeps in bfloat16
-ROWS = 64  # key rows of a chunk in `ops/entangle/chunk.py`, two a token in complex mode
 
 
 def training_memory(
@@ -54,13 +53,11 @@ def gathered_bytes(values: Mapping[str, Any]) -> float:
 
 
 def activation_bytes(values: Mapping[str, Any], *, checkpointing: bool) -> float:
-    """Bytes a token kept for the backward pass, at its peak.
+    """Bytes per token kept for the backward pass, at its peak.
 
     Every block's, and embedding and loss. With `checkpointing` the input of every block and one block's own. Raises
-    ValueError for a model with heads that no CUDA kernel computes (`obstacle`).
+    NotCounted, a ValueError, for a mixer whose activations are not known (`obstacle`).
     """
-    if (reason := obstacle(values)) is not None:
-        raise ValueError(reason)
     blocks = [block_bytes(values, kind) for kind in values["layer_types"]]
     kept = len(blocks) * HALF * values["hidden_size"] + max(blocks) if checkpointing else sum(blocks)
     return kept + ends_bytes(values)
@@ -68,9 +65,11 @@ def activation_bytes(values: Mapping[str, Any], *, checkpointing: bool) -> float
 
 def obstacle(values: Mapping[str, Any]) -> str | None:
     """Why the activations of this model are not known, or None."""
-    groups = head_groups(values) if "linear_attention" in values["layer_types"] else ()
-    if any(g.mode == "complex" and g.eigenvalues != "disc" for g in groups):
-        return 'activations of complex heads are counted for model.eigenvalues="disc"; others have no count yet'
+    try:
+        for spec in mixers(values["layer_types"]):
+            spec.kept_bytes(values)
+    except NotCounted as reason:
+        return str(reason)
     return None
 
 
@@ -86,79 +85,10 @@ def ends_bytes(values: Mapping[str, Any]) -> float:
 
 
 def block_bytes(values: Mapping[str, Any], kind: str) -> float:
-    """Bytes a token that one block of `kind` keeps for its backward pass."""
-    d, f = values["hidden_size"], values["intermediate_size"]
+    """Bytes per token that one block with the mixer `kind` keeps for its backward pass."""
+    d, f, own = values["hidden_size"], values["intermediate_size"], mixer(kind).kept_bytes(values)
     if values["block"] == "gpt2":
-        inner = values["num_attention_heads"] * values["head_dim"]
-        # two norms (input and output), q, k, v and o; what enters the MLP's non-linearity and what leaves it
-        return HALF * (4 * d + 4 * inner + 2 * f) + FULL * (4 + values["num_attention_heads"])
-    # two norms: float32 input; what they give; the MLP's rectifier and its square
-    shared = 2 * (FULL * d + FULL) + HALF * d + HALF * 2 * f
-    return shared + (attention_bytes(values) if kind == "full_attention" else entanglement_bytes(values))
-
-
-def attention_bytes(values: Mapping[str, Any]) -> float:
-    """An attention mixer's, with a flash kernel: input; q and k before, after and as scaled or turned; v; o; gate."""
-    d, heads = values["hidden_size"], values["num_attention_heads"]
-    inner = heads * values["head_dim"]
-    turned = 2 if values["position"] == "rope" else 0
-    convolved = HALF * attention_conv_width(values) if values["attention_conv_size"] else 0
-    mixing = inner * (2 * FULL + HALF * (4 + turned)) + FULL * 3 * heads
-    return HALF * d + convolved + mixing + gate_bytes(values, heads, inner)
-
-
-def entanglement_bytes(values: Mapping[str, Any]) -> float:
-    """An entanglement mixer's: what its groups of heads share, and each group's op."""
-    d, groups = values["hidden_size"], head_groups(values)
-    heads, wide = sum(g.heads for g in groups), sum(g.value_width for g in groups)
-    total = float(HALF * d * (2 if values["conv_size"] else 1))
-    if values["phase"] == "selective" and any(g.phases for g in groups):
-        total += HALF * values["phase_rank"]
-    total += sum(chunk_bytes(values, g) if g.eigenvalues == "disc" else kernel_bytes(values, g) for g in groups)
-    return total + gate_bytes(values, heads, wide)
-
-
-def kernel_bytes(values: Mapping[str, Any], group: HeadGroup) -> float:
-    """Real heads', by a kernel of flash-linear-attention: the gated delta rule, or KDA with a decay per channel.
-
-    Around the kernel: q and k in float32 before and after they are turned, and their angles. The gated delta rule keeps
-    its inputs and the inverse of every chunk, [64] numbers a token and head; the states before them it makes again.
-    KDA keeps the products of queries and keys as well, and K decays and their running sum.
-    """
-    keys, wide, channels = group.key_width, group.value_width, values["decay"] == "channel"
-    total = 2 * FULL * keys + HALF * (2 * keys + wide) + HALF * KERNEL_CHUNK * group.heads * (2 if channels else 1)
-    total += FULL * group.heads * 7  # beta, decay and their maps, and the lengths of q and k
-    if channels:
-        total += FULL * (3 * (group.decays - group.heads) + 2 * keys)
-    return total + angle_bytes(values, group, FULL * group.key_width * 2)
-
-
-def chunk_bytes(values: Mapping[str, Any], group: HeadGroup) -> float:
-    """Complex heads' with eigenvalues in the disc, for which no kernel exists: `ops/entangle/chunk.py`, in float32.
-
-    A token has two rows of keys, queries and writes and two of values. Kept are: queries, keys and writes before and
-    after they are rescaled, the keys once more for beta and beta's 2 x 2 matrix; in every chunk the two triangles
-    [rows, rows] and what the substitution gives, the values written, and three states [K, V].
-    """
-    k, v, rows = 2 * group.channels, group.values, 2
-    tokens = ROWS // rows
-    decays = k if values["decay"] == "channel" else 1
-    each = 7 * rows * k + rows * rows + 2 * rows * ROWS + rows * (v + k) + rows * v + 3 * k * v / tokens
-    each += 2 * k + 2 + 3 * decays  # q and k as they came and their lengths; the rescaling
-    maps = 8 * group.heads + 3 * group.decays  # from the projection to beta in the disc, and to the decay
-    return FULL * (group.heads * each + maps) + angle_bytes(values, group, FULL * group.key_width * 2)
-
-
-def angle_bytes(values: Mapping[str, Any], group: HeadGroup, turned: float) -> float:
-    """The phases': `turned`, q and k of unit length, before they are turned; the angles; their running sum, and for q
-    and k its negative, cosine and sine."""
-    if values["phase"] == "none" or not group.phases:
-        return 0.0
-    return turned + FULL * group.heads * group.channels * (7 + (values["phase"] == "selective"))
-
-
-def gate_bytes(values: Mapping[str, Any], heads: int, wide: int) -> float:
-    """The mixer's output in float32, normalised, and gated (what the last projection reads); the gate itself."""
-    gate = {"none": 0, "head": heads, "channel": wide}[values["gate"]]
-    gated = HALF * wide if gate else 0
-    return FULL * (wide + heads) + HALF * wide + gated + 2 * HALF * gate
+        # two norms (input and output, mean and deviation); the input and output of the MLP's non-linearity
+        return own + HALF * (4 * d + 2 * f) + FULL * 4
+    # two norms: float32 input; their outputs; the MLP's rectifier and its square
+    return own + 2 * (FULL * d + FULL) + HALF * d + HALF * 2 * f

@@ -10,16 +10,11 @@ from typing import Any
 from rich.table import Table
 
 from qies.accounting.flops import CONVENTION, forward_flops_per_token, muon_flops, training_flops_per_token
-from qies.accounting.memory import obstacle, training_memory
+from qies.accounting.memory import HALF, obstacle, training_memory
+from qies.accounting.parameters import count_parameters, layers
 from qies.errors import UserError
-from qies.presets import (
-    Hyperparameters,
-    attention_conv_width,
-    count_parameters,
-    head_groups,
-    hyperparameters,
-    parse_size,
-)
+from qies.mixers import mixer
+from qies.presets import Hyperparameters, hyperparameters, parse_size
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv:2203.15556
 USABLE = 0.9  # share of a GPU's memory that a plan fills: the rest is for the allocator, NCCL and CUDA itself
@@ -72,8 +67,8 @@ def plan_model(
     (presets.settings, with the command line's `overrides`) describe.
 
     Memory: `memory.training_memory`. Days: the model's FLOPs, of which every GPU does its share, and the optimizer's,
-    which every GPU does whole (each orthogonalises all matrices), at the stated utilisation. Decoding keeps a constant
-    state for entanglement layers (fp32) and, for attention layers, keys and values a token (2 bytes each). Raises
+    which every GPU does whole (each orthogonalises all matrices), at the stated utilisation. Decoding keeps the
+    mixers' states of constant size (fp32) and, for attention layers, keys and values per token (2 bytes each). Raises
     UserError when the windows are longer than the learned positions, or the tokens fewer than one step takes.
     """
     cluster = cluster or Cluster()
@@ -164,13 +159,12 @@ def command(
 
 
 def _decode(values: Mapping[str, Any]) -> dict[str, int]:
-    kinds, inner = values["layer_types"], values["num_attention_heads"] * values["head_dim"]
-    state = kinds.count("linear_attention") * 4 * sum(group.state_size for group in head_groups(values))
-    conv = 4 * kinds.count("linear_attention") * max(values["conv_size"] - 1, 0) * values["hidden_size"]
-    if values["block"] == "qies":
-        taps = max(values["attention_conv_size"] - 1, 0)
-        conv += 4 * kinds.count("full_attention") * taps * attention_conv_width(values)
-    return {"state_bytes": state + conv, "kv_bytes_per_token": kinds.count("full_attention") * 4 * inner}
+    """Bytes of one sequence: the states of constant size, and what each token adds."""
+    kinds = layers(values).items()
+    return {
+        "state_bytes": sum(times * mixer(kind).state_bytes(values) for kind, times in kinds),
+        "kv_bytes_per_token": sum(times * HALF * mixer(kind).cached(values) for kind, times in kinds),
+    }
 
 
 def plan_text(plan: Mapping[str, Any]) -> Table:

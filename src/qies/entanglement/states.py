@@ -16,6 +16,7 @@ from qies.entanglement.measures import (
     von_neumann_entropy,
 )
 from qies.errors import UserError
+from qies.mixers import mixer
 from qies.model import QiesCache, QiesForCausalLM
 
 
@@ -28,7 +29,7 @@ def capture(model: QiesForCausalLM, ids: Tensor, positions: Sequence[int]) -> di
     """
     if list(positions) != sorted(set(positions)) or not positions or positions[-1] > ids.shape[1] or positions[0] < 1:
         raise UserError(f"positions {list(positions)} must ascend within the text's {ids.shape[1]} tokens.")
-    layers = [i for i, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
+    layers = [i for i, kind in enumerate(model.config.layer_types) if mixer(kind).entangled]
     cache = QiesCache(model.config)
     seen: dict[int, list[list[Tensor]]] = {i: [] for i in layers}
     start, was = 0, model.training

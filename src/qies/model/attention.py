@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qies.mixers.attention import conv_width
 from qies.model.configuration import QiesConfig
 from qies.model.layers import OutputGate, ShortConv, linear
 from qies.ops.attention import causal_attention
 from qies.ops.norm import rms_norm
 from qies.ops.pairs import rotate
-from qies.presets import attention_conv_width
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         width, self.head_dim = config.hidden_size, config.head_dim
         inner = config.num_attention_heads * config.head_dim
         taps, self.conv_on = config.attention_conv_size, config.attention_conv
-        self.conv = ShortConv(attention_conv_width(vars(config)), taps) if taps else None
+        self.conv = ShortConv(conv_width(vars(config)), taps) if taps else None
         # Some layers without positions among others with them: Yang et al., arXiv:2501.18795.
         before = (config.layer_types or [])[:layer_idx]
         number = before.count("full_attention") + 1  # of this layer among those of attention

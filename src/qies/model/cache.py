@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+from qies.mixers import mixer, resolve
 
 
 class StateLayer(LinearAttentionLayer):
-    """One entanglement layer's memory: a state [B,H,2m,V] fp32 for each group of heads, and the convolution's last
-    inputs [B,k-1,D]."""
+    """One recurrent layer's memory: its states fp32, each [B,...] (for an entanglement layer [B,H,2m,V] for each group
+    of heads), and the convolution's last inputs [B,k-1,D]."""
 
     is_compileable = is_croppable = False
 
@@ -25,7 +27,7 @@ class StateLayer(LinearAttentionLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
-            raise ValueError("An entangled state cannot forget its last tokens, so this cache cannot be cropped.")
+            raise ValueError("A recurrent state cannot forget its last tokens, so this cache cannot be cropped.")
 
 
 class AttentionStateLayer(LinearAttentionAndFullAttentionLayer):
@@ -54,7 +56,7 @@ class AttentionStateLayer(LinearAttentionAndFullAttentionLayer):
 
 
 class QiesCache(DynamicCache):
-    """A `DynamicCache` whose layers follow `config.layer_types`, and that knows its size.
+    """A `DynamicCache` whose layers are those that the mixers of `config.layer_types` declare, and that knows its size.
 
     Gradients flow through it from one forward pass to the earlier ones; `detach_()` cuts them (truncated
     backpropagation through time).
@@ -63,12 +65,11 @@ class QiesCache(DynamicCache):
     """
 
     def __init__(self, config) -> None:
-        super().__init__(config=config)
-        groups = len(config.head_groups)
-        self.layers: list[Any] = [
-            StateLayer(number_of_states=groups) if kind == "linear_attention" else AttentionStateLayer()
-            for kind in config.layer_types
-        ]
+        specs = [mixer(kind) for kind in config.layer_types]
+        layers = [resolve(s.cache)(number_of_states=max(1, len(s.states(vars(config))))) for s in specs]
+        Cache.__init__(self, layers=layers)  # DynamicCache would make layers by the names that transformers knows
+        self.layers: list[Any]
+        self.entangled = [spec.entangled for spec in specs]
         self.seen_tokens = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -85,7 +86,7 @@ class QiesCache(DynamicCache):
         """Cut the graph behind everything held, in place: gradients of later tokens do not reach earlier ones."""
         for layer in self.layers:
             _each_state(layer, torch.Tensor.detach)
-            if isinstance(layer, AttentionStateLayer) and layer.keys is not None:
+            if getattr(layer, "keys", None) is not None:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         return self
 
@@ -95,14 +96,13 @@ class QiesCache(DynamicCache):
         self.seen_tokens -= abs(tokens_to_remove)
 
     def state_bytes(self, *, entangled_only: bool = False) -> int:
-        """Bytes held now. The entangled part does not grow with the context; keys and values do."""
+        """Bytes held now, or those of entanglement layers. States do not grow with the context; keys and values do."""
         total = 0
-        for layer in self.layers:
-            tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-            if not entangled_only and isinstance(layer, AttentionStateLayer):
-                tensors += [layer.keys, layer.values]
-            if entangled_only and isinstance(layer, AttentionStateLayer):
+        for layer, entangled in zip(self.layers, self.entangled, strict=True):
+            if entangled_only and not entangled:
                 continue
+            tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            tensors += [getattr(layer, "keys", None), getattr(layer, "values", None)]
             total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
         return total
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from qies.presets import BEFORE, HeadGroup, head_groups, inconsistent
+from qies.errors import UserError
+from qies.mixers import mixer
+from qies.mixers.entanglement import HeadGroup, head_groups
+from qies.presets import ARMS, BEFORE, MODEL_FIELDS, inconsistent, model_fields
 
 
 class QiesConfig(PreTrainedConfig):
@@ -14,8 +18,9 @@ class QiesConfig(PreTrainedConfig):
 
     Shape (legend B T D H m K V L):
         vocab_size, hidden_size (D), num_hidden_layers (L), num_attention_heads (H), head_dim (K and V of every
-        head; even), intermediate_size (width of the ReLU^2 MLP), layer_types (`linear_attention` for an
-        entanglement layer E, `full_attention` for A; default E-E-E-A repeated, last layer A).
+        head; even), intermediate_size (width of the ReLU^2 MLP), layer_types (the mixer of each layer:
+        `linear_attention` for an entanglement layer E, `full_attention` for A, or one that `qies.register_mixer` made
+        known; default E-E-E-A repeated, last layer A).
         block: "qies" (this project's: RMSNorm without gain, ReLU^2, mixer slot) or "gpt2" (LayerNorm, GELU, biases,
         learned positions up to max_position_embeddings; attention layers only, and most options below do not apply).
     Attention layers:
@@ -40,6 +45,8 @@ class QiesConfig(PreTrainedConfig):
     All layers:
         gate: sigmoid output gate per "head", per "channel" or "none"; logit_softcap (0: none), also called
         final_logit_softcapping (None: none); tie_word_embeddings (False).
+
+    A mixer from outside the package has fields of its own (`MixerSpec.fields`), which are keywords here too.
 
     Raises ValueError for a value outside the choices above or an inconsistent shape.
     """
@@ -85,13 +92,21 @@ class QiesConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.layer_types is None:
-            self.layer_types = [
-                "full_attention" if (i + 1) % 4 == 0 or i == self.num_hidden_layers - 1 else "linear_attention"
-                for i in range(self.num_hidden_layers)
-            ]
-        if problem := inconsistent(vars(self)):
+            self.layer_types = ARMS["qies"].layer_types(self.num_hidden_layers)
+        try:
+            fields = model_fields(self.layer_types)
+        except UserError as problem:
+            raise ValueError(str(problem)) from None
+        kwargs = {name: default for name, default in fields.items() if name not in MODEL_FIELDS} | kwargs
+        if problem := inconsistent(vars(self) | kwargs):
             raise ValueError(problem)
         super().__post_init__(**kwargs)
+
+    def validate(self) -> None:
+        """The checks of transformers, which knows each mixer by the name of its kind."""
+        known = copy.copy(self)
+        known.layer_types = [mixer(name).layer_type for name in self.layer_types or []]
+        super(QiesConfig, known).validate()
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

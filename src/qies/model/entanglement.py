@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from qies.mixers.entanglement import HeadGroup
 from qies.model.cache import read_states, write_states
 from qies.model.configuration import QiesConfig
 from qies.model.layers import OutputGate, ShortConv, linear, split
 from qies.ops.entangle import evolve
-from qies.presets import HeadGroup
 
 
 class Entanglement(nn.Module):

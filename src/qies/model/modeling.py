@@ -20,6 +20,9 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
 
+from qies.accounting.parameters import model_weights
+from qies.errors import UserError
+from qies.mixers import mixer, mixers, resolve
 from qies.model.attention import Attention, rotary_angles
 from qies.model.cache import QiesCache
 from qies.model.configuration import QiesConfig
@@ -31,8 +34,6 @@ from qies.objective import language_modelling, language_modelling_of_logits
 from qies.ops.entangle import first_tokens
 from qies.ops.entangle.chunk import readable
 from qies.ops.norm import rms_norm
-
-MIXERS = {"full_attention": Attention, "linear_attention": Entanglement}
 
 # Beside saved weights: transformers' own message for an unknown model type advises an upgrade, which does not help.
 CARD = """---
@@ -52,6 +53,26 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 """
 
 
+def build_mixer(config: QiesConfig, layer_idx: int) -> nn.Module:
+    """The mixer of a layer. Raises UserError where its parameters are not those that it declares, since counts, FLOPs,
+    memory and optimizers follow the declaration."""
+    spec = mixer((config.layer_types or [])[layer_idx])
+    module = resolve(spec.module)(config, layer_idx)
+    made = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    declared = {name: weight.shape for name, weight in spec.declared(vars(config)).items()}
+    for name in (*made, *declared):
+        if made.get(name) != declared.get(name):
+            raise UserError(
+                f"Mixer '{spec.name}' declares {_shape(declared.get(name))} for its parameter {name}, but the module "
+                f"has {_shape(made.get(name))}; correct MixerSpec.weights."
+            )
+    return module
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else f"the shape {list(shape)}"
+
+
 class RmsNorm(nn.Module):
     """Root-mean-square normalisation without a gain."""
 
@@ -69,7 +90,7 @@ class QiesBlock(GradientCheckpointingLayer):
     def __init__(self, config: QiesConfig, layer_idx: int) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.mixer = MIXERS[(config.layer_types or [])[layer_idx]](config, layer_idx)
+        self.mixer = build_mixer(config, layer_idx)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
@@ -121,6 +142,8 @@ class QiesPreTrainedModel(PreTrainedModel):
             init.ones_(module.q_scale)
         elif isinstance(module, Entanglement):
             module.reset_controls()
+        elif hasattr(module, "reset_parameters"):  # of a mixer from outside the package
+            module.reset_parameters()
 
     def _init_gpt2(self, module: nn.Module) -> None:
         """GPT-2's rule: N(0, 0.02), residual projections smaller by sqrt(2 L), biases zero."""
@@ -156,9 +179,12 @@ class QiesModel(QiesPreTrainedModel):
         self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size) if gpt2 else RmsNorm(config.rms_norm_eps)
         self.gradient_checkpointing = False
-        # bfloat16 would round the span of a memory by two percent
-        controls = {name.rsplit(".", 1)[-1] for name, _ in self.named_parameters()} & Entanglement.controls
-        self._keep_in_fp32_modules_strict = controls
+        specs = mixers(config.layer_types or [])
+        self.attends = any(spec.attends for spec in specs)
+        self.remembers = any(spec.remembers(vars(config)) for spec in specs)  # beyond an attention mask's reach
+        self._keep_in_fp32_modules_strict = {
+            name.rsplit(".", 1)[-1] for name, weight in model_weights(vars(config)).items() if weight.fp32
+        }
         self.post_init()
 
     @capture_outputs
@@ -203,7 +229,7 @@ class QiesModel(QiesPreTrainedModel):
 
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = rows.real if rows.mask is None else rows.mask
-        if rows.mask is not None and self._remembers():
+        if rows.mask is not None and self.remembers:
             raise ValueError(
                 "This attention_mask [B, 1, T, T] is not causal in blocks, one for each text, or goes with a cache; "
                 "entangled states and convolutions cannot follow it: give a mask [B, T] and seq_idx."
@@ -213,7 +239,7 @@ class QiesModel(QiesPreTrainedModel):
         blocks = rows.texts
         if blocks is not None and rows.real is not None:
             blocks = (blocks + 1) * rows.real
-        if "full_attention" in self.config.layer_types:
+        if self.attends:
             if position_ids is None and rows.texts is not None:
                 position_ids = positions_of(rows.texts, rows.real)
             elif position_ids is None:
@@ -243,12 +269,6 @@ class QiesModel(QiesPreTrainedModel):
         if past_key_values is not None:
             past_key_values.seen_tokens += length
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
-
-    def _remembers(self) -> bool:
-        """Whether a layer has a memory that an attention mask does not reach."""
-        config = self.config
-        hybrid = "linear_attention" in config.layer_types
-        return hybrid or (config.block != "gpt2" and bool(config.attention_conv_size))
 
     def _packed_mask(self, embeds: Tensor, blocks: Tensor, rows: Rows) -> tuple[Tensor | None, dict[str, Tensor | int]]:
         """The mask of packed rows and what else the attention implementation takes; `blocks` [B,T] are equal where

@@ -26,7 +26,7 @@ class ProbeConfig:
     """One run: an arm of one or few layers without a short convolution, trained from scratch on one task.
 
     length: the longest of the training lengths, which double from 4 during the first half of the steps.
-    longer: evaluation lengths as multiples of `length`. mixer: every layer's, by default the arm's own (its
+    longer: evaluation lengths as multiples of `length`. Every layer has the mixer of the arm's first one (its
     entanglement layer, or attention where it has none). model: fields of QiesConfig to replace.
     """
 
@@ -61,16 +61,16 @@ class ProbeConfig:
         """The keyword arguments of `QiesConfig`."""
         if self.arm not in presets.ARMS:
             presets.settings(self.arm, "100k", 4096)  # raises, with the nearest name
-        arm = dict(presets.ARMS[self.arm])
-        kind = "full_attention" if arm.pop("attention_everywhere", False) else "linear_attention"
+        arm = presets.ARMS[self.arm]
+        kinds = [arm.pattern[0]] * self.layers
         for key in self.model:
             if key not in presets.MODEL_FIELDS:
                 presets.settings(self.arm, "100k", 4096, **{key: None})  # raises, with the nearest name
         values = {
-            **presets.MODEL_FIELDS, **arm, "num_hidden_layers": self.layers, "hidden_size": self.hidden_size,
+            **presets.model_fields(kinds), **arm.settings, "num_hidden_layers": self.layers, "hidden_size": self.hidden_size,
             "num_attention_heads": self.heads, "head_dim": self.hidden_size // self.heads,
             "intermediate_size": 2 * self.hidden_size, "conv_size": 0, "attention_conv_size": 0, "logit_softcap": 0.0,
-            "layer_types": [kind] * self.layers, "vocab_size": task(self.task).vocab_size, **self.model,
+            "layer_types": kinds, "vocab_size": task(self.task).vocab_size, **self.model,
         }  # fmt: skip
         if problem := presets.inconsistent(values):
             raise UserError(problem)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
+from qies.accounting.parameters import model_weights
+from qies.errors import UserError
 from qies.presets import Hyperparameters
-
-CONTROLS = ("control_proj", "phase_down", "phase_up", "gate.proj")  # small maps that steer, rather than mix
 
 
 class Optimizers:
@@ -34,8 +33,9 @@ class Optimizers:
             if groups[name]:
                 rate = scale * getattr(rates, f"{name}_lr")
                 rest.append({"params": [p for _, p in groups[name]], "lr": rate})
-        muon = Muon(matrices, precision=precision, lr=scale * rates.matrix_lr, weight_decay=weight_decay, momentum=0.95)
-        adam = torch.optim.AdamW(rest, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+        matrix_lr, momentum = scale * rates.matrix_lr, rates.momentum
+        muon = Muon(matrices, precision=precision, lr=matrix_lr, weight_decay=weight_decay, momentum=momentum)
+        adam = torch.optim.AdamW(rest, betas=rates.betas, eps=1e-10, weight_decay=0.0, fused=True)
         self.all = (muon, adam)
         self.base = [[g["lr"] for g in o.param_groups] for o in self.all]
 
@@ -132,20 +132,14 @@ def orthogonal(matrix: Tensor, precision: torch.dtype) -> Tensor:
 
 
 def parameter_groups(model: PreTrainedModel) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Named parameters as `matrix` (Muon), `embedding`, `head` and `vector` (AdamW); each in exactly one."""
+    """Named parameters as `matrix` (Muon), `embedding`, `head` and `vector` (AdamW), each in the one that its
+    declaration names (`accounting.parameters.model_weights`). Raises UserError for a parameter that nothing declares."""
+    declared = model_weights(vars(model.config))
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embedding": [], "head": [], "vector": []}
-    for name, p in _unique(model.named_parameters()):
-        if "embed_" in name:  # a tied embedding is a head too, and takes its smaller rate
-            kind = "head" if model.config.tie_word_embeddings else "embedding"
-        elif name.startswith("lm_head"):
-            kind = "head"
-        elif p.ndim == 2 and ".conv." not in name and not any(c in name for c in CONTROLS):
-            kind = "matrix"
-        else:
-            kind = "vector"
-        groups[kind].append((name, p))
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if name not in declared:
+            raise UserError(f"No declaration names the parameter {name}, so no optimizer takes it; add it to a MixerSpec.")
+        groups[declared[name].optimizer].append((name, p))
     return groups
-
-
-def _unique(named: Iterable[tuple[str, nn.Parameter]]) -> Iterable[tuple[str, nn.Parameter]]:
-    return ((n, p) for n, p in named if p.requires_grad)
