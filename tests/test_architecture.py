@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent / "src" / "qies"
 # A module may import from its own tier and from those before it. FLOPs are arithmetic on the
 # presets, and the objective is arithmetic on the ops that the model's loss needs.
 TIERS = [
-    {"errors", "strict_yaml", "storage", "_register", "terminal"},
-    {"config", "presets", "accounting", "mixers", "plugins"},
+    {"errors", "strict_yaml", "storage", "_register", "terminal", "plugins"},
+    {"config", "presets", "accounting", "mixers"},
     {"ops"},
     {"objective"},
     {"model"},

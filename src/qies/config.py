@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qies import plugins as extensions
 from qies import storage, strict_yaml
 from qies.errors import UserError, nearest
 
@@ -29,6 +30,7 @@ INDUCTION_ONSET = 0.5  # nats per token gained on a repeated random segment: in-
 
 COUNT = {"count": True}  # tokens: 1m is 1_000_000 there
 LATER = {"later": True}  # a field that earlier configurations lack: at its default it leaves `content_hash` as it was
+WHERE = {"where": True}  # where code is found, which `content_hash` does not cover, as it does not cover this package's
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,12 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     model: dict[str, Any] = field(default_factory=dict)
+    plugins: tuple[str, ...] = field(default=(), metadata=WHERE)  # modules that register the arm and its mixers
 
     def __post_init__(self) -> None:
         from qies import presets
 
+        extensions.load(self.plugins)
         _choice("arm", self.arm, presets.ARMS)
         object.__setattr__(self, "size", presets.size_name(presets.parse_size(self.size)))
         least = self.train.seq_len * self.train.batch_size
@@ -129,6 +133,9 @@ class RunConfig:
                     branch.decay_start <= self.decay_start, "train.branches", list(self.train.branches),
                     f"budgets of which the decay starts before that of this run (step {self.decay_start})",
                 )  # fmt: skip
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return from_dict, (RunConfig, to_dict(self))  # so that a process that unpickles it imports its plugins
 
     @property
     def steps(self) -> int:
@@ -173,6 +180,7 @@ class StudyConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     model: dict[str, Any] = field(default_factory=dict)
     variants: tuple[dict[str, Any], ...] = field(default=(), metadata=LATER)  # each: keys of a run and their values
+    plugins: tuple[str, ...] = field(default=(), metadata=WHERE)  # as of every run
     workers: int = 0  # runs side by side; 0: one a core, each with one thread
     prompts: tuple[str, ...] = (
         "The people of the United States",
@@ -183,6 +191,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         from qies import presets
 
+        extensions.load(self.plugins)
         for arm in self.arms:
             _choice("arms", arm, presets.ARMS)
         object.__setattr__(self, "sizes", tuple(presets.size_name(presets.parse_size(s)) for s in self.sizes))
@@ -215,7 +224,9 @@ class StudyConfig:
                         f"A variant cannot set '{key}': a ladder trains on one corpus; make a ladder for each corpus, "
                         "and give qies ladder sweep the folder that holds them."
                     )
-            plain = RunConfig(tokens=2**62, data=self.data, train=self.train, model=dict(self.model))
+            plain = RunConfig(
+                tokens=2**62, data=self.data, train=self.train, model=dict(self.model), plugins=self.plugins
+            )
             run = override(plain, variant)
             for other, same in seen:
                 if same == run:
@@ -238,7 +249,7 @@ class StudyConfig:
             budgets = [max(1, round(presets.parse_size(size) * b / step)) * step for b in self.budgets]
             _require(len(set(budgets)) == len(budgets), f"tokens of size {size}", budgets, "different for each budget")
             for tokens, seed, arm in itertools.product(budgets, self.seeds, self.arms):
-                run = RunConfig(arm, size, tokens, seed, self.data, self.train, dict(self.model))
+                run = RunConfig(arm, size, tokens, seed, self.data, self.train, dict(self.model), self.plugins)
                 out += [override(run, variant) for variant in self.variants or ({},)]
         return out
 
@@ -263,12 +274,14 @@ def content_hash(config: Any) -> str:
 
 
 def _hashed(config: Any) -> Any:
-    """The values that `content_hash` covers: not later fields at their defaults, nor paths to text of known hash."""
+    """The values that `content_hash` covers: not later fields at their defaults, nor where code is found, nor paths to
+    text of known hash."""
     if not dataclasses.is_dataclass(config):
         return config
     fields = dataclasses.fields(config)
     values = {f.name: getattr(config, f.name) for f in fields}
     as_before = {f.name for f in fields if f.metadata.get("later") and values[f.name] == f.default}
+    as_before |= {f.name for f in fields if f.metadata.get("where")}
     if isinstance(config, DataConfig) and config.hash:
         as_before.add("source")
     return {name: _hashed(value) for name, value in values.items() if name not in as_before}

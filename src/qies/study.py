@@ -38,7 +38,7 @@ def preset(name: str, overrides: tuple[str, ...] = ()) -> StudyConfig:
 
 
 # What may be added to a study that has runs, and what changes none of them.
-AXES = ("arms", "sizes", "seeds", "tokens_per_parameter", "variants")
+AXES = ("arms", "sizes", "seeds", "tokens_per_parameter", "variants", "plugins")
 FREE = ("workers", "prompts")
 
 
@@ -74,7 +74,7 @@ def _union(known: StudyConfig, study: StudyConfig) -> dict[str, Any]:
     def joined(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
         return a + tuple(value for value in b if value not in a)
 
-    axes = {axis: joined(getattr(known, axis), getattr(study, axis)) for axis in ("arms", "sizes", "seeds")}
+    axes = {axis: joined(getattr(known, axis), getattr(study, axis)) for axis in ("arms", "sizes", "seeds", "plugins")}
     budgets = joined(known.budgets, study.budgets)
     axes["variants"] = joined(known.variants or ({},), study.variants or ({},))
     if axes["variants"] == ({},):

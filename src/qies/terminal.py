@@ -24,9 +24,10 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from qies import __version__
+from qies import __version__, plugins
 from qies.errors import INTERRUPTED, Stopped, UserError, nearest, speaks
 
+RECORDED = ("study", "train", "ladder")  # verbs whose configuration, and so the run record, names the plugins
 Verbs = Mapping[str, Callable[..., None]]
 # What the system refuses, whatever the program does: a full disk, a file system that is read-only, permissions.
 SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
@@ -72,11 +73,17 @@ def _dispatch(verbs: Verbs, args: list[str], description: str) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(_overview(verbs, description))
         return
+    args, modules = plugins.from_arguments(args)
+    plugins.load(modules)
+    if not args:
+        raise UserError("--plugin goes with a verb, such as qies train --plugin my_mixer.")
     name, *rest = args
     if name not in verbs:
         hint = nearest(name, [*verbs, "--version", "--help"]) or f" Known: {', '.join(verbs)}."
         raise UserError(f"Unknown {'option' if name.startswith('-') else 'verb'} '{name}'.{hint}")
     if "overrides" in inspect.signature(verbs[name]).parameters:
+        if modules and name in RECORDED:
+            rest.append(f"plugins=[{','.join(modules)}]")
         rest = _overrides_last(verbs[name], rest)
     _refuse_empty_paths(verbs[name], rest)
     _parse(verbs, [name, *rest], description)()
@@ -96,7 +103,8 @@ def _overview(verbs: Verbs, description: str) -> str:
     for name, verb in verbs.items():
         first = re.split(r"(?<=\.)\s", inspect.getdoc(verb) or "", maxsplit=1)[0]
         lines.append(f"  {name:<{max(map(len, verbs))}}  {' '.join(first.split())}")
-    return "\n".join([*lines, "", "qies VERB --help describes a verb; qies --version prints the version."])
+    return "\n".join([*lines, "", "qies VERB --help describes a verb; qies --version prints the version.",
+                      "Every verb takes --plugin MODULE, a module that registers mixers and arms (docs/extending.md)."])
 
 
 def _parse(verbs: Verbs, args: list[str], description: str) -> Callable[[], None]:

@@ -16,6 +16,7 @@ from typing import Any
 from qies.config import content_hash, to_dict
 from qies.data.files import make_folder
 from qies.errors import UserError
+from qies.plugins import load, loaded
 from qies.probes.protocol import SUCCESS, ProbeConfig, train_probe
 from qies.storage import write_text
 
@@ -57,7 +58,7 @@ def run_sweep(
         if record is not None:
             progress(record)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread, initargs=(loaded(),)) as pool:
         pending = {pool.submit(train_probe, p): i for i, p in enumerate(probes) if records[i] is None}
         try:
             for done in as_completed(pending):
@@ -116,8 +117,9 @@ def _path(out: Path, probe: ProbeConfig) -> Path:
     return out / f"{probe.task}-{probe.arm}-{probe.seed}-{content_hash(probe)}.json"
 
 
-def _one_thread() -> None:
+def _one_thread(plugins: Sequence[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)
+    load(plugins)
