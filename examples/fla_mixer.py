@@ -33,7 +33,7 @@ class GatedLinearAttention(torch.nn.Module):
 
 
 def flops(values, seq_len):
-    """In chunks of C tokens, with K = V: 2 C K for scores and their use (lower halves), 4 K V for the state, per head."""
+    """In chunks of C tokens, per head with K = V: 2 C K for scores and their use (lower halves), 4 K V for states."""
     k = values["hidden_size"] // values["num_attention_heads"]
     return values["num_attention_heads"] * (2.0 * min(64, seq_len) * k + 4.0 * k * k)
 

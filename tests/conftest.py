@@ -1,6 +1,7 @@
 """A small corpus of real sentences, built once a session."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -9,12 +10,35 @@ from pathlib import Path
 import pytest
 import torch
 
+from qies import mixers, plugins, presets
 from qies.config import DataConfig, TrainConfig
 from qies.faults.lab import write_corpus
 
 torch.set_num_threads(1)
 
 TINY = TrainConfig(seq_len=32, batch_size=4, eval_tokens=512, save_every=4, warmup=0.1, precision="fp32")
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+BUILT_IN = {"_SPECS": tuple(mixers._SPECS), "ARMS": tuple(presets.ARMS)}
+
+
+@pytest.fixture
+def forget_plugins(monkeypatch):
+    """Makes this process one that has loaded no plugin: now, whenever it is called, and at the end."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def forget() -> None:
+        for module, name in ((mixers, "_SPECS"), (presets, "ARMS")):
+            rows = getattr(module, name)
+            monkeypatch.setattr(module, name, {key: rows[key] for key in BUILT_IN[name]})
+        monkeypatch.setattr(plugins, "_LOADED", {})
+        for example in EXAMPLES.glob("*.py"):
+            sys.modules.pop(example.stem, None)
+
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.fixture(scope="session")

@@ -89,6 +89,9 @@ TABLE = {
         {"--tokens 4000000": "--size 50k --tokens 640", "40000": "64", "1000000,2000000": "160,320"}, f"{TINY} {TEXTS}"
     ),
     "qies train --branch-from runs/long --tokens 1000000 --out runs/short": How({"1000000": "160"}),
+    "qies plan --plugin gated_recurrence --arm gated --size 100k": How(),
+    "qies train --plugin gated_recurrence --arm gated --size 100k --tokens 1000000 --out runs/gated": TRAIN,
+    'qies generate runs/gated --prompt "The people of the United States"': How(more="--max-new-tokens 4"),
     "make study": How(),
     "make test": How(),
 }
@@ -153,10 +156,11 @@ def test_a_command_line_that_is_none_is_found():
 
 
 @pytest.fixture
-def workspace(text_folder, tmp_path, monkeypatch):
+def workspace(text_folder, tmp_path, monkeypatch, forget_plugins):
     """A working folder with the files that the documents speak of."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(text_folder, "my_texts")
+    shutil.copy(ROOT / "examples" / "gated_recurrence.py", ".")
     Path("results").mkdir()
     Path("results/reference").symlink_to(ROOT / "results" / "reference")
     rng = np.random.default_rng(0)
@@ -180,9 +184,10 @@ def yaml_blocks(document: Path) -> list[dict]:
     return [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", document.read_text(), re.DOTALL)]
 
 
-def test_the_study_files_of_the_documents_are_valid():
+def test_the_study_files_of_the_documents_are_valid(monkeypatch, forget_plugins):
+    monkeypatch.syspath_prepend(ROOT / "examples")
     blocks = [block for document in DOCUMENTS for block in yaml_blocks(document)]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         assert from_dict(StudyConfig, block).runs()
 

@@ -24,7 +24,9 @@ def load(modules: Iterable[str]) -> None:
         if name in _LOADED:
             continue
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
-            raise UserError(f"plugins names {name!r}, which is no module; write it as in an import, such as package.module.")
+            raise UserError(
+                f"plugins names {name!r}, which is no module; write it as in an import, such as package.module."
+            )
         if not {"", os.getcwd()} & set(sys.path):  # a console script's own folder stands there instead
             sys.path.append(os.getcwd())
         try:

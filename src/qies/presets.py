@@ -1,7 +1,7 @@
 """Sizes and arms as functions of N, the non-embedding parameters. Imports no torch.
 
-One number decides a model: `settings(arm, size)` gives depth, width and heads, and solves for the MLP width that
-brings every arm of a size to the same N. One rule covers 50k to 10b.
+One number determines a model: `settings(arm, size)` returns depth, width and heads, and solves for the MLP width that
+gives every arm of a size the same N. One rule covers 50k to 10b.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from qies.mixers.entanglement import ENTANGLEMENT
 
 SIZES = ("50k", "100k", "200k", "400k", "800k", "1.6m", "3m", "6m", "25m", "100m", "350m", "1b", "3b", "10b")
 LARGEST = 20_000_000_000
-TOLERANCE = 0.01  # every arm of a size has N to within this share
+TOLERANCE = 0.01  # relative tolerance of N, for every arm of a size
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -120,17 +121,19 @@ def model_fields(kinds: Iterable[str]) -> dict[str, Any]:
         if spec in BUILT_IN:
             continue
         if taken := fields.keys() & spec.fields.keys():
-            raise UserError(f"Mixer '{spec.name}' takes names of other fields ({', '.join(sorted(taken))}); rename them.")
+            raise UserError(
+                f"Mixer '{spec.name}' takes names of other fields ({', '.join(sorted(taken))}); rename them."
+            )
         fields |= spec.fields
     return fields
 
 
-# A field that models had before it existed with another value than its default of today, and fields that are gone with
-# the value at which a model that has them is the one without.
+# Fields whose value in models from before they existed differs from today's default; and removed fields, with the value
+# at which they have no effect.
 BEFORE: dict[str, Any] = {"attention_conv": "input", "register_heads": 0}
 GONE: dict[str, Any] = {"value_residual": False, "conv": "input"}
 
-# What a user may look for among the fields of the model: where it is set instead.
+# Settings that are not fields of the model, and where they are set.
 ELSEWHERE = {
     "arm": " The arm is set by --arm, or by the key arm.",
     "size": " The size is set by --size, or by the key size.",
@@ -219,7 +222,7 @@ def settings(arm: str, size: str, vocab_size: int, /, **overrides: Any) -> dict[
 
 
 def _shaped(arm: str, target: int, vocab_size: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of an arm at `target` parameters, without the MLP width that brings it there."""
+    """The settings of an arm at `target` parameters, except for the MLP width."""
     sized = shape(target)
     chosen = {**sized, **ARMS[arm].settings, **overrides}
     kinds = ARMS[arm].layer_types(chosen["num_hidden_layers"])
@@ -233,7 +236,7 @@ def _shaped(arm: str, target: int, vocab_size: int, overrides: Mapping[str, Any]
 
 
 def inconsistent(values: Mapping[str, Any]) -> str | None:
-    """What is wrong with a model's values taken together, in one sentence, or None."""
+    """The first inconsistency in a model's settings, in one sentence, or None."""
     try:
         concerned = mixers([*(spec.name for spec in BUILT_IN), *values["layer_types"]])
     except UserError as unknown:
@@ -261,7 +264,7 @@ def inconsistent(values: Mapping[str, Any]) -> str | None:
 
 
 def _mlp_width(values: Mapping[str, Any], target: int) -> int | None:
-    """The MLP width that brings the model to `target`, as round as the tolerance allows; None where none does."""
+    """The roundest MLP width that gives `target` parameters to within the tolerance, or None."""
     fixed = count_parameters({**values, "intermediate_size": 0})["non_embedding"]
     each = count_parameters({**values, "intermediate_size": 1})["non_embedding"] - fixed
     exact = (target - fixed) / each
@@ -273,7 +276,7 @@ def _mlp_width(values: Mapping[str, Any], target: int) -> int | None:
 
 
 def _no_width(arm: str, size: str, vocab_size: int, overrides: Mapping[str, Any]) -> str:
-    """Why an arm does not build at `size`, and the next larger size at which it does."""
+    """The message for an arm that cannot be built at `size`: the reason, and the next larger size that works."""
     target = parse_size(size)
     mixers = count_parameters({**_shaped(arm, target, vocab_size, overrides), "intermediate_size": 0})["non_embedding"]
     larger = target // 1000 + 1
@@ -290,7 +293,7 @@ def _no_width(arm: str, size: str, vocab_size: int, overrides: Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """How a model of N non-embedding parameters is trained on D tokens: what `hyperparameters` computes.
+    """The result of `hyperparameters`: how a model of N non-embedding parameters is trained on D tokens.
 
     The learning rates are those before schedule and `train.lr_scale`. docs/scaling-up.md says which of these numbers
     were measured here and which are the cited papers'.
@@ -300,30 +303,30 @@ class Hyperparameters:
     embedding_lr: float  # AdamW
     head_lr: float  # AdamW
     vector_lr: float  # AdamW: biases, convolutions, scales and the small control maps
-    batch_tokens: int = 2048  # tokens a step; this and what follows: the values of the sweep in LOG.md
-    warmup: float = 0.02  # share of the tokens, linear up
-    decay: float = 0.4  # share of the tokens at the end, linear down to zero
+    batch_tokens: int = 2048  # per step; this and the following: the values of the sweep in LOG.md
+    warmup: float = 0.02  # fraction of the tokens, linear increase
+    decay: float = 0.4  # fraction of the tokens at the end, linear to zero
     weight_decay: float = 0.01  # of the hidden matrices, times their learning rate
     momentum: float = 0.95  # Muon
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
 
 
 def hyperparameters(parameters: int, tokens: int) -> Hyperparameters:
-    """The rule for every arm alike: that of the sweep in LOG.md at 100k parameters, carried to any N and D >= 1.
+    """The rule of every arm: that of the sweep in LOG.md at 100k parameters, extrapolated to any N and D >= 1.
 
     Learning rates. Muon's step has a fixed spectral size, so its rate does not depend on the width (Jordan et al.,
     Muon, 2024); AdamW rates for embedding and head fall with the width as W^-1/2 from their value at W = 64. No
     further factor in N and D: at D/N constant Li et al. (arXiv:2503.04715) find AdamW's best rate falling as
-    N^(-0.713 + 0.307), which is 1/W here (W grows as N^0.4), and that fall is what Muon's step has built in.
+    N^(-0.713 + 0.307), which is 1/W here (W grows as N^0.4), and Muon's step already includes that factor.
 
-    Batch. 0.58 D^0.571 tokens (Li et al., arXiv:2503.04715), whatever N; never below the sweep's.
+    Batch. 0.58 D^0.571 tokens (Li et al., arXiv:2503.04715) for any N; at least the sweep's.
 
     Warm-up. 2 % of D, and at most N tokens (Porian et al., arXiv:2406.19146). Decay: the last 40 %, linear to zero
     (Bergsma et al., arXiv:2502.15938).
 
     Weight decay lambda. The average that the weights keep of their updates spans tau = B / (lr lambda D) of a run; the
-    best tau is 1.084 (D/N)^-0.527 (Bergsma et al., arXiv:2505.13738). Never above the sweep's, which binds wherever a
-    run is short, and so at every N up to 6m.
+    best tau is 1.084 (D/N)^-0.527 (Bergsma et al., arXiv:2505.13738). At most the sweep's, which applies to short runs,
+    and so at every N up to 6m.
     """
     if parameters < 1 or tokens < 1:
         raise ValueError("hyperparameters needs at least one parameter and one token")

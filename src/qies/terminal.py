@@ -103,8 +103,14 @@ def _overview(verbs: Verbs, description: str) -> str:
     for name, verb in verbs.items():
         first = re.split(r"(?<=\.)\s", inspect.getdoc(verb) or "", maxsplit=1)[0]
         lines.append(f"  {name:<{max(map(len, verbs))}}  {' '.join(first.split())}")
-    return "\n".join([*lines, "", "qies VERB --help describes a verb; qies --version prints the version.",
-                      "Every verb takes --plugin MODULE, a module that registers mixers and arms (docs/extending.md)."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "qies VERB --help describes a verb; qies --version prints the version.",
+            "Every verb takes --plugin MODULE, a module that registers mixers and arms (docs/extending.md).",
+        ]
+    )
 
 
 def _parse(verbs: Verbs, args: list[str], description: str) -> Callable[[], None]:

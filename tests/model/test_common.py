@@ -168,7 +168,7 @@ def test_checkpointed_training_keeps_no_cache(arm, ids):
     cache = model(ids).past_key_values
     model.train().activation_checkpointing_enable()
     assert model(ids, labels=ids, use_cache=True).past_key_values is None
-    with pytest.raises(ValueError, match="cannot go on from past_key_values"):
+    with pytest.raises(ValueError, match="cannot continue from past_key_values"):
         model(ids, labels=ids, past_key_values=cache)
 
 

@@ -37,12 +37,12 @@ def forward_flops_per_token(values: Mapping[str, Any], seq_len: int) -> dict[str
 
 
 def training_flops_per_token(values: Mapping[str, Any], seq_len: int) -> float:
-    """Forward and backward, by `CONVENTION`."""
+    """Forward and backward FLOPs per token, by `CONVENTION`."""
     return 3.0 * sum(forward_flops_per_token(values, seq_len).values())
 
 
 def muon_flops(values: Mapping[str, Any], iterations: int = 5) -> float:
-    """Of orthogonalising every hidden matrix once, as Muon does each step whatever the batch.
+    """FLOPs of orthogonalising every hidden matrix once, which Muon does in each step regardless of the batch.
 
     A matrix [a, b] with a <= b takes X X^T, its square, and their product with X in each Newton-Schulz iteration:
     4 a^2 b + 2 a^3 (Jordan et al., Muon, 2024).

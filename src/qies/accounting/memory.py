@@ -1,10 +1,10 @@
-"""Bytes that one GPU holds while it trains a model under FSDP2 in bfloat16, from the model's settings. No torch.
+"""Memory per GPU in training with FSDP2 in bfloat16, from the model's settings alone. Imports no torch.
 
 Legend: B sequences of a micro-batch, T their length, D width, F MLP width, g GPUs.
 
-Weights, gradients and optimizer are fp32 and cut into g parts (`fully_shard` on every block and on the whole: Zhao et
-al., arXiv:2304.11277; ZeRO stage 3: Rajbhandari et al., arXiv:1910.02054). Activations are counted tensor by tensor, as
-Korthikanti et al. (arXiv:2205.05198) do for the transformer, for this package's blocks as they run on CUDA;
+Weights, gradients and optimizer state are fp32 and sharded over g GPUs (`fully_shard` on every block and on the whole:
+Zhao et al., arXiv:2304.11277; ZeRO stage 3: Rajbhandari et al., arXiv:1910.02054). Activations are counted tensor by
+tensor, as Korthikanti et al. (arXiv:2205.05198) do for the transformer, for this package's blocks as they run on CUDA;
 mixers declare their own (`MixerSpec.activation_bytes`).
 """
 
@@ -22,7 +22,7 @@ HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 def training_memory(
     values: Mapping[str, Any], *, gpus: int, micro_batch: int, seq_len: int, checkpointing: bool
 ) -> dict[str, float]:
-    """Bytes on one of `gpus` GPUs at the peak of a step, by what they hold.
+    """Bytes on one of `gpus` GPUs at the peak of a step, by category.
 
     weights 4 P / g; gradients 4 P / g; optimizer 4 P / g for Muon's matrices and 8 P / g for AdamW's parameters;
     gathered, see `gathered_bytes` (on one GPU 2 P, the copies that autocast makes); activations, see
@@ -43,9 +43,9 @@ def training_memory(
 
 
 def gathered_bytes(values: Mapping[str, Any]) -> float:
-    """What FSDP2 makes whole on every GPU: bfloat16 weights of the root (embedding and head, kept from forward to
-    backward) and of two blocks (the one at work and the one fetched ahead), and the gradients of the larger of root and
-    block in bfloat16 and, to be reduced, in float32."""
+    """What FSDP2 gathers on every GPU: bfloat16 weights of the root (embedding and head, kept from forward to
+    backward) and of two blocks (the current and the prefetched one), and the gradients of the larger of root and block
+    in bfloat16 and, for the reduction, in float32."""
     counts = count_parameters(values)
     root = counts["total"] - counts["non_embedding"]
     block = counts["non_embedding"] / values["num_hidden_layers"]
@@ -55,7 +55,7 @@ def gathered_bytes(values: Mapping[str, Any]) -> float:
 def activation_bytes(values: Mapping[str, Any], *, checkpointing: bool) -> float:
     """Bytes per token kept for the backward pass, at its peak.
 
-    Every block's, and embedding and loss. With `checkpointing` the input of every block and one block's own. Raises
+    Those of all blocks, the embedding and the loss; with `checkpointing` the inputs of all blocks and one block. Raises
     NotCounted, a ValueError, for a mixer whose activations are not known (`obstacle`).
     """
     blocks = [block_bytes(values, kind) for kind in values["layer_types"]]
@@ -64,7 +64,7 @@ def activation_bytes(values: Mapping[str, Any], *, checkpointing: bool) -> float
 
 
 def obstacle(values: Mapping[str, Any]) -> str | None:
-    """Why the activations of this model are not known, or None."""
+    """Why the activations of this model cannot be counted, or None."""
     try:
         for spec in mixers(values["layer_types"]):
             spec.kept_bytes(values)
@@ -74,9 +74,9 @@ def obstacle(values: Mapping[str, Any]) -> str | None:
 
 
 def ends_bytes(values: Mapping[str, Any]) -> float:
-    """A token's share of embedding, final norm and loss.
+    """Bytes per token of embedding, final norm and loss.
 
-    The logits [vocabulary] in float32 after the cap and after the log-softmax; as many again for their gradients.
+    The logits [vocabulary] in float32 after the cap and after the log-softmax, and the same again for their gradients.
     """
     d, vocab = values["hidden_size"], values["vocab_size"]
     norms = HALF * d if values["block"] == "gpt2" else 2 * FULL * d

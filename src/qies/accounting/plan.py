@@ -1,4 +1,4 @@
-"""What a model would cost before anything is spent, from its settings alone. Imports no torch."""
+"""The cost of training a model, from its settings alone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qies.mixers import mixer
 from qies.presets import Hyperparameters, hyperparameters, parse_size
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv:2203.15556
-USABLE = 0.9  # share of a GPU's memory that a plan fills: the rest is for the allocator, NCCL and CUDA itself
+USABLE = 0.9  # usable fraction of a GPU's memory; the rest is for the allocator, NCCL and CUDA
 GIGABYTE = 1e9
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machine to plan for. Utilisation is the model's FLOPs over the peak (Chowdhery et al., arXiv:2204.02311), so
-    that the second forward pass of checkpointing does not count as work."""
+    """The hardware to plan for. Utilisation is the model's FLOPs over the peak (Chowdhery et al., arXiv:2204.02311), so
+    the recomputation of activation checkpointing does not count."""
 
     gpus: int = 1
     gpus_per_node: int = 8
@@ -66,8 +66,8 @@ def plan_model(
     """Parameters, FLOPs, tokens, memory in bytes on each GPU, days and the command of the model that `values`
     (presets.settings, with the command line's `overrides`) describe.
 
-    Memory: `memory.training_memory`. Days: the model's FLOPs, of which every GPU does its share, and the optimizer's,
-    which every GPU does whole (each orthogonalises all matrices), at the stated utilisation. Decoding keeps the
+    Memory: `memory.training_memory`. Days: the model's FLOPs, divided among the GPUs, and the optimizer's, which
+    every GPU repeats in full (each orthogonalises all matrices), at the stated utilisation. Decoding keeps the
     mixers' states of constant size (fp32) and, for attention layers, keys and values per token (2 bytes each). Raises
     UserError when the windows are longer than the learned positions, or the tokens fewer than one step takes.
     """
@@ -115,8 +115,8 @@ def plan_model(
 
 
 def _batch(rule: Hyperparameters, at_once: int, seq_len: int, tokens: int) -> dict[str, int]:
-    """The rule's batch as a whole number of micro-batches on every GPU, at least one and no more than there are tokens:
-    sequences a step, sequences at once, how often gradients accumulate, and steps."""
+    """The rule's batch, rounded to a whole number of micro-batches on every GPU, at least one and at most all tokens:
+    sequences per step, sequences at once, gradient accumulation steps, and optimizer steps."""
     most = tokens // (seq_len * at_once)
     if most < 1:
         raise UserError(
@@ -140,9 +140,9 @@ def command(
     checkpointing: bool,
     overrides: tuple[str, ...] = (),
 ) -> str:
-    """The line to type on every node, for bash; $HEAD is the first node's address, $DATA a folder of token shards.
+    """The bash command to run on every node; $HEAD is the first node's address, $DATA a folder of token shards.
 
-    It sets everything the plan counts with; that the model is sharded follows from the number of processes.
+    It sets everything that the plan assumes; the number of processes decides whether the model is sharded.
     """
     per_node = min(cluster.gpus, cluster.gpus_per_node)
     where = "--standalone" if cluster.nodes == 1 else f"--nnodes={cluster.nodes} --rdzv-backend=c10d --rdzv-endpoint="
@@ -178,8 +178,8 @@ def plan_text(plan: Mapping[str, Any]) -> Table:
     for key, value in plan["params"].items():
         table.add_row(f"parameters: {key}", f"{value:,}")
     for key, value in plan["forward_flops_per_token"].items():
-        table.add_row(f"forward FLOPs a token: {key}", f"{value:,.0f}")
-    table.add_row("training FLOPs a token", f"{plan['flops_per_token']:,.0f}")
+        table.add_row(f"forward FLOPs per token: {key}", f"{value:,.0f}")
+    table.add_row("training FLOPs per token", f"{plan['flops_per_token']:,.0f}")
     table.add_row("tokens", f"{plan['tokens']:,}")
     table.add_row("training FLOPs", f"{plan['flops']:.3e}")
     for key, value in rule.items():
@@ -189,16 +189,16 @@ def plan_text(plan: Mapping[str, Any]) -> Table:
     table.add_row("batch: gradient accumulation", f"{batch['accumulation']:,}")
     table.add_row("steps", f"{batch['steps']:,}")
     for key, value in plan["memory"].items():
-        table.add_row(f"memory a GPU: {key}", f"{value / GIGABYTE:,.2f} GB")
+        table.add_row(f"memory per GPU: {key}", f"{value / GIGABYTE:,.2f} GB")
     if plan["memory_total"] is None:
-        table.add_row("memory a GPU: total", f"unknown: {plan['memory_unknown']}")
+        table.add_row("memory per GPU: total", f"unknown: {plan['memory_unknown']}")
     else:
         verdict = "fits" if plan["fits"] else "does not fit"
         limit = f"{USABLE:.0%} of {cluster['gpu_memory']:g} GB"
-        table.add_row("memory a GPU: total", f"{plan['memory_total'] / GIGABYTE:,.2f} GB; {verdict} in {limit}")
-    table.add_row("optimizer FLOPs a step, on every GPU", f"{plan['optimizer_flops_per_step']:.3e}")
+        table.add_row("memory per GPU: total", f"{plan['memory_total'] / GIGABYTE:,.2f} GB; {verdict} in {limit}")
+    table.add_row("optimizer FLOPs per step, on every GPU", f"{plan['optimizer_flops_per_step']:.3e}")
     speed = f"{cluster['gpus']} x {cluster['gpu_flops']:.3g} FLOP/s x {cluster['utilisation']:g}"
     table.add_row("days", f"{plan['days']:,.3g} at {speed}")
-    table.add_row("decode: entangled state", f"{plan['decode']['state_bytes'] / 2**10:,.1f} KiB")
-    table.add_row("decode: keys and values", f"{plan['decode']['kv_bytes_per_token']:,} B a token")
+    table.add_row("decode: states", f"{plan['decode']['state_bytes'] / 2**10:,.1f} KiB")
+    table.add_row("decode: keys and values", f"{plan['decode']['kv_bytes_per_token']:,} B per token")
     return table

@@ -10,7 +10,18 @@ from qies.mixers.attention import ATTENTION
 from qies.mixers.entanglement import ENTANGLEMENT
 from qies.mixers.spec import MixerSpec, NotCounted, Weight, resolve
 
-__all__ = ["BUILT_IN", "MixerSpec", "NotCounted", "Weight", "mixer", "mixers", "names", "register", "register_mixer", "resolve"]
+__all__ = [
+    "BUILT_IN",
+    "MixerSpec",
+    "NotCounted",
+    "Weight",
+    "mixer",
+    "mixers",
+    "names",
+    "register",
+    "register_mixer",
+    "resolve",
+]
 
 R = TypeVar("R")
 

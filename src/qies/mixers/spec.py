@@ -1,7 +1,7 @@
 """What a mixer declares of itself. Imports no torch.
 
-A mixer is the part of a layer that mixes positions: attention, an entanglement layer, any recurrence. `MixerSpec` is its
-only declaration: parameter counts, FLOPs, memory, optimizer groups, the cache and the checks of a configuration are all
+A mixer is the part of a layer that mixes positions: attention, an entanglement layer, any recurrence. `MixerSpec` is
+its only declaration: parameter counts, FLOPs, memory, optimizer groups, the cache and the checks of a configuration are
 derived from it. Every function of a declaration takes the model's settings (`presets.settings`, or `vars` of a
 `QiesConfig`) and describes one layer.
 """

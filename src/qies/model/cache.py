@@ -1,4 +1,4 @@
-"""The cache of a hybrid stack: a constant-size state for entanglement layers, keys and values for attention."""
+"""The cache of a hybrid stack: states of constant size for recurrent layers, keys and values for attention."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StateLayer(LinearAttentionLayer):
 
 
 class AttentionStateLayer(LinearAttentionAndFullAttentionLayer):
-    """An attention layer's keys and values, and the last inputs of its short convolution if it has one."""
+    """Keys and values of an attention layer, and the last inputs of its short convolution if it has one."""
 
     @property
     def is_croppable(self) -> bool:
@@ -56,10 +56,10 @@ class AttentionStateLayer(LinearAttentionAndFullAttentionLayer):
 
 
 class QiesCache(DynamicCache):
-    """A `DynamicCache` whose layers are those that the mixers of `config.layer_types` declare, and that knows its size.
+    """A `DynamicCache` with the cache layers that the mixers of `config.layer_types` declare.
 
-    Gradients flow through it from one forward pass to the earlier ones; `detach_()` cuts them (truncated
-    backpropagation through time).
+    Gradients flow through it to earlier forward passes; `detach_()` stops them (truncated backpropagation through
+    time).
 
     `get_seq_length()` also works for stacks without attention, where nothing else counts the tokens.
     """
@@ -83,7 +83,7 @@ class QiesCache(DynamicCache):
         self.seen_tokens = 0
 
     def detach_(self) -> QiesCache:
-        """Cut the graph behind everything held, in place: gradients of later tokens do not reach earlier ones."""
+        """Detach all tensors in place, so that gradients of later tokens do not reach earlier ones."""
         for layer in self.layers:
             _each_state(layer, torch.Tensor.detach)
             if getattr(layer, "keys", None) is not None:
@@ -108,19 +108,19 @@ class QiesCache(DynamicCache):
 
 
 def read_states(layer, groups: int) -> list[Tensor | None]:
-    """The states a layer holds, one for each group of heads, or as many None before the first token."""
+    """The `groups` states of a layer (an entanglement layer has one per head group), None before the first token."""
     if layer is None or not layer.has_previous_state[0]:
         return [None] * groups
     return list(layer.recurrent_states.values())
 
 
 def read_conv(layer) -> Tensor | None:
-    """The convolution inputs [B,k-1,D] a layer holds, or None before the first token."""
+    """The convolution inputs [B,k-1,D] of a layer, or None before the first token."""
     return layer.conv_states[0] if layer is not None and layer.is_conv_states_initialized[0] else None
 
 
 def write_states(layer, states: Iterable[Tensor]) -> None:
-    """Keep the states, one for each group of heads; a layer without convolution is marked as filled too."""
+    """Store the states of a layer, in the order in which `read_states` returns them."""
     for i, state in enumerate(states):
         layer.recurrent_states[i] = state
         layer.is_recurrent_states_initialized[i] = True
@@ -129,7 +129,7 @@ def write_states(layer, states: Iterable[Tensor]) -> None:
 
 
 def write_conv(layer, inputs: Tensor) -> None:
-    """Keep the last inputs of the short convolution."""
+    """Store the last inputs of the short convolution."""
     layer.conv_states[0] = inputs
     layer.is_conv_states_initialized[0] = True
     layer.device = inputs.device

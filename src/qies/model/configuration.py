@@ -1,4 +1,4 @@
-"""`QiesConfig`: the shape of one model. Every arm is this configuration with other values."""
+"""`QiesConfig`: the configuration of a model. The arms are different values of it."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ class QiesConfig(PreTrainedConfig):
             self.layer_types = ARMS["qies"].layer_types(self.num_hidden_layers)
         try:
             fields = model_fields(self.layer_types)
-        except UserError as problem:
-            raise ValueError(str(problem)) from None
+        except UserError as unknown:
+            raise ValueError(str(unknown)) from None
         kwargs = {name: default for name, default in fields.items() if name not in MODEL_FIELDS} | kwargs
         if problem := inconsistent(vars(self) | kwargs):
             raise ValueError(problem)
@@ -110,18 +110,18 @@ class QiesConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """The configuration of a saved dictionary. A field that it lacks because it was saved before the field existed
-        has the value that held then (`presets.BEFORE`)."""
+        """The configuration of a saved dictionary. Fields that did not exist when it was saved get the value that
+        applied then (`presets.BEFORE`)."""
         return super().from_dict(_complete(config_dict), **kwargs)
 
     @classmethod
     def from_json_file(cls, json_file):
-        """As `from_dict`, of a file."""
+        """As `from_dict`, from a file."""
         return cls(**_complete(cls._dict_from_json_file(json_file)))
 
     @property
     def final_logit_softcapping(self) -> float | None:
-        """`logit_softcap` under the name that other libraries read; None where logits are not capped."""
+        """`logit_softcap` by the name that other libraries use; None where logits are not capped."""
         return self.logit_softcap or None
 
     @final_logit_softcapping.setter
@@ -130,7 +130,7 @@ class QiesConfig(PreTrainedConfig):
 
     @property
     def num_key_value_heads(self) -> int:
-        """Heads of keys and values in an attention layer: as many as query heads."""
+        """Heads of keys and values in an attention layer, equal to `num_attention_heads`."""
         return self.num_attention_heads
 
     @num_key_value_heads.setter
@@ -142,10 +142,10 @@ class QiesConfig(PreTrainedConfig):
 
     @property
     def head_groups(self) -> tuple[HeadGroup, ...]:
-        """The groups of alike heads that an entanglement layer is made of."""
+        """The groups of identical heads of an entanglement layer."""
         return head_groups(vars(self))
 
 
 def _complete(saved: dict[str, Any]) -> dict[str, Any]:
-    """Saved values with those that fields had before they existed: every saved configuration has its convolution."""
+    """Saved values, completed for fields that did not exist yet; every configuration has saved its convolution."""
     return BEFORE | saved if "attention_conv_size" in saved else saved

@@ -35,7 +35,7 @@ from qies.ops.entangle import first_tokens
 from qies.ops.entangle.chunk import readable
 from qies.ops.norm import rms_norm
 
-# Beside saved weights: transformers' own message for an unknown model type advises an upgrade, which does not help.
+# Saved beside the weights: for an unknown model type transformers advises an upgrade, which does not help.
 CARD = """---
 library_name: transformers
 tags: [qies]
@@ -85,7 +85,7 @@ class RmsNorm(nn.Module):
 
 
 class QiesBlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + MLP(norm(x)). The mixer is the only thing in which the arms differ."""
+    """x + mixer(norm(x)), then x + MLP(norm(x)). The arms differ in the mixer only."""
 
     def __init__(self, config: QiesConfig, layer_idx: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class QiesBlock(GradientCheckpointingLayer):
         return x + self.mlp(self._norm(x)), weights
 
     def _norm(self, x: Tensor) -> Tensor:
-        """RMSNorm; under autocast in its dtype already, or every projection would cast x for itself."""
+        """RMSNorm, under autocast in its dtype, so that the projections do not each cast x."""
         device = x.device.type
         y = rms_norm(x, self.eps)
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
@@ -142,8 +142,8 @@ class QiesPreTrainedModel(PreTrainedModel):
             init.ones_(module.q_scale)
         elif isinstance(module, Entanglement):
             module.reset_controls()
-        elif hasattr(module, "reset_parameters"):  # of a mixer from outside the package
-            module.reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):  # of a mixer from outside the package
+            reset()
 
     def _init_gpt2(self, module: nn.Module) -> None:
         """GPT-2's rule: N(0, 0.02), residual projections smaller by sqrt(2 L), biases zero."""
@@ -162,12 +162,11 @@ class QiesModel(QiesPreTrainedModel):
     With `output_hidden_states` the L + 1 of them [B,T,D]; with `output_attentions` the weights [B,H,T,S] of the
     attention layers, which only `attn_implementation="eager"` gives.
 
-    Several texts may be packed into one row. They are told apart by any of: position_ids [B,T] that start again;
-    seq_idx [B,T], their numbers; cu_seq_lens_q (and the equal cu_seq_lens_k) [N+1], their ends in the B * T tokens; an
-    attention_mask [B,1,T,T] that is causal in blocks. Each is computed as if it were alone: states, phases,
-    convolutions and positions begin anew. This goes without a cache. An attention_mask [B,1,T,T] of another kind is
-    taken where every layer is attention without a convolution, and refused elsewhere. max_length_q and max_length_k
-    follow from the ends and are not read.
+    Several texts may be packed into one row. They are marked by any of: position_ids [B,T] that restart; seq_idx [B,T],
+    their indices; cu_seq_lens_q (and the equal cu_seq_lens_k) [N+1], their cumulative lengths over the B * T tokens; a
+    block-causal attention_mask [B,1,T,T]. Each text is computed as if it were alone: states, phases, convolutions and
+    positions are reset. Packing cannot be combined with a cache. Any other attention_mask [B,1,T,T] is accepted only
+    where every layer is attention without a convolution. max_length_q and max_length_k are derived and ignored.
     """
 
     def __init__(self, config: QiesConfig) -> None:
@@ -220,7 +219,9 @@ class QiesModel(QiesPreTrainedModel):
             use_cache = self.config.use_cache and not self.training and rows.texts is None
         if self.gradient_checkpointing and self.training:  # a layer that runs again would write its state again
             if past_key_values is not None:
-                raise ValueError("Gradient checkpointing cannot go on from past_key_values: leave them out, or eval().")
+                raise ValueError(
+                    "Gradient checkpointing cannot continue from past_key_values: omit them, or call eval()."
+                )
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = QiesCache(self.config)
@@ -231,8 +232,8 @@ class QiesModel(QiesPreTrainedModel):
             attention_mask = rows.real if rows.mask is None else rows.mask
         if rows.mask is not None and self.remembers:
             raise ValueError(
-                "This attention_mask [B, 1, T, T] is not causal in blocks, one for each text, or goes with a cache; "
-                "entangled states and convolutions cannot follow it: give a mask [B, T] and seq_idx."
+                "This attention_mask [B, 1, T, T] is not block-causal with one block per text, or is combined with a "
+                "cache; recurrent states and convolutions do not support it: give a mask [B, T] and seq_idx."
             )
         causal_mask = angles = None
         varlen: dict[str, Tensor | int] = {}
@@ -271,14 +272,14 @@ class QiesModel(QiesPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
     def _packed_mask(self, embeds: Tensor, blocks: Tensor, rows: Rows) -> tuple[Tensor | None, dict[str, Tensor | int]]:
-        """The mask of packed rows and what else the attention implementation takes; `blocks` [B,T] are equal where
-        tokens may attend to each other."""
+        """The mask of packed rows and further arguments of the attention implementation; tokens attend to each other
+        where `blocks` [B,T] are equal."""
         name = self.config._attn_implementation
         if name == "sdpa":
             return None, {}  # `attend` takes the blocks themselves
         if is_flash_attention_requested(self.config):
             if rows.real is not None:
-                raise ValueError(f"Packed texts with pads do not go with {name}; use attn_implementation='sdpa'.")
+                raise ValueError(f"Packed texts with pads are not supported by {name}; use attn_implementation='sdpa'.")
             ends = ends_of(blocks)
             longest = int(ends.diff().max())
             return None, {
@@ -288,11 +289,13 @@ class QiesModel(QiesPreTrainedModel):
             self.config, embeds, None, None, and_mask_function=packed_sequence_mask_function(blocks)
         )
         if mask is None:
-            raise ValueError(f"Packed texts do not go with the attention '{name}'; use attn_implementation='sdpa'.")
+            raise ValueError(
+                f"Packed texts are not supported by the attention '{name}'; use attn_implementation='sdpa'."
+            )
         return mask, {}
 
     def _embed(self, embeds: Tensor, position_ids: Tensor | None) -> Tensor:
-        """What enters the first block, [B,T,D]: normalised embeddings, or GPT-2's sum with learned positions."""
+        """The input of the first block, [B,T,D]: normalised embeddings, or GPT-2's sum with learned positions."""
         if self.embed_positions is None or position_ids is None:
             return self.norm(embeds)
         if readable(position_ids) and int(position_ids.max()) >= self.config.max_position_embeddings:
@@ -336,13 +339,12 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Next-token logits [B,T,V], soft-capped, and the loss.
 
-        labels [B,T] are the inputs themselves, shifted here; `shift_labels` [B,T] (a keyword) come already shifted.
-        The labels alone decide what counts: -100 is ignored and nothing else, whatever attention_mask says. With
-        padding on the left mark the first token of a text too, or it is predicted from the pad before it. In packed
-        rows, which QiesModel describes, the first token of a text is never predicted from the text before it: collators
-        mark it -100, which Trainer's count relies on. The loss is the mean over what counts, or the sum divided by
-        `num_items_in_batch` where the trainer accumulates gradients. While training with labels the logits are not kept
-        (`logits` is None): the loss comes straight from the hidden states.
+        labels [B,T] are the unshifted inputs and are shifted here; `shift_labels` [B,T] (a keyword) are already
+        shifted. Only labels of -100 are ignored, regardless of attention_mask: with padding on the left mark the first
+        token of a text too, or it is predicted from the pad before it. In packed rows (see QiesModel) the first token
+        of a text is never predicted from the text before it: collators mark it -100, which Trainer's count relies on.
+        The loss is the mean over the remaining labels, or their sum divided by `num_items_in_batch` where the trainer
+        accumulates gradients. In training with labels `logits` is None: the loss is computed from the hidden states.
         """
         shift_labels = kwargs.pop("shift_labels", None)  # not in the signature: Trainer would expect it in every batch
         out = self.model(
@@ -390,7 +392,7 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
 
     @contextmanager
     def read_state(self, on: bool = True) -> Iterator[None]:
-        """Within this context every entanglement layer's read-out is on or off; the states evolve either way."""
+        """Context manager that switches the read-outs of all entanglement layers on or off; states still evolve."""
         layers = [m for m in self.modules() if isinstance(m, Entanglement)]
         before = [layer.reads for layer in layers]
         for layer in layers:
@@ -402,9 +404,9 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
                 layer.reads = was
 
     def init_continuous_batching(self, *args, **kwargs) -> NoReturn:
-        """Raise ValueError: `generate_batch` and whatever else starts here would page keys and values alone."""
+        """Raise ValueError: continuous batching (`generate_batch`) pages keys and values only."""
         raise ValueError(
-            "Continuous batching (generate_batch) pages keys and values alone, and a QIES model also carries states "
+            "Continuous batching (generate_batch) pages keys and values only, but a QIES model also carries states "
             "and convolution inputs: use generate() with a padded batch."
         )
 
@@ -422,14 +424,14 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
 
 
 def _refuse_unknown(kwargs: dict) -> None:
-    """Raise TypeError for arguments that mean nothing here; transformers' own go to what records outputs."""
+    """Raise TypeError for unknown arguments; those of transformers' output recording are allowed."""
     for name, value in kwargs.items():
         if value is not None and name not in ("output_attentions", "output_hidden_states"):
             raise TypeError(f"QiesModel.forward() got an unexpected keyword argument '{name}'")
 
 
 def _ends(cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None) -> Tensor | None:
-    """The texts' ends [N+1], given for queries, keys or both."""
+    """The cumulative lengths of the texts [N+1], given for queries, keys or both."""
     if cu_seq_lens_q is None or cu_seq_lens_k is None:
         return cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
     if readable(cu_seq_lens_q, cu_seq_lens_k) and not torch.equal(cu_seq_lens_q, cu_seq_lens_k):

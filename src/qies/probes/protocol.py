@@ -67,7 +67,8 @@ class ProbeConfig:
             if key not in presets.MODEL_FIELDS:
                 presets.settings(self.arm, "100k", 4096, **{key: None})  # raises, with the nearest name
         values = {
-            **presets.model_fields(kinds), **arm.settings, "num_hidden_layers": self.layers, "hidden_size": self.hidden_size,
+            **presets.model_fields(kinds), **arm.settings, "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden_size,
             "num_attention_heads": self.heads, "head_dim": self.hidden_size // self.heads,
             "intermediate_size": 2 * self.hidden_size, "conv_size": 0, "attention_conv_size": 0, "logit_softcap": 0.0,
             "layer_types": kinds, "vocab_size": task(self.task).vocab_size, **self.model,

@@ -1,4 +1,4 @@
-"""Optimizers: Muon for the hidden matrices, AdamW for everything else. The same rule for every arm."""
+"""Optimizers: Muon for the hidden matrices, AdamW for all other parameters. The same rule for every arm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qies.presets import Hyperparameters
 
 
 class Optimizers:
-    """The pair of optimizers of one model, stepped and saved as one."""
+    """The two optimizers of a model, stepped and saved together."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Optimizers:
         self.base = [[g["lr"] for g in o.param_groups] for o in self.all]
 
     def step(self, factor: float) -> None:
-        """Apply the gradients with every learning rate times `factor`, then clear them."""
+        """Step with every learning rate multiplied by `factor`, then clear the gradients."""
         for optimizer, base in zip(self.all, self.base, strict=True):
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * factor
@@ -52,7 +52,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Every state tensor under `optimizer.<parameter>.<key>`."""
+        """All state tensors, named `optimizer.<parameter>.<key>`."""
         return {
             f"optimizer.{self.names[p]}.{key}": torch.as_tensor(value)
             for optimizer in self.all
@@ -61,7 +61,7 @@ class Optimizers:
         }
 
     def blank_state(self) -> dict[str, Tensor]:
-        """Zeros in the shape (and the sharding) of everything that `state` holds once a step was taken."""
+        """Zeros with the shapes and the sharding of what `state` returns after a step."""
         out: dict[str, Tensor] = {}
         for optimizer in self.all:
             for p in (p for g in optimizer.param_groups for p in g["params"]):
@@ -74,7 +74,7 @@ class Optimizers:
         return out
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`, from tensors of a checkpoint (other keys are left alone)."""
+        """The inverse of `state`, from the tensors of a checkpoint (other keys are ignored)."""
         by_name = {n: p for p, n in self.names.items()}
         owner = {p: o for o in self.all for g in o.param_groups for p in g["params"]}
         for key, value in tensors.items():
@@ -84,12 +84,12 @@ class Optimizers:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan et al., 2024), bit for bit, that also steps matrices which FSDP2 shards by rows.
+    """torch's Muon (Jordan et al., 2024), bit for bit, for matrices that FSDP2 shards by rows too.
 
-    torch's own runs on DTensors too, but sums products of shards in bf16, which moves the loss of two processes 5e-5
-    from one's at the second step. Here momentum stays sharded; each process gathers one update at a time and
-    orthogonalises the whole of it, so every process does the Newton-Schulz products of one. They are made in
-    `precision`: bf16, as is usual, or fp32, which depends less on the order in which gradients are summed.
+    torch's own also accepts DTensors, but sums products of shards in bf16, which changes the loss of two processes by
+    5e-5 at the second step. Here momentum stays sharded; each process gathers one update at a time and orthogonalises
+    all of it, so every process repeats the Newton-Schulz products. They are computed in `precision`: bf16, the usual
+    choice, or fp32, which depends less on the order in which gradients are summed.
     """
 
     def __init__(self, params, *, precision: torch.dtype = torch.bfloat16, **options: Any) -> None:
@@ -119,8 +119,8 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(matrix: Tensor, precision: torch.dtype) -> Tensor:
-    """About U V^T of a matrix U S V^T (singular values within 0.7 ... 1.2): five quintic Newton-Schulz steps with the
-    coefficients of Jordan et al., Muon, 2024."""
+    """Approximately U V^T of a matrix U S V^T (singular values within 0.7 to 1.2), by five quintic Newton-Schulz steps
+    with the coefficients of Jordan et al., Muon, 2024."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.to(precision, copy=True)
     x = x.T if matrix.shape[0] > matrix.shape[1] else x
@@ -133,13 +133,15 @@ def orthogonal(matrix: Tensor, precision: torch.dtype) -> Tensor:
 
 def parameter_groups(model: PreTrainedModel) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Named parameters as `matrix` (Muon), `embedding`, `head` and `vector` (AdamW), each in the one that its
-    declaration names (`accounting.parameters.model_weights`). Raises UserError for a parameter that nothing declares."""
+    declaration names (`accounting.parameters.model_weights`). Raises UserError for a parameter without one."""
     declared = model_weights(vars(model.config))
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embedding": [], "head": [], "vector": []}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         if name not in declared:
-            raise UserError(f"No declaration names the parameter {name}, so no optimizer takes it; add it to a MixerSpec.")
+            raise UserError(
+                f"No declaration names the parameter {name}, so no optimizer takes it; add it to a MixerSpec."
+            )
         groups[declared[name].optimizer].append((name, p))
     return groups

@@ -94,7 +94,15 @@ def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
         raise UserError(f"{trunk} holds no run to branch from; give the folder of the longer run.")
     whole = _config(trunk, record)
     claim(whole, trunk)
-    free = ("plugins", "tokens", "train.branches", "train.milestones", "train.keep", "train.save_every", "train.eval_tokens")
+    free = (
+        "plugins",
+        "tokens",
+        "train.branches",
+        "train.milestones",
+        "train.keep",
+        "train.save_every",
+        "train.eval_tokens",
+    )
     if other := [c for c in changes(to_dict(whole), to_dict(config)) if not c.startswith(free)]:
         raise UserError(f"a branch of {trunk} can have another budget only, not {'; '.join(other)}.")
     # Of the rule for a size and budget a run takes the learning rates alone.
