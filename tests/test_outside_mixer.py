@@ -370,6 +370,18 @@ def test_the_optimizers_take_momentum_and_betas_from_the_rule():
     assert {group["betas"] for group in adam.param_groups} == {(0.5, 0.6)}
 
 
+def test_processes_of_a_probe_load_what_their_parent_has_loaded(workplace, forget_plugins, monkeypatch):
+    from qies.probes.sweep import _one_thread
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plugins.load(["gated_recurrence"])
+    inherited = plugins.loaded()
+    forget_plugins()
+    assert inherited == ("gated_recurrence",) and "gated" not in presets.ARMS
+    _one_thread(inherited)
+    assert "gated" in presets.ARMS
+
+
 def test_a_study_file_names_them(workplace):
     Path("study.yaml").write_text("plugins: [gated_recurrence]\narms: [gated]\nsizes: [50k]\n")
     assert load(StudyConfig, "study.yaml").runs()[0].plugins == ("gated_recurrence",)

@@ -17,7 +17,7 @@ from qies.accounting.parameters import count_parameters
 from qies.errors import UserError, nearest
 from qies.mixers import BUILT_IN, mixers, names, register
 from qies.mixers.attention import ATTENTION
-from qies.mixers.common import below, first, outside, unknown_choice
+from qies.mixers.common import below, first_problem, outside, unknown_choice
 from qies.mixers.entanglement import ENTANGLEMENT
 
 SIZES = ("50k", "100k", "200k", "400k", "800k", "1.6m", "3m", "6m", "25m", "100m", "350m", "1b", "3b", "10b")
@@ -243,7 +243,7 @@ def inconsistent(values: Mapping[str, Any]) -> str | None:
         return str(unknown)
     least = dict.fromkeys(("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim", "vocab_size"), 1)
     kinds, cap = values["layer_types"], values["logit_softcap"]
-    problem = first(
+    problem = first_problem(
         unknown_choice(values, CHOICES),
         below(values, least | {"max_position_embeddings": 1}),
         values["intermediate_size"] is not None and below(values, {"intermediate_size": 1}),

@@ -15,8 +15,7 @@ from typing import Any
 
 from qies.accounting.parameters import control_parameters, count_parameters
 from qies.mixers import NotCounted, mixer, mixers
-
-HALF, FULL = 2, 4  # bytes of bfloat16 and float32
+from qies.mixers.common import FULL, HALF
 
 
 def training_memory(

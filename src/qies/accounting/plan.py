@@ -10,10 +10,11 @@ from typing import Any
 from rich.table import Table
 
 from qies.accounting.flops import CONVENTION, forward_flops_per_token, muon_flops, training_flops_per_token
-from qies.accounting.memory import HALF, obstacle, training_memory
+from qies.accounting.memory import obstacle, training_memory
 from qies.accounting.parameters import count_parameters, layers
 from qies.errors import UserError
 from qies.mixers import mixer
+from qies.mixers.common import HALF
 from qies.presets import Hyperparameters, hyperparameters, parse_size
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv:2203.15556

@@ -10,7 +10,7 @@ from qies.mixers.common import (
     HALF,
     below,
     conv_weights,
-    first,
+    first_problem,
     gate_bytes,
     gate_weights,
     outside,
@@ -69,7 +69,7 @@ def activation_bytes(values: Values) -> float:
 
 
 def check(values: Values) -> str | None:
-    return first(
+    return first_problem(
         unknown_choice(values, {"position": ("rope", "learned", "none"), "attention_conv": ("input", "keys")}),
         below(values, {"attention_conv_size": 0, "nope_interval": 0}),
         outside(values, fractions=["rope_fraction"], positive=["rope_theta"]),

@@ -63,6 +63,6 @@ def outside(values: Values, *, fractions: Collection[str] = (), positive: Collec
     return None
 
 
-def first(*problems: Any) -> str | None:
+def first_problem(*problems: Any) -> str | None:
     """The first problem that there is."""
     return next((problem for problem in problems if problem), None)

@@ -13,7 +13,7 @@ from qies.mixers.common import (
     HALF,
     below,
     conv_weights,
-    first,
+    first_problem,
     gate_bytes,
     gate_weights,
     outside,
@@ -190,7 +190,7 @@ CHOICES = {
 
 def check(values: Values) -> str | None:
     disc = values["eigenvalues"] == "disc" and values["mode"] != "complex"
-    return first(
+    return first_problem(
         unknown_choice(values, CHOICES),
         # one channel commutes with itself: no register
         below(values, {"conv_size": 0, "phase_rank": 1, "register_heads": 0, "register_channels": 2}),
