@@ -246,7 +246,7 @@ def test_the_option_is_an_override_of_the_verbs_that_record_it(workplace, monkey
         (["train", "--out", "OUT", "plugins=absent"], "plugins must be a list"),
         (["plan", "--plugin", "../x.py"], "which is no module; write it as in an import"),
         (["plan", "--plugin"], "--plugin needs a module"),
-        (["--plugin", "json"], "--plugin goes with a verb"),
+        (["--plugin", "json"], "--plugin needs a verb"),
         (["plan", "--plugin", "broken"], "The plugin broken cannot be imported (ZeroDivisionError: division by zero)"),
         (["plan", "--plugin", "needs"], "The plugin needs needs the module absent, which is not installed"),
         (["plan", "--plugin", "twice"], "The mixer 'full_attention' is registered already with another declaration"),

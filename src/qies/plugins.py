@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from qies.errors import UserError
 
+RECORDED = ("study", "train", "ladder")  # verbs whose configuration, and so the run record, names the plugins
 _LOADED: dict[str, None] = {}
 
 
@@ -51,8 +52,12 @@ def loaded() -> tuple[str, ...]:
     return tuple(_LOADED)
 
 
-def from_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments of a command line without `--plugin MODULE`, and the modules. Raises UserError without a value."""
+def take_option(args: Sequence[str]) -> list[str]:
+    """Import the modules of `--plugin MODULE` in a command line's arguments, and return the arguments without them.
+
+    For the verbs in RECORDED an override of the configuration's `plugins` takes their place. Raises UserError for an
+    option without a module or a verb.
+    """
     rest: list[str] = []
     modules: list[str] = []
     words = iter(args)
@@ -65,4 +70,7 @@ def from_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
         if not value or value.startswith("-"):
             raise UserError("--plugin needs a module, such as --plugin my_mixer.")
         modules.append(value)
-    return rest, modules
+    load(modules)
+    if modules and not rest:
+        raise UserError("--plugin needs a verb, such as qies train --plugin my_mixer.")
+    return [*rest, f"plugins=[{','.join(modules)}]"] if modules and rest[0] in RECORDED else rest

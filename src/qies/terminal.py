@@ -27,7 +27,6 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColu
 from qies import __version__, plugins
 from qies.errors import INTERRUPTED, Stopped, UserError, nearest, speaks
 
-RECORDED = ("study", "train", "ladder")  # verbs whose configuration, and so the run record, names the plugins
 Verbs = Mapping[str, Callable[..., None]]
 # What the system refuses, whatever the program does: a full disk, a file system that is read-only, permissions.
 SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
@@ -40,7 +39,7 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        _dispatch(verbs, args, description)
+        _dispatch(verbs, plugins.take_option(args), description)
         sys.stdout.flush()
     except UserError as e:  # of several processes all raise it alike, and the first says it
         return _complain(str(e)) if speaks() else 2
@@ -73,17 +72,11 @@ def _dispatch(verbs: Verbs, args: list[str], description: str) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(_overview(verbs, description))
         return
-    args, modules = plugins.from_arguments(args)
-    plugins.load(modules)
-    if not args:
-        raise UserError("--plugin goes with a verb, such as qies train --plugin my_mixer.")
     name, *rest = args
     if name not in verbs:
         hint = nearest(name, [*verbs, "--version", "--help"]) or f" Known: {', '.join(verbs)}."
         raise UserError(f"Unknown {'option' if name.startswith('-') else 'verb'} '{name}'.{hint}")
     if "overrides" in inspect.signature(verbs[name]).parameters:
-        if modules and name in RECORDED:
-            rest.append(f"plugins=[{','.join(modules)}]")
         rest = _overrides_last(verbs[name], rest)
     _refuse_empty_paths(verbs[name], rest)
     _parse(verbs, [name, *rest], description)()
