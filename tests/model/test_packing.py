@@ -207,7 +207,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(name):
 def test_a_mask_that_a_state_cannot_follow_is_refused(name):
     ids = torch.arange(1, 12)[None]
     window = torch.ones(11, 11).tril().triu(-3).bool()[None, None]
-    with pytest.raises(ValueError, match="not causal in blocks"):
+    with pytest.raises(ValueError, match="not block-causal"):
         moved(name)(ids, attention_mask=window)
     attention = moved("transformer_no_conv")
     got, full = attention(ids, attention_mask=window).logits, attention(ids).logits
