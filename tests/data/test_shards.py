@@ -14,9 +14,9 @@ import pytest
 
 from qies.config import DataConfig, from_dict, to_dict
 from qies.data import shards as shards_module
-from qies.data.corpora import load_corpus, split_documents
+from qies.data.builder.corpus import load_corpus, split_documents
+from qies.data.builder.progress import Step
 from qies.data.manifest import Manifest, dtype_for, read_manifest
-from qies.data.progress import Step
 from qies.data.shards import Shards, Tokens, build_shards, open_shards
 from qies.data.tokenizer import token_byte_lengths
 from qies.errors import UserError

@@ -194,7 +194,7 @@ def data(
     """
     from qies import presets
     from qies.config import DataConfig, to_dict
-    from qies.data.contamination import shards_overlap
+    from qies.data.builder.contamination import shards_overlap
     from qies.data.manifest import Build
     from qies.data.shards import build_shards, open_shards
 

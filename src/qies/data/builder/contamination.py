@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qies.data.builder.progress import Progress, Step
 from qies.data.hashing import N, hash_ngrams
 from qies.data.manifest import Overlap
-from qies.data.packed import read_whole, require_utf8
-from qies.data.progress import Progress, Step
+from qies.data.sources.compressed import read_whole, require_utf8
 from qies.errors import UserError
 
 if TYPE_CHECKING:

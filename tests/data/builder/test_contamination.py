@@ -7,8 +7,8 @@ import pytest
 
 from qies.cli import VERBS
 from qies.config import DataConfig
-from qies.data import contamination
-from qies.data.contamination import Count, Pack, ngrams, shards_overlap, words
+from qies.data.builder import contamination
+from qies.data.builder.contamination import Count, Pack, ngrams, shards_overlap, words
 from qies.data.manifest import Overlap
 from qies.data.shards import build_shards, open_shards
 from qies.errors import UserError

@@ -13,7 +13,7 @@ from itertools import count
 
 import numpy as np
 
-from qies.data.contamination import words
+from qies.data.builder.contamination import words
 from qies.data.hashing import hash_ngrams, mix
 from qies.data.manifest import CLEAN
 

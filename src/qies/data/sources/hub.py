@@ -14,13 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qies.data import readers, sources
-from qies.data.corpora import Document
+from qies.data.builder.corpus import Document
 from qies.data.manifest import Dropped, Reading
+from qies.data.sources import files, readers
 from qies.errors import UserError
 
 if TYPE_CHECKING:
-    from qies.data.streams import Batch
+    from qies.data.builder.streams import Batch
 
 VALIDATION = ("validation", "val", "valid", "dev")  # the names under which a data set holds text out
 
@@ -60,7 +60,7 @@ class HubStream:
 
     def batches(self, position: Any, characters: int) -> Iterator[Batch]:
         """Positions are [split, state of `datasets`, records read, characters read]."""
-        from qies.data.streams import Batch
+        from qies.data.builder.streams import Batch
 
         first, state, number, read = position or [self._val or "train", None, 0, 0]
         for split in [name for name in (self._val, "train") if name]:
@@ -149,7 +149,7 @@ class HubStream:
             if self.local:
                 card = Path(self.path, "README.md").expanduser()
                 data = DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
-                revision = f"files {sources.find_files(self.path).fingerprint()}"
+                revision = f"files {files.find_files(self.path).fingerprint()}"
             else:
                 info = HfApi().dataset_info(self.path)
                 data = info.card_data.to_dict() if info.card_data else {}

@@ -12,10 +12,10 @@ from huggingface_hub import constants
 
 from qies.cli import VERBS
 from qies.config import DataConfig
-from qies.data.build import hash_of
-from qies.data.hub import HubStream
+from qies.data.builder.writer import hash_of
 from qies.data.manifest import Build
 from qies.data.shards import build_shards, open_shards
+from qies.data.sources.hub import HubStream
 from qies.errors import UserError
 from qies.terminal import run
 

@@ -1,6 +1,6 @@
 import ast
 
-from qies.data.docstrings import docstrings, prose
+from qies.data.sources.docstrings import docstrings, prose
 
 NUMPYDOC = """
 solve(a, b)

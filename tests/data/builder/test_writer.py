@@ -18,9 +18,9 @@ import pytest
 
 from qies.config import DataConfig
 from qies.data import shards as shards_module
-from qies.data.build import PROGRESS, hash_of
+from qies.data.builder.progress import Step
+from qies.data.builder.writer import PROGRESS, hash_of
 from qies.data.manifest import Build
-from qies.data.progress import Step
 from qies.data.shards import build_shards, open_shards
 from qies.data.tokenizer import END, save_tokenizer, train_tokenizer
 from qies.errors import UserError

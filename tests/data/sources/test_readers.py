@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qies.data.readers import grouped
-from qies.data.sources import find_files
-from qies.data.streams import FileStream
+from qies.data.builder.streams import FileStream
+from qies.data.sources.files import find_files
+from qies.data.sources.readers import grouped
 from qies.errors import UserError
 
 TEXTS = [f"Document {i}: señor 日本 " + "word " * i for i in range(1200)]

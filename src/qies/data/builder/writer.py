@@ -26,12 +26,12 @@ import numpy as np
 
 from qies.config import differences
 from qies.data import tokenizer as bpe
-from qies.data.contamination import Count, Pack
-from qies.data.corpora import Document, text_key
+from qies.data.builder.contamination import Count, Pack
+from qies.data.builder.corpus import Document, text_key
+from qies.data.builder.progress import Progress, Step
+from qies.data.builder.streams import Stream
 from qies.data.files import replacing
 from qies.data.manifest import SPLITS, Counts, Dropped, Run, Shard
-from qies.data.progress import Progress, Step
-from qies.data.streams import Stream
 from qies.errors import Stopped, UserError
 
 PROGRESS = "progress.json"

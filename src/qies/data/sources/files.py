@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qies.data import readers
 from qies.data.manifest import Skipped
-from qies.data.packed import is_compressed, open_file, reading, require_utf8
-from qies.data.readers import BATCH, Batch, grouped, kind, known_kinds
+from qies.data.sources import readers
+from qies.data.sources.compressed import is_compressed, open_file, reading, require_utf8
+from qies.data.sources.readers import BATCH, Batch, grouped, kind, known_kinds
 from qies.errors import UserError
 
 # Files of plain text with these names describe the records beside them.

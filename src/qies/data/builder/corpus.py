@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qies.data import registry
-from qies.data.builtin import GENRES
-from qies.data.duplicates import clusters
+from qies.data.builder.duplicates import clusters
 from qies.data.manifest import CLEAN, Dropped, Reading
-from qies.data.packed import read_whole
-from qies.data.readers import LONGEST, without_nul
-from qies.data.sources import Files, find_files
+from qies.data.sources.builtin import GENRES
+from qies.data.sources.compressed import read_whole
+from qies.data.sources.files import Files, find_files
+from qies.data.sources.readers import LONGEST, without_nul
+from qies.data.sources.registry import packages as registry
 from qies.errors import UserError
 
 _DEDUP = "registry-dedup"
@@ -75,11 +75,11 @@ class Corpus:
 def load_corpus(source: str | Files) -> Corpus:
     """The cleaned corpus that `source` names, or of its files.
 
-    "builtin" is English prose of three genres carried by dependencies of this package (see `qies.data.builtin`).
-    "registry" is text of pinned packages, fetched where they are not in the cache (see `qies.data.registry`), and
-    "registry-dedup" the same text, of which near-duplicates stay on one side of the split (see `qies.data.duplicates`).
+    "builtin" is English prose of three genres carried by dependencies of this package (see `qies.data.sources.builtin`).
+    "registry" is text of pinned packages, fetched where they are not in the cache (see `qies.data.sources.registry.packages`), and
+    "registry-dedup" the same text, of which near-duplicates stay on one side of the split (see `qies.data.builder.duplicates`).
     Anything else is a path to a UTF-8 text file, a folder (searched through; hidden names left out) or a glob; all of
-    its files are `.txt` or `.md` (`qies.data.streams` reads others). A file is one document, but one of more than 1 MB,
+    its files are `.txt` or `.md` (`qies.data.builder.streams` reads others). A file is one document, but one of more than 1 MB,
     or of more than 1/64 of the corpus, is cut at blank lines (at line ends or spaces where there are none) into
     documents of about that length, at least 2,000 characters, so that some can be held out. Empty files are left out.
     A folder of the folder named is a source if it gives two documents; everything else belongs to a source by the

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
-from qies.data.docstrings import docstrings, prose
+from qies.data.sources.docstrings import docstrings, prose
 from qies.errors import UserError
 
 

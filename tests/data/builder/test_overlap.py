@@ -10,12 +10,13 @@ import pytest
 
 from qies.cli import VERBS
 from qies.config import DataConfig
-from qies.data import overlap, registry
-from qies.data.corpora import fingerprint, load_corpus
+from qies.data.builder import overlap
+from qies.data.builder.corpus import fingerprint, load_corpus
+from qies.data.builder.overlap import measure_overlap
 from qies.data.hashing import N, hash_ngrams, mix
 from qies.data.manifest import MANIFEST, ValOverlap, dumps, overlap_summary, read_manifest
-from qies.data.overlap import measure_overlap
 from qies.data.shards import Shards, Tokens, build_shards, open_shards
+from qies.data.sources.registry import packages as registry
 from qies.errors import UserError
 from qies.terminal import run
 

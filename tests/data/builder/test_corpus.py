@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from qies.data import corpora
-from qies.data.builtin import GENRES
-from qies.data.corpora import Corpus, Document, fingerprint, load_corpus, split_documents
+from qies.data.builder import corpus as corpora
+from qies.data.builder.corpus import Corpus, Document, fingerprint, load_corpus, split_documents
+from qies.data.sources.builtin import GENRES
 from qies.errors import UserError
 
 

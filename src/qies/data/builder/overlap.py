@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qies.data.builder.progress import Progress, Step
 from qies.data.hashing import N, hash_ngrams, mix
 from qies.data.manifest import ValOverlap
-from qies.data.progress import Progress, Step
 
 if TYPE_CHECKING:
     from qies.data.shards import Tokens

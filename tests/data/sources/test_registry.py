@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from qies.data import registry
-from qies.data.archives import read_files
-from qies.data.corpora import load_corpus
-from qies.data.extract import html_text, is_english, is_prose, read_text
-from qies.data.registry import Pin, documents, fetch
+from qies.data.builder.corpus import load_corpus
+from qies.data.sources.registry import packages as registry
+from qies.data.sources.registry.archives import read_files
+from qies.data.sources.registry.extract import html_text, is_english, is_prose, read_text
+from qies.data.sources.registry.packages import Pin, documents, fetch
 from qies.errors import UserError
 
 PINNED_PIP = "e7b637c7688ecb05cb4babb3fa6a03d6c0bde92800c4b93fd94b0910604fd06b"  # of docs/data-registry.md

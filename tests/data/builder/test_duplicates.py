@@ -6,10 +6,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from qies.data import duplicates
-from qies.data.contamination import ngrams
-from qies.data.corpora import Corpus, Document, Source, split_documents
-from qies.data.duplicates import clusters
+from qies.data.builder import duplicates
+from qies.data.builder.contamination import ngrams
+from qies.data.builder.corpus import Corpus, Document, Source, split_documents
+from qies.data.builder.duplicates import clusters
 
 
 def _text(seed: int, words: int = 200) -> str:

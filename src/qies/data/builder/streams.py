@@ -12,11 +12,12 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from qies.config import DataConfig, is_path
-from qies.data import corpora, readers
-from qies.data.corpora import Corpus, Document
-from qies.data.hub import HubStream
+from qies.data.builder import corpus as corpora
+from qies.data.builder.corpus import Corpus, Document
 from qies.data.manifest import Build, Dropped, Reading
-from qies.data.sources import Files, find_files
+from qies.data.sources import readers
+from qies.data.sources.files import Files, find_files
+from qies.data.sources.hub import HubStream
 from qies.errors import UserError
 
 IN_MEMORY = 1_000_000_000  # bytes of plain text files up to which they are loaded

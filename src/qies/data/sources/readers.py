@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from qies.data.packed import COMPRESSED, is_compressed, open_file, reading
+from qies.data.sources.compressed import COMPRESSED, is_compressed, open_file, reading
 from qies.errors import UserError
 
 LONGEST = 1_000_000  # characters above which a text file is cut
