@@ -115,7 +115,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Run:
+class SourceSpan:
     """So many documents of one source, one behind the other."""
 
     source: str
@@ -123,8 +123,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Overlap:
-    """What the training text and one task of an evaluation pack have in common (see `qies.data.builder.contamination`)."""
+class PackOverlap:
+    """Overlap of the training text with one task of an evaluation pack (see `builder.contamination`)."""
 
     task: str
     items: int
@@ -141,7 +141,7 @@ CLEAN = 0.1
 
 @dataclass(frozen=True)
 class ValOverlap:
-    """Overlap of val with train (see `qies.data.builder.overlap`): the number of 13-grams of tokens of each document of val, in
+    """Overlap of val with train (see `builder.overlap`): the number of 13-grams of tokens of each document of val, in
     order, and how many of them occur in train. Later documents of val were not measured."""
 
     ngrams: tuple[int, ...] = ()
@@ -181,8 +181,8 @@ class Manifest:
     val: Split
     sources: tuple[SourceRow, ...]
     build: Build = Build()
-    val_order: tuple[Run, ...] = ()
-    contamination: tuple[Overlap, ...] = ()
+    val_order: tuple[SourceSpan, ...] = ()
+    contamination: tuple[PackOverlap, ...] = ()
     reading: Reading = Reading()
     overlap: ValOverlap = ValOverlap()
 

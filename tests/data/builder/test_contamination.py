@@ -8,9 +8,10 @@ import pytest
 from qies.cli import VERBS
 from qies.config import DataConfig
 from qies.data.builder import contamination
-from qies.data.builder.contamination import Count, Pack, ngrams, shards_overlap, words
-from qies.data.manifest import Overlap
-from qies.data.shards import build_shards, open_shards
+from qies.data.builder.contamination import OverlapCount, Pack, ngrams, shards_overlap, words
+from qies.data.builder.pipeline import build_shards
+from qies.data.manifest import PackOverlap
+from qies.data.shards import open_shards
 from qies.errors import UserError
 from qies.terminal import run
 
@@ -43,7 +44,7 @@ def test_words_are_lower_case_without_punctuation() -> None:
 
 
 def test_counts_by_hand(pack: Path) -> None:
-    table, count = Pack(pack), Count()
+    table, count = Pack(pack), OverlapCount()
     training = [
         f"Before. {_words(5, 14).upper()}!",  # 13-grams 5 and 6 of the first item, not 7
         f"{_words(100, 6)}, {_words(106, 7)}",  # the second item, with a comma in it
@@ -52,10 +53,10 @@ def test_counts_by_hand(pack: Path) -> None:
         f"x {_words(7, 13)} y {_words(7, 13)}",  # 13-gram 7: of both tasks
     ]
     for text in training:
-        count.see(table, table.hits(text))
+        count.add(table, table.hits(text))
     assert count.result(table) == (
-        Overlap("long", items=3, short_items=1, ngrams=9, overlapping_items=2, overlapping_ngrams=4, documents=3),
-        Overlap("texts", items=2, short_items=0, ngrams=3, overlapping_items=1, overlapping_ngrams=1, documents=1),
+        PackOverlap("long", items=3, short_items=1, ngrams=9, overlapping_items=2, overlapping_ngrams=4, documents=3),
+        PackOverlap("texts", items=2, short_items=0, ngrams=3, overlapping_items=1, overlapping_ngrams=1, documents=1),
     )
 
 
@@ -77,11 +78,11 @@ def test_a_build_counts_training_documents_only_and_the_verb_agrees(pack: Path, 
     cfg, small = DataConfig(str(tmp_path / "a.jsonl"), 300, 0.2), {"shard_tokens": 3000}
     manifest = build_shards(cfg, tmp_path / "one", pack=pack, **small)
     shards = open_shards(tmp_path / "one")
-    table, slow = Pack(pack), Count()
+    table, slow = Pack(pack), OverlapCount()
     train = [t for t in texts if t in set(_documents(shards))]
     assert len(train) == manifest.train.documents < 300
     for text in train:
-        slow.see(table, {table.numbers[g] for g in ngrams(text) if g in table.numbers})
+        slow.add(table, {table.numbers[g] for g in ngrams(text) if g in table.numbers})
     assert manifest.contamination == slow.result(table)
     assert [row.documents > 50 for row in manifest.contamination] == [True, True]
     assert build_shards(cfg, tmp_path / "two", pack=pack, workers=2, **small) == manifest

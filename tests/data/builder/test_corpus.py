@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from qies.data.builder import corpus as corpora
-from qies.data.builder.corpus import Corpus, Document, fingerprint, load_corpus, split_documents
+from qies.data.builder.corpus import Corpus, fingerprint, load_corpus
+from qies.data.builder.split import split_documents
 from qies.data.sources.builtin import GENRES
+from qies.data.sources.documents import Document
 from qies.errors import UserError
 
 

@@ -8,8 +8,10 @@ import pytest
 
 from qies.data.builder import duplicates
 from qies.data.builder.contamination import ngrams
-from qies.data.builder.corpus import Corpus, Document, Source, split_documents
+from qies.data.builder.corpus import Corpus, Source
 from qies.data.builder.duplicates import clusters
+from qies.data.builder.split import split_documents
+from qies.data.sources.documents import Document
 
 
 def _text(seed: int, words: int = 200) -> str:

@@ -13,9 +13,10 @@ from qies.config import DataConfig
 from qies.data.builder import overlap
 from qies.data.builder.corpus import fingerprint, load_corpus
 from qies.data.builder.overlap import measure_overlap
+from qies.data.builder.pipeline import build_shards
 from qies.data.hashing import N, hash_ngrams, mix
 from qies.data.manifest import MANIFEST, ValOverlap, dumps, overlap_summary, read_manifest
-from qies.data.shards import Shards, Tokens, build_shards, open_shards
+from qies.data.shards import Shards, Tokens, open_shards
 from qies.data.sources.registry import packages as registry
 from qies.errors import UserError
 from qies.terminal import run

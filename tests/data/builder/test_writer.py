@@ -17,12 +17,15 @@ import numpy as np
 import pytest
 
 from qies.config import DataConfig
-from qies.data import shards as shards_module
+from qies.data.builder import pipeline
+from qies.data.builder.pipeline import build_shards
 from qies.data.builder.progress import Step
-from qies.data.builder.writer import PROGRESS, hash_of
+from qies.data.builder.split import split_hash
+from qies.data.builder.state import PROGRESS
+from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
 from qies.data.manifest import Build
-from qies.data.shards import build_shards, open_shards
-from qies.data.tokenizer import END, save_tokenizer, train_tokenizer
+from qies.data.shards import open_shards
+from qies.data.tokenizer import END
 from qies.errors import UserError
 
 WORDS = ["state", "phase", "pair", "letter", "winter", "harvest", "river", "stone", "señor", "日本", "north", "law"]
@@ -78,7 +81,7 @@ def _documents(folder: Path, split: str) -> list[str]:
 
 def test_every_document_is_there_once_in_the_split_of_its_hash(whole: Path) -> None:
     order = [*range(700, 1000), *range(50), *range(50, 700)]  # by file name, repeats left out
-    held_out = {i for i in order if hash_of(_text(i), 3) < round(0.1 * 2**64)}
+    held_out = {i for i in order if split_hash(_text(i), 3) < round(0.1 * 2**64)}
     assert 70 < len(held_out) < 130
     assert _documents(whole, "train") == [_text(i) for i in order if i not in held_out]
     assert _documents(whole, "val") == [_text(i) for i in order if i in held_out]
@@ -149,7 +152,8 @@ def test_short_text_holds_a_document_out(tmp_path: Path) -> None:
 
 SLOW = (pytest.mark.slow, pytest.mark.timeout(1200))
 KILLED = (
-    "import sys, json, os, signal; from qies.config import DataConfig; from qies.data.shards import build_shards\n"
+    "import sys, json, os, signal\n"
+    "from qies.config import DataConfig; from qies.data.builder.pipeline import build_shards\n"
     "import qies.data.files as files\n"
     "real, left = os.replace, int(sys.argv[4])\n"
     "def until(a, b):\n"
@@ -326,7 +330,7 @@ def test_damage_to_what_was_committed_is_named(config, half: Path, damage: str) 
 
 
 def test_no_space_at_the_start_is_refused_before_work(config, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"0.00 GB of free space.*--limit-tokens"):
         build_shards(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()

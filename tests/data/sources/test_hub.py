@@ -12,9 +12,10 @@ from huggingface_hub import constants
 
 from qies.cli import VERBS
 from qies.config import DataConfig
-from qies.data.builder.writer import hash_of
+from qies.data.builder.pipeline import build_shards
+from qies.data.builder.split import split_hash
 from qies.data.manifest import Build
-from qies.data.shards import build_shards, open_shards
+from qies.data.shards import open_shards
 from qies.data.sources.hub import HubStream
 from qies.errors import UserError
 from qies.terminal import run
@@ -102,7 +103,7 @@ def test_without_a_validation_split_the_hash_decides(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "data.jsonl").write_bytes(_lines(range(300)))
     build_shards(DataConfig(f"hub:{tmp_path / 'set'}", 300, val_fraction=0.1), tmp_path / "out")
-    held_out = [_text(i) for i in range(300) if hash_of(_text(i), 0) < round(0.1 * 2**64)]
+    held_out = [_text(i) for i in range(300) if split_hash(_text(i), 0) < round(0.1 * 2**64)]
     assert _documents(tmp_path / "out", "val") == held_out and len(held_out) > 10
 
 

@@ -9,8 +9,8 @@ import pytest
 from qies.cli import VERBS
 from qies.config import DataConfig
 from qies.data.builder.corpus import load_corpus
+from qies.data.builder.pipeline import build_shards
 from qies.data.manifest import Build, Dropped, Skipped, read_manifest, summary
-from qies.data.shards import build_shards
 from qies.data.sources.files import find_files, is_below
 from qies.errors import UserError
 from qies.terminal import run

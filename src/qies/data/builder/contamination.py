@@ -14,18 +14,17 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from qies.data.builder.progress import Progress, Step
 from qies.data.hashing import N, hash_ngrams
-from qies.data.manifest import Overlap
-from qies.data.sources.compressed import read_whole, require_utf8
+from qies.data.manifest import PackOverlap
+from qies.data.shards import Shards
+from qies.data.sources.compressed import read_whole
+from qies.data.sources.files import require_utf8
 from qies.errors import UserError
-
-if TYPE_CHECKING:
-    from qies.data.shards import Shards
 
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 
@@ -56,7 +55,7 @@ class Pack:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         paths = sorted(p for p in folder.iterdir() if p.suffix in (".jsonl", ".txt")) if folder.is_dir() else []
         if not paths:
             raise UserError(f"'{folder}' is no evaluation pack; give a folder of .jsonl or .txt files")
@@ -93,27 +92,27 @@ class Pack:
 
 
 @dataclass
-class Count:
+class OverlapCount:
     """The overlap of a pack with the documents seen so far."""
 
     found: set[int] = field(default_factory=set)
     documents: dict[str, int] = field(default_factory=dict)
 
-    def see(self, pack: Pack, hits: Iterable[int]) -> None:
-        """Take the n-grams of one training document."""
+    def add(self, pack: Pack, hits: Iterable[int]) -> None:
+        """Add the n-grams of one training document."""
         hits = set(hits)
         self.found |= hits
         for index in sorted(set().union(*(pack.tasks_of[number] for number in hits))):
             name = pack.tasks[index].name
             self.documents[name] = self.documents.get(name, 0) + 1
 
-    def result(self, pack: Pack) -> tuple[Overlap, ...]:
+    def result(self, pack: Pack) -> tuple[PackOverlap, ...]:
         """A row for each task."""
         rows = []
         for task in pack.tasks:
             grams = frozenset().union(*task.items)
             rows.append(
-                Overlap(
+                PackOverlap(
                     task=task.name,
                     items=len(task.items),
                     short_items=sum(not item for item in task.items),
@@ -126,15 +125,15 @@ class Count:
         return tuple(rows)
 
 
-def shards_overlap(shards: Shards, folder: Path, progress: Progress) -> tuple[Overlap, ...]:
+def shards_overlap(shards: Shards, folder: Path, progress: Progress) -> tuple[PackOverlap, ...]:
     """The overlap of the training documents of a built corpus, decoded from its shards, with the pack in `folder`."""
-    pack, count = Pack(folder), Count()
+    pack, count = Pack(folder), OverlapCount()
     tokens, tokenizer = shards.tokens("train"), shards.tokenizer()
     parts = zip(tokens.parts, tokens.starts.tolist(), strict=False)
     starts = np.concatenate([np.flatnonzero(part == tokenizer.eos_token_id) + first for part, first in parts])
     for number, (start, stop) in enumerate(zip(starts.tolist(), [*starts[1:].tolist(), len(tokens)], strict=True), 1):
         text = tokenizer.decode(tokens[start + 1 : stop].tolist(), clean_up_tokenization_spaces=False)
-        count.see(pack, pack.hits(text))
+        count.add(pack, pack.hits(text))
         if number % 100 == 0 or number == len(starts):
             progress(Step("comparing", stop, len(tokens), number, stop))
     return count.result(pack)

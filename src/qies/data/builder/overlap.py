@@ -8,16 +8,12 @@ matches of more than ten tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from qies.data.builder.progress import Progress, Step
 from qies.data.hashing import N, hash_ngrams, mix
 from qies.data.manifest import ValOverlap
-
-if TYPE_CHECKING:
-    from qies.data.shards import Tokens
+from qies.data.shards import Tokens
 
 MEASURED = 1 << 23
 """Number of held-out tokens measured at most. It bounds the memory: about 60 bytes a token, 0.5 GB."""

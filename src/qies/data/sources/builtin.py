@@ -6,18 +6,15 @@ cleaned documents. What is cleaned, and why, stands beside each reader.
 
 from __future__ import annotations
 
-import ast
 import csv
-import gc
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
-from qies.data.sources.docstrings import docstrings, prose
+from qies.data.sources.docstrings import docstrings, parse, prose
 from qies.errors import UserError
 
 
@@ -124,19 +121,6 @@ def _docstrings(folder: Path) -> Iterator[tuple[str, str]]:
             text = "\n\n".join(part for part in parts if len(part) >= _SHORTEST[0])
             if len(text) >= _SHORTEST[1]:
                 yield inner.as_posix(), text
-
-
-def parse(source: str) -> ast.Module:
-    """The syntax tree, built with the garbage collector off: it would search the many new nodes for cycles in vain."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in the strings of others' source
-            return ast.parse(source)
-    finally:
-        if collecting:
-            gc.enable()
 
 
 GENRES = (

@@ -6,7 +6,6 @@ import bz2
 import gzip
 import io
 import lzma
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,15 +37,6 @@ def read_whole(path: Path) -> bytes:
     """All of a file, unpacked. Raises UserError for one that cannot be read or is damaged."""
     with reading(path), open_file(path) as file:
         return file.read()
-
-
-def require_utf8(path: Path) -> None:
-    """Raise UserError for a path that is not UTF-8, which can neither be written to a manifest nor be printed."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        name = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise UserError(f"the name '{name}' is not UTF-8; rename it or leave it out") from None
 
 
 @contextmanager

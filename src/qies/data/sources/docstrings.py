@@ -7,8 +7,10 @@ examples, literal blocks, displayed formulas, tables, references and lists of li
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 
 _DROPPED_SECTIONS = {"Examples", "References", "See Also", "See also", "Methods", "Attributes", "Routine Listings"}
@@ -32,6 +34,19 @@ _MARKS = (  # the character without which the pattern cannot match, the pattern,
     ("*", re.compile(r"\*\*(\S[^*]*)\*\*"), r"\1"),
     ("*", re.compile(r"(?<![\w*])\*(\w[^*]*)\*(?![\w*])"), r"\1"),
 )
+
+
+def parse(source: str) -> ast.Module:
+    """The syntax tree, built with the garbage collector off: it would search the many new nodes for cycles in vain."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in the strings of others' source
+            return ast.parse(source)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def docstrings(node: ast.Module | ast.ClassDef) -> Iterator[str]:

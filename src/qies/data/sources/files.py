@@ -17,8 +17,8 @@ from typing import Any
 
 from qies.data.manifest import Skipped
 from qies.data.sources import readers
-from qies.data.sources.compressed import is_compressed, open_file, reading, require_utf8
-from qies.data.sources.readers import BATCH, Batch, grouped, kind, known_kinds
+from qies.data.sources.compressed import is_compressed, open_file, reading
+from qies.data.sources.readers import BATCH, RecordBatch, grouped, kind, known_kinds
 from qies.errors import UserError
 
 # Files of plain text with these names describe the records beside them.
@@ -88,7 +88,7 @@ class Files:
         folder, slash, _ = id.partition("/")
         return folder if slash else self.name
 
-    def batches(self, position: Any = None, characters: int = BATCH[1]) -> Iterator[Batch]:
+    def batches(self, position: Any = None, characters: int = BATCH[1]) -> Iterator[RecordBatch]:
         """The stream from `position` (of an earlier batch; None: the beginning). Raises UserError for a bad file.
 
         A batch ends with the record that makes it at least `characters` long. A file without a record gives one empty
@@ -102,13 +102,13 @@ class Files:
             done = skip
             for batch in grouped(records, lambda record: len(record[1]), characters):
                 done += len(batch)
-                yield Batch(batch, [number, done])
+                yield RecordBatch(batch, [number, done])
             if done:
                 empty = False
             elif empty and number == len(self.files) - 1:
                 raise UserError(f"'{path}' holds no record; it was perhaps cut off: fetch it again or leave it out")
             else:
-                yield Batch([], [number, 0])
+                yield RecordBatch([], [number, 0])
             skip = 0
 
 
@@ -174,6 +174,15 @@ def is_below(out: Path, source: str) -> bool:
     pattern = str(Path(root.resolve(), *parts[len(root.parts) :]))
     written = ("manifest.json", "progress.json", "tokenizer/tokenizer.json", "run.json", "data/manifest.json")
     return any(PurePosixPath(out.resolve(), name).match(pattern) for name in written)
+
+
+def require_utf8(path: Path) -> None:
+    """Raise UserError for a path that is not UTF-8, which can neither be written to a manifest nor be printed."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise UserError(f"the name '{name}' is not UTF-8; rename it or leave it out") from None
 
 
 def describe(skipped: Sequence[Skipped]) -> str:

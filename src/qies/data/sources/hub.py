@@ -12,15 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qies.data.builder.corpus import Document
 from qies.data.manifest import Dropped, Reading
-from qies.data.sources import files, readers
+from qies.data.sources import readers
+from qies.data.sources.documents import Document, DocumentBatch
+from qies.data.sources.files import find_files
 from qies.errors import UserError
-
-if TYPE_CHECKING:
-    from qies.data.builder.streams import Batch
 
 VALIDATION = ("validation", "val", "valid", "dev")  # the names under which a data set holds text out
 
@@ -58,10 +56,8 @@ class HubStream:
     def digests(self) -> None:
         return None
 
-    def batches(self, position: Any, characters: int) -> Iterator[Batch]:
+    def batches(self, position: Any, characters: int) -> Iterator[DocumentBatch]:
         """Positions are [split, state of `datasets`, records read, characters read]."""
-        from qies.data.builder.streams import Batch
-
         first, state, number, read = position or [self._val or "train", None, 0, 0]
         for split in [name for name in (self._val, "train") if name]:
             if split == self._val and first == "train":
@@ -77,7 +73,9 @@ class HubStream:
             for documents, state in self._grouped(data, split, number, characters):
                 number += len(documents)
                 read += sum(len(document.text) for document in documents)
-                yield Batch(documents, "val" if split == self._val else self._rest, [split, state, number, read])
+                yield DocumentBatch(
+                    documents, "val" if split == self._val else self._rest, [split, state, number, read]
+                )
                 if limit and read >= limit:
                     break
 
@@ -149,7 +147,7 @@ class HubStream:
             if self.local:
                 card = Path(self.path, "README.md").expanduser()
                 data = DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
-                revision = f"files {files.find_files(self.path).fingerprint()}"
+                revision = f"files {find_files(self.path).fingerprint()}"
             else:
                 info = HfApi().dataset_info(self.path)
                 data = info.card_data.to_dict() if info.card_data else {}

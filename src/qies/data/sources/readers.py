@@ -35,7 +35,7 @@ Record = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Batch:
+class RecordBatch:
     """Some records, and the position (JSON) at which the stream goes on behind them."""
 
     records: list[Record]

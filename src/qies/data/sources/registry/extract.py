@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from typing import Any
 
-from qies.data.sources.builtin import chapters, parse, speech
-from qies.data.sources.docstrings import docstrings, prose
+from qies.data.sources.builtin import chapters, speech
+from qies.data.sources.docstrings import docstrings, parse, prose
 
 Documents = Iterator[tuple[str, str]]
 """Pairs (what to add to the id of the file, text)."""
