@@ -165,7 +165,7 @@ def test_the_summary_is_printed(mixed, tmp_path, capsys):
     assert run(VERBS, argv, "") == 2  # other files, so other data
     assert "exclude: ['empty*'] -> []" in capsys.readouterr().err
     assert run(VERBS, ["data", "build", "builtin", "--out", str(tmp_path / "x"), "--include", "*"], "") == 2
-    assert "--include and --exclude choose among files" in capsys.readouterr().err
+    assert "--include and --exclude apply to files" in capsys.readouterr().err
 
 
 # --- outputs inside of the source
