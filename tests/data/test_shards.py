@@ -139,7 +139,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "none": (lambda f: _edit(f, lambda m: m["val"].update(shards=[]), seal=True), "val has no shard"),
     "negative": (lambda f: _edit(f, lambda m: m["val"]["shards"][0].update(tokens=-1), seal=True), "or an empty one"),
     "sum": (lambda f: _edit(f, lambda m: m["train"].update(tokens=1), seal=True), "do not add up to 1 tokens"),
-    "bytes edited": (lambda f: _edit(f, lambda m: m["val"].update(bytes=1)), "its hash is not that of its content"),
+    "bytes edited": (lambda f: _edit(f, lambda m: m["val"].update(bytes=1)), "its hash does not match its content"),
 }
 
 

@@ -27,7 +27,7 @@ TOKENIZER = "tokenizer"
 
 
 class Tokens:
-    """The tokens of a split as one sequence, whatever the number of shards; `tokens[start:stop]` reads some."""
+    """The tokens of a split as one sequence over all its shards; `tokens[start:stop]` reads a range."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         self.parts = parts
@@ -37,10 +37,10 @@ class Tokens:
         return int(self.starts[-1])
 
     def __getitem__(self, range_: slice) -> np.ndarray:
-        """uint16 or uint32 `[stop - start]`: a view of the file, or a copy where shards meet."""
+        """uint16 or uint32 `[stop - start]`: a view of the file, or a copy if the range crosses shards."""
         start, stop, step = range_.indices(len(self))
         if step != 1:
-            raise ValueError("tokens are read without a step")
+            raise ValueError("a slice of tokens must have step 1")
         pieces = [
             part[max(start - first, 0) : max(stop - first, 0)]
             for part, first in zip(self.parts, self.starts.tolist(), strict=False)
@@ -61,7 +61,7 @@ class Shards:
 
     @property
     def hash(self) -> str:
-        """The identity of text, split, tokenizer and tokens, 64 hex digits."""
+        """Identifies text, split, tokenizer and tokens; 64 hex digits."""
         return self.manifest.hash
 
     def tokens(self, split: str) -> Tokens:
@@ -73,20 +73,20 @@ class Shards:
         return tokenizers.load_tokenizer(self.folder / TOKENIZER)
 
     def val_sources(self, tokens: int) -> tuple[np.ndarray, list[str]]:
-        """Of the first `tokens` tokens of val: where the source changes, and the source from there on.
+        """The positions among the first `tokens` tokens of val at which the source changes, and the source from there.
 
-        Both are empty for shards built before manifests had `val_order`.
+        Both are empty for shards whose manifest predates `val_order`.
         """
         ids = self.tokens("val")[:tokens]
         documents = np.flatnonzero(ids == self.tokenizer().eos_token_id)
-        runs = self.manifest.val_order
-        first = np.cumsum([0, *(run.documents for run in runs)])[:-1]  # the document a run begins with
+        spans = self.manifest.val_order
+        first = np.cumsum([0, *(span.documents for span in spans)])[:-1]  # the first document of each span
         begun = int((first < len(documents)).sum())
-        return documents[first[:begun]], [run.source for run in runs[:begun]]
+        return documents[first[:begun]], [span.source for span in spans[:begun]]
 
     def val_clean(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where each document within the first `tokens` tokens of val begins, int64 `[documents]`, and whether it is
-        clean, bool `[documents]`: False if its overlap with train was not measured.
+        """The start of each document within the first `tokens` tokens of val, int64 `[documents]`, and whether it is
+        clean, bool `[documents]`; False if its overlap with train was not measured.
         """
         starts = np.flatnonzero(self.tokens("val")[:tokens] == self.tokenizer().eos_token_id)
         clean = np.zeros(max(len(starts), len(self.manifest.overlap.clean)), dtype=bool)
@@ -94,7 +94,7 @@ class Shards:
         return starts, clean[: len(starts)]
 
     def identity(self) -> dict[str, Any]:
-        """What a run record says of its data."""
+        """The description of the data in a run record."""
         m = self.manifest
         return {
             "hash": m.hash,
@@ -110,10 +110,11 @@ class Shards:
 
 
 def open_shards(folder: Path | str, *, checked: bool = False) -> Shards:
-    """The data set in `folder`, after a look at all of it: manifest, tokenizer, and each shard's size, sha256 and ids.
-    Not at the shards where another process has just `checked` them.
+    """Open and verify the data set in `folder`: manifest, tokenizer, and the size, sha256 and token ids of each shard.
 
-    Raises UserError, naming the file, if anything is missing, linked to elsewhere, or not what the manifest says.
+    With `checked`, for a folder that another process has just verified, the shards are not read.
+
+    Raises UserError, naming the file, if anything is missing, a link, or differs from the manifest.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -137,7 +138,7 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
 
 
 def _problem(path: Path, shard: Shard, manifest: Manifest) -> str | None:
-    """What is wrong with the shard at `path`, or None."""
+    """The fault of the shard at `path`, or None."""
     if path.is_symlink() or not path.is_file():
         return "is missing or a link"
     expected = shard.tokens * little_endian(manifest.dtype).itemsize

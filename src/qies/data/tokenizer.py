@@ -31,7 +31,7 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndarray]:
-    """Token ids of each text, uint32 `[tokens]`. A literal `<|endoftext|>` in a text is text, no special token."""
+    """Token ids of each text, uint32 `[tokens]`. Special tokens are not parsed: a literal `<|endoftext|>` is text."""
     tokenizer.encode_special_tokens = True
     for start in range(0, len(texts), _BATCH):
         for encoding in tokenizer.encode_batch_fast(texts[start : start + _BATCH], add_special_tokens=False):
@@ -39,27 +39,27 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndar
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the highest token id."""
+    """The highest token id plus one."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def token_byte_lengths(tokenizer: Tokenizer | PreTrainedTokenizerFast) -> np.ndarray:
-    """UTF-8 bytes each token stands for, int64 `[N]` for ids below N; 0 for special tokens.
+    """The number of UTF-8 bytes that each token stands for, int64 `[N]` for ids below N; 0 for special tokens.
 
-    Summed over the tokens of a document, with the special token that begins it, they are the length of the text, which
-    makes losses of models with different tokenizers comparable (bits per byte). A tokenizer that writes a space in
-    front of each text has -1 for its special tokens, which takes that byte back. Raises UserError for a tokenizer that
-    is neither byte-level nor falls back to bytes, as its tokens do not tell the length of the text.
+    The sum over the tokens of a document, including the special token that begins it, is the length of the text, so
+    that losses of models with different tokenizers are comparable (bits per byte). A tokenizer that inserts a space
+    before each text has -1 for its special tokens, which cancels that byte. Raises UserError for a tokenizer that is
+    neither byte-level nor has byte fallback: its tokens do not determine the length of the text.
     """
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
     added = backend.get_added_tokens_decoder()
     fallback = has_byte_fallback(backend)
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())  # one character a byte
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())  # one character per byte
     lengths = np.zeros(vocabulary_size(backend), dtype=np.int64)
     for token, id in backend.get_vocab(with_added_tokens=True).items():
         if id in added:
             lengths[id] = 0 if added[id].special else len(added[id].content.encode())
-        elif fallback:  # SentencePiece's way: a space is U+2581, a single byte <0x..>
+        elif fallback:  # SentencePiece: a space is U+2581, a single byte <0x..>
             lengths[id] = 1 if _BYTE.fullmatch(token) else len(token.replace("\u2581", " ").encode())
         elif alphabet.issuperset(token):
             lengths[id] = len(token)
@@ -72,16 +72,16 @@ def token_byte_lengths(tokenizer: Tokenizer | PreTrainedTokenizerFast) -> np.nda
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `save_tokenizer` wrote. Raises UserError if it is missing or unreadable."""
+    """The saved tokenizer in `folder`. Raises UserError if it is missing or unreadable."""
     try:
         return Tokenizer.from_file(str(folder / FILES[0]))
-    except Exception as error:  # the library raises plain Exception, whatever is wrong with the file
+    except Exception as error:  # the library raises plain Exception for every fault of the file
         reason = " ".join(str(error).split())
         raise UserError(f"no tokenizer can be read from '{folder}' ({reason}); build the data again") from None
 
 
 def end_token(folder: Path) -> str:
-    """The token that begins and ends documents, as `save_tokenizer` wrote it. Raises UserError if it cannot be read."""
+    """The token that begins and ends documents, as it was saved. Raises UserError if it cannot be read."""
     try:
         return str(json.loads((folder / FILES[1]).read_text(encoding="utf-8"))["eos_token"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -89,7 +89,7 @@ def end_token(folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The same as a tokenizer of `transformers`."""
+    """The saved tokenizer in `folder` as a tokenizer of `transformers`."""
     from transformers import PreTrainedTokenizerFast
 
     end = end_token(folder)
@@ -103,7 +103,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """Digest over the files of a saved tokenizer. Raises OSError if one is missing."""
+    """sha256 over the files of a saved tokenizer. Raises OSError if one is missing."""
     digest = hashlib.sha256()
     for name in FILES:
         digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
@@ -111,6 +111,6 @@ def tokenizer_sha256(folder: Path) -> str:
 
 
 def has_byte_fallback(tokenizer: Tokenizer) -> bool:
-    """Whether it is of SentencePiece's kind, with a token for each byte; the library hides this of a Unigram model."""
+    """Whether the tokenizer falls back to a token per byte (SentencePiece); the library hides this for Unigram."""
     found = getattr(tokenizer.model, "byte_fallback", None)
     return bool(json.loads(tokenizer.to_str())["model"].get("byte_fallback") if found is None else found)

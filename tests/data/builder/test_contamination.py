@@ -99,14 +99,14 @@ def _documents(shards) -> list[str]:
 
 
 def test_no_pack_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no evaluation pack"):
+    with pytest.raises(UserError, match="is not an evaluation pack"):
         Pack(tmp_path)
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "absent.jsonl")
     with pytest.raises(UserError, match=r"a.jsonl' cannot be read \(No such file or directory\)"):
         Pack(tmp_path)
     (tmp_path / "a.jsonl").unlink()
     (tmp_path / "a.jsonl").write_text('{"a": "b"}\nno json\n')
-    with pytest.raises(UserError, match=r"a.jsonl' line 2 is no JSON"):
+    with pytest.raises(UserError, match=r"a.jsonl' line 2 is not JSON"):
         Pack(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(b"\xff")
     with pytest.raises(UserError, match="not UTF-8"):

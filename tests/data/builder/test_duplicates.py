@@ -52,9 +52,9 @@ def test_clusters_are_the_components_of_the_containment_counted_by_hand() -> Non
 def test_a_formula_of_many_documents_links_none(monkeypatch: pytest.MonkeyPatch) -> None:
     notice = _text(7, 20)
     texts = [f"{notice} {_text(i, 20)}" for i in range(10, 20)]
-    monkeypatch.setattr(duplicates, "_FORMULA", 10)
+    monkeypatch.setattr(duplicates, "_BOILERPLATE", 10)
     assert len(set(clusters(texts).tolist())) == 1
-    monkeypatch.setattr(duplicates, "_FORMULA", 9)
+    monkeypatch.setattr(duplicates, "_BOILERPLATE", 9)
     assert len(set(clusters(texts).tolist())) == 10
 
 

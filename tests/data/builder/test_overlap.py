@@ -151,8 +151,8 @@ def test_the_hash_of_a_manifest_is_what_it_was_before_overlap_was_measured(sourc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda o: ValOverlap(o.ngrams, o.found[:-1]), "overlap does not fit"),
-        (lambda o: ValOverlap((*o.ngrams, 1), (*o.found, 1)), "overlap does not fit"),
+        (lambda o: ValOverlap(o.ngrams, o.found[:-1]), "overlap does not match"),
+        (lambda o: ValOverlap((*o.ngrams, 1), (*o.found, 1)), "overlap does not match"),
         (lambda o: ValOverlap(o.ngrams, (o.ngrams[0] + 1, *o.found[1:])), "overlap finds more n-grams than there are"),
         (lambda o: ValOverlap(o.ngrams, (-1, *o.found[1:])), "overlap finds more n-grams than there are"),
     ],

@@ -154,7 +154,7 @@ def test_a_limit_shortens_validation_too(c4: Path, tmp_path: Path) -> None:
 
 FAULTS = {
     "no such configuration": (":fr", "BuilderConfig 'fr' not found"),
-    "other field": (":en", "record 1 has no field 'body'; it has: text, timestamp, url; name the right one"),
+    "other field": (":en", "record 1 has no field 'body'; it has: text, timestamp, url; name the field"),
 }
 
 
@@ -171,7 +171,7 @@ def test_faults_are_one_line(c4: Path, tmp_path: Path, fault: str) -> None:
 def test_damaged_file_is_one_line(c4: Path, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.json.gz").write_bytes(gzip.compress(_lines(range(3000)))[:-3000])
-    with pytest.raises(UserError, match=r"'hub:set' cannot be read .*see that its files are whole"):
+    with pytest.raises(UserError, match=r"'hub:set' cannot be read .*check that its files are complete"):
         build_shards(DataConfig(f"hub:{tmp_path / 'set'}"), tmp_path / "out")
 
 

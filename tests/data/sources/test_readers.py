@@ -107,24 +107,24 @@ FAULTS = {
     ),
     "no.parquet": (lambda: pytest.importorskip("pyarrow") and b"PAR1 no PAR1", "damaged parquet"),
     "field.jsonl": (lambda: b'{"text": "a"}\n{"body": "b"}\n', "line 2 has no field 'text'; it has: body"),
-    "list.jsonl": (lambda: b'{"text": ["a"]}\n', "line 1 has a list, no text, in 'text'; .*qies data build"),
-    "nul.jsonl": (lambda: b'{"text": "a\\u0000b"}\n', r"line 1 holds zero bytes \(NUL\)"),
-    "nul.txt": (lambda: b"a\0b\n", r"line 1 holds zero bytes \(NUL\)"),
-    "nul.csv": (lambda: b"text\na\0b\n", r"line 2 holds zero bytes \(NUL\)"),
-    "nul.parquet": (lambda: _parquet(["a\0b"]), r"row 1 holds zero bytes \(NUL\)"),
+    "list.jsonl": (lambda: b'{"text": ["a"]}\n', "line 1 has a list, not text, in 'text'; .*qies data build"),
+    "nul.jsonl": (lambda: b'{"text": "a\\u0000b"}\n', r"line 1 contains zero bytes \(NUL\)"),
+    "nul.txt": (lambda: b"a\0b\n", r"line 1 contains zero bytes \(NUL\)"),
+    "nul.csv": (lambda: b"text\na\0b\n", r"line 2 contains zero bytes \(NUL\)"),
+    "nul.parquet": (lambda: _parquet(["a\0b"]), r"row 1 contains zero bytes \(NUL\)"),
     "twice.csv": (lambda: b"id,text,text\n1,a,b\n", "has 2 columns 'text'; rename all but one"),
     "twice.parquet": (lambda: _columns("text", ["a"], "text", ["b"]), "has 2 columns 'text'; rename all but one"),
-    "bytes.parquet": (lambda: _columns("text", [b"a"]), "has binary, no text, in 'text'; name the right one"),
-    "years.parquet": (lambda: _columns("text", [2**62], kind="timestamp"), r"has timestamp\[ms\], no text, in 'text'"),
-    "fields.csv": (lambda: b"id,text\n1,a\n2,b,c\n", "line 3 has 3 fields, not the 2 of its first line"),
+    "bytes.parquet": (lambda: _columns("text", [b"a"]), "has binary, not text, in 'text'; name the field"),
+    "years.parquet": (lambda: _columns("text", [2**62], kind="timestamp"), r"has timestamp\[ms\], not text, in 'text'"),
+    "fields.csv": (lambda: b"id,text\n1,a\n2,b,c\n", "line 3 has 3 fields, but the first line has 2"),
     "quote.csv": (lambda: b'text\n"a"b\n', "line 2 is not CSV"),
     "latin.csv": (lambda: b"text\ncaf\xe9\n", "line 2 is not UTF-8"),
     "field.csv": (lambda: b"id,body\n1,a\n", "has no field 'text'; it has: id, body"),
     "cut.json": (lambda: b'[{"text": "a"},\n {"text": "b', "record 2 is not a JSON object"),
-    "open.json": (lambda: b'[{"text": "a"}', "cut off or damaged behind record 1"),
+    "open.json": (lambda: b'[{"text": "a"}', "truncated or damaged after record 1"),
     "two.json": (lambda: b'[{"text": "a"}] [{"text": "b"}]', "more than one JSON array"),
     "strings.json": (lambda: b'["a"]', "record 1 is not a JSON object"),
-    "none.json": (lambda: b"[ ]", "holds no record"),
+    "none.json": (lambda: b"[ ]", "contains no record"),
     "latin.json": (lambda: b'[{"text": "caf\xe9"}]', "is not UTF-8"),
     "cut.jsonl.xz": (lambda: lzma.compress(_lines(TEXTS))[:-500], "damaged xz"),
     "cut.jsonl.bz2": (lambda: bz2.compress(_lines(TEXTS))[:-500], "damaged bz2"),
@@ -132,10 +132,10 @@ FAULTS = {
     "no.jsonl.zst": (lambda: b"plain text, no zstd", "damaged zst"),
     "latin.jsonl": (lambda: b'{"text": "caf\xe9"}\n', "line 1 is not UTF-8"),
     "latin.txt": (lambda: b"a\ncaf\xe9\n", "line 2 is not UTF-8"),
-    "surrogate.jsonl": (lambda: b'{"text": "\\ud800"}\n', "no Unicode text"),
+    "surrogate.jsonl": (lambda: b'{"text": "\\ud800"}\n', "not Unicode text"),
     "word.jsonl": (lambda: b"text\n", "not a JSON object"),
     "bomb.jsonl": (lambda: b"[" * 200_000 + b"\n", "not a JSON object"),
-    "empty.jsonl": (lambda: b"", "holds no record"),
+    "empty.jsonl": (lambda: b"", "contains no record"),
 }
 
 
@@ -151,7 +151,7 @@ def test_a_fault_is_one_line_that_names_the_file(name, tmp_path):
 def test_nothing_to_read_is_refused(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x")
     for source in (tmp_path, tmp_path / "a.bin"):
-        with pytest.raises(UserError, match="known kind"):
+        with pytest.raises(UserError, match="known type"):
             find_files(str(source))
     with pytest.raises(UserError, match="no corpus"):
         find_files(str(tmp_path / "absent"))
@@ -219,7 +219,7 @@ def test_one_file_without_a_record_among_others_is_passed_over(tmp_path):
     for i, batch in enumerate(batches):
         assert [b.records for b in files.batches(batch.position)][-1] == [] or i == 3
     (tmp_path / "b.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"c\.jsonl' holds no record"):
+    with pytest.raises(UserError, match=r"c\.jsonl' contains no record"):
         list(find_files(str(tmp_path)).batches())
 
 
@@ -263,6 +263,6 @@ def test_errors_of_arrow_that_are_no_value_errors_are_one_line_too(tmp_path, mon
     (tmp_path / "a.parquet").write_bytes(_parquet(["x"]))
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", fail)
     with pytest.raises(
-        UserError, match=r"a.parquet' is a parquet file of a kind that cannot be read \(Unsupported encoding"
+        UserError, match=r"a.parquet' is a parquet file of an unsupported variant \(Unsupported encoding"
     ):
         list(find_files(str(tmp_path)).batches())

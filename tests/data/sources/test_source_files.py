@@ -46,10 +46,10 @@ def test_every_file_is_read_or_skipped_with_its_reason(tmp_path):
     files = find_files(str(root))
     assert _ids(files) == ["a.jsonl", "link/e.jsonl", "sub/b.json"]
     assert _reasons(files) == {
-        "of unknown kind": ("code.py", "sub/c.bin"),
+        "of unknown type": ("code.py", "sub/c.bin"),
         "hidden": (".git/", ".hidden.txt"),
-        "a link to a folder that is read already": ("loop",),
-        "no regular file, or a broken link": ("gone.jsonl",),
+        "a link to a folder that is already read": ("loop",),
+        "not a regular file, or a broken link": ("gone.jsonl",),
         "descriptions of the records beside them": ("README.md",),
     }
 
@@ -68,7 +68,7 @@ def test_include_and_exclude_choose_by_name_and_path(tmp_path):
     only = find_files(root, exclude=("web/*", "books/*"))
     assert _ids(only) == ["a.jsonl"]
     assert only.skipped == (Skipped("excluded by --exclude", 3, ("books/b.jsonl", "web/b.jsonl", "web/c.jsonl")),)
-    with pytest.raises(UserError, match=r"no file of a known kind \(4 not among --include: a.jsonl, books/b.jsonl"):
+    with pytest.raises(UserError, match=r"no file of a known type \(4 not among --include: a.jsonl, books/b.jsonl"):
         find_files(root, include=("*.txt",))
 
 
@@ -76,7 +76,7 @@ def test_a_pattern_says_what_it_does_not_search(tmp_path):
     _put(tmp_path, a_jsonl=RECORD, web__b_jsonl=RECORD, c_png="x")
     files = find_files(f"{tmp_path}/*")
     assert _ids(files) == ["a.jsonl"]
-    assert set(_reasons(files)) == {"a folder, below which a pattern searches with ** only", "of unknown kind"}
+    assert set(_reasons(files)) == {"a folder, which a pattern searches only with **", "of unknown type"}
     assert _ids(find_files(f"{tmp_path}/**")) == ["a.jsonl", "web/b.jsonl"]
 
 
@@ -98,7 +98,7 @@ def test_a_name_that_is_not_utf8_is_one_line_before_any_work(tmp_path, capsys):
     _put(tmp_path / "d", a_jsonl=RECORD)
     bad = os.path.join(os.fsencode(tmp_path / "d"), b"caf\xe9")
     Path(os.fsdecode(bad + b".bin")).write_text("x")
-    assert find_files(str(tmp_path / "d")).skipped == (Skipped("of unknown kind", 1, ("caf\\xe9.bin",)),)
+    assert find_files(str(tmp_path / "d")).skipped == (Skipped("of unknown type", 1, ("caf\\xe9.bin",)),)
     Path(os.fsdecode(bad + b".jsonl")).write_text(RECORD)
     assert run(VERBS, ["data", "build", str(tmp_path / "d"), "--out", str(tmp_path / "out")], "") == 2
     assert r"caf\xe9.jsonl' is not UTF-8; rename it" in capsys.readouterr().err
@@ -134,10 +134,10 @@ def test_a_manifest_counts_what_was_left_out(mixed, tmp_path, workers):
     build_shards(DataConfig(str(mixed), 300, 0.2), tmp_path / "out", workers=workers)
     manifest = read_manifest(tmp_path / "out")
     assert manifest.train.documents + manifest.val.documents == 40
-    assert manifest.reading.files == 2 and manifest.reading.skipped == (Skipped("of unknown kind", 1, ("x.png",)),)
+    assert manifest.reading.files == 2 and manifest.reading.skipped == (Skipped("of unknown type", 1, ("x.png",)),)
     assert manifest.reading.dropped == Dropped(repeated=2, empty=3, empty_files=1)
     assert summary(manifest) == (
-        "read 2 files; skipped 1 of unknown kind (x.png); kept 40 documents; "
+        "read 2 files; skipped 1 of unknown type (x.png); kept 40 documents; "
         "dropped 2 repeated documents, 3 empty or null documents, 1 files without a record"
     )
 
@@ -159,7 +159,7 @@ def test_the_summary_is_printed(mixed, tmp_path, capsys):
     argv = ["data", "build", str(mixed), "--out", str(tmp_path / "out"), "--vocab-size", "300"]
     assert run(VERBS, [*argv, "--exclude", "empty*"], "") == 0
     assert (
-        "read 1 files; skipped 1 excluded by --exclude (empty.jsonl); skipped 1 of unknown kind (x.png); kept 40"
+        "read 1 files; skipped 1 excluded by --exclude (empty.jsonl); skipped 1 of unknown type (x.png); kept 40"
         in (capsys.readouterr().out)
     )
     assert run(VERBS, argv, "") == 2  # other files, so other data

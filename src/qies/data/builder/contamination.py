@@ -1,9 +1,9 @@
-"""What training text and the items of an evaluation pack have in common: word 13-grams.
+"""Contamination of training text with the items of an evaluation pack: common word 13-grams.
 
 Brown et al., "Language Models are Few-Shot Learners" (2020), arXiv:2005.14165, appendix C: texts are compared as
-lower-cased words without punctuation, split at white space; an item that shares 13 words in a row with a training
-document counts as overlapping. Here each string of an item is taken by itself, so no 13-gram spans two of its fields,
-and an item none of whose strings has 13 words cannot be found and is counted as short.
+lower-cased words without punctuation, split at white space; an item that shares 13 consecutive words with a training
+document counts as overlapping. Here no 13-gram spans two strings of an item, and an item without a string of at least
+13 words is counted as short.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ def words(text: str) -> list[str]:
 
 
 def ngrams(text: str) -> list[str]:
-    """Every 13 words in a row, joined by spaces."""
+    """Every 13 consecutive words, joined by spaces."""
     found = words(text)
     return [" ".join(found[i : i + N]) for i in range(len(found) - N + 1)]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A file of the pack: its items as sets of n-gram numbers (empty for a short item)."""
+    """A file of the pack: the set of n-gram numbers of each item (empty for a short item)."""
 
     name: str
     items: tuple[frozenset[int], ...]
 
 
 class Pack:
-    """An evaluation pack as a table of its n-grams: a folder of `.jsonl` and `.txt` files, each a task, an item a line.
+    """The n-grams of an evaluation pack: a folder of `.jsonl` and `.txt` files, each a task, one item per line.
 
-    Raises UserError: no such folder, no items in it, a line that is no JSON, a name that is not UTF-8.
+    Raises UserError: no such folder, no files in it, a line that is not JSON, a name that is not UTF-8.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = folder = Path(folder)
         paths = sorted(p for p in folder.iterdir() if p.suffix in (".jsonl", ".txt")) if folder.is_dir() else []
         if not paths:
-            raise UserError(f"'{folder}' is no evaluation pack; give a folder of .jsonl or .txt files")
+            raise UserError(f"'{folder}' is not an evaluation pack; give a folder of .jsonl or .txt files")
         self.numbers: dict[str, int] = {}
         digest = hashlib.sha256()
         tasks, hashes = [], [np.zeros(0, dtype=np.uint64)]
@@ -75,13 +75,15 @@ class Pack:
                 self.tasks_of.setdefault(number, set()).add(index)
 
     def hits(self, text: str) -> list[int]:
-        """The numbers of the pack's n-grams that `text` holds, sorted."""
+        """The sorted numbers of the pack's n-grams that occur in `text`."""
         found = words(text)
         hashes = _rolling(found)
         if not len(hashes) or not len(self._hashes):
             return []
         place = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
-        candidates = np.flatnonzero(self._hashes[place] == hashes).tolist()  # a hash may err, the words do not
+        candidates = np.flatnonzero(
+            self._hashes[place] == hashes
+        ).tolist()  # hashes may collide, so the words are compared
         grams = (" ".join(found[i : i + N]) for i in candidates)
         return sorted({self.numbers[gram] for gram in grams if gram in self.numbers})
 
@@ -93,7 +95,7 @@ class Pack:
 
 @dataclass
 class OverlapCount:
-    """The overlap of a pack with the documents seen so far."""
+    """The overlap of a pack with the documents added so far: n-grams found, and documents that overlap by task."""
 
     found: set[int] = field(default_factory=set)
     documents: dict[str, int] = field(default_factory=dict)
@@ -107,7 +109,7 @@ class OverlapCount:
             self.documents[name] = self.documents.get(name, 0) + 1
 
     def result(self, pack: Pack) -> tuple[PackOverlap, ...]:
-        """A row for each task."""
+        """One row per task."""
         rows = []
         for task in pack.tasks:
             grams = frozenset().union(*task.items)
@@ -126,7 +128,7 @@ class OverlapCount:
 
 
 def shards_overlap(shards: Shards, folder: Path, progress: Progress) -> tuple[PackOverlap, ...]:
-    """The overlap of the training documents of a built corpus, decoded from its shards, with the pack in `folder`."""
+    """The overlap of the training documents in shards, which are decoded, with the pack in `folder`."""
     pack, count = Pack(folder), OverlapCount()
     tokens, tokenizer = shards.tokens("train"), shards.tokenizer()
     parts = zip(tokens.parts, tokens.starts.tolist(), strict=False)
@@ -140,7 +142,7 @@ def shards_overlap(shards: Shards, folder: Path, progress: Progress) -> tuple[Pa
 
 
 def _rolling(found: list[str]) -> np.ndarray:
-    """A 64-bit hash of every 13 words in a row, uint64; the same within a process."""
+    """A 64-bit hash of every 13 consecutive words, uint64; equal only within a process."""
     return hash_ngrams(np.fromiter(map(hash, found), dtype=np.int64, count=len(found)).view(np.uint64))
 
 
@@ -148,7 +150,7 @@ def _items(path: Path, content: bytes) -> Iterator[list[str]]:
     try:
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        raise UserError(f"'{path}' is not UTF-8 text; repair it or leave it out") from None
+        raise UserError(f"'{path}' is not UTF-8 text; repair or remove it") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -158,11 +160,11 @@ def _items(path: Path, content: bytes) -> Iterator[list[str]]:
         try:
             yield list(_strings(json.loads(line)))
         except (ValueError, RecursionError):
-            raise UserError(f"'{path}' line {number} is no JSON; give one item a line") from None
+            raise UserError(f"'{path}' line {number} is not JSON; give one item per line") from None
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in a value of JSON, but for keys."""
+    """Every string in a JSON value, except keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

@@ -1,8 +1,8 @@
-"""Clusters of near-duplicate documents, such as editions of one text, by the 13-grams of words that they share.
+"""Clusters of near-duplicate documents, such as editions of one text, by common word 13-grams.
 
 The similarity is containment (Broder, "On the resemblance and containment of documents", 1997): the number of shared
-n-grams divided by that of the shorter document. It is counted exactly. MinHash estimates resemblance (Jaccard
-similarity) instead, which is low for a chapter and its book; exact counts take half a minute for 3 * 10^7 words.
+n-grams divided by the number of n-grams of the shorter document, counted exactly. MinHash would estimate resemblance
+(Jaccard similarity), which is low for a chapter and its book; exact counting takes half a minute for 3 * 10^7 words.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from qies.data.builder.contamination import words
 from qies.data.hashing import hash_ngrams, mix
 from qies.data.manifest import CLEAN
 
-_FORMULA = 100  # an n-gram in more documents is boilerplate (a template, a licence) and links none of them
+_BOILERPLATE = 100  # an n-gram in more documents than this (a template, a licence) does not link them
 
 
 def clusters(texts: Sequence[str], containment: float = CLEAN) -> np.ndarray:
-    """The cluster of each text, int32 `[texts]`. Texts with at least this `containment` are in the same cluster.
+    """The cluster of each text, int32 `[texts]`. Texts whose containment is at least `containment` share a cluster.
 
     Clusters are connected components (single linkage), so a chain of versions is one cluster. Uses about 50 bytes of
     memory per word.
@@ -34,10 +34,10 @@ def clusters(texts: Sequence[str], containment: float = CLEAN) -> np.ndarray:
     order = np.argsort(grams, kind="stable")
     grams, document = grams[order], document[order]
     _, documents = np.unique(grams, return_counts=True)
-    shared = np.repeat((documents > 1) & (documents <= _FORMULA), documents)
+    shared = np.repeat((documents > 1) & (documents <= _BOILERPLATE), documents)
     grams, document = grams[shared], document[shared].astype(np.int64)
     found = [np.zeros(0, dtype=np.int64)]
-    for apart in range(1, _FORMULA):  # pairs of documents, by their distance among those of one n-gram
+    for apart in range(1, _BOILERPLATE):  # pairs of documents, by their distance in the list of an n-gram
         same = np.flatnonzero(grams[apart:] == grams[:-apart])
         found.append(document[same] * len(texts) + document[same + apart])
     pairs, both = np.unique(np.concatenate(found), return_counts=True)

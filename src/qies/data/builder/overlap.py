@@ -1,9 +1,9 @@
 """Overlap of held-out with training text: the 13-grams of tokens of the validation split that occur in training.
 
-A model predicts a passage better if it was trained on it, so the loss is also reported on the clean part: the documents
-of which at most a tenth of the n-grams occur in training. Touvron et al., "Llama 2" (2023), arXiv:2307.09288, appendix
-A.6, partition evaluation data in the same way; there a sample is clean if less than a fifth of its tokens are in
-matches of more than ten tokens.
+A model predicts a passage better if it was trained on it, so the loss is also reported on the clean documents, with at
+most a tenth of their n-grams in train. Touvron et al., "Llama 2" (2023), arXiv:2307.09288, appendix A.6, partition
+evaluation data in the same way; there a sample is clean if less than a fifth of its tokens are in matches of more than
+ten tokens.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from qies.data.manifest import ValOverlap
 from qies.data.shards import Tokens
 
 MEASURED = 1 << 23
-"""Number of held-out tokens measured at most. It bounds the memory: about 60 bytes a token, 0.5 GB."""
-_BLOCK = 1 << 18  # training tokens at a time
+"""Maximum number of held-out tokens measured. It bounds the memory: about 60 bytes per token, 0.5 GB."""
+_BLOCK = 1 << 18  # training tokens per step
 
 
 def measure_overlap(train: Tokens, val: Tokens, vocab_size: int, progress: Progress) -> ValOverlap:
-    """Count the n-grams of each document of `val`, and those of them that occur in `train`.
+    """Count the n-grams of each document of `val`, and those that also occur in `train`.
 
-    The first token of `val` is the one that begins every document; no n-gram contains it. Only documents that end
-    within the first `MEASURED` tokens are measured. N-grams are compared by 64-bit hashes: 10^7 held-out and 10^11
-    training n-grams give fewer than 0.1 false matches on average.
+    The first token of `val` begins every document and occurs in no n-gram. Only documents that end within the first
+    `MEASURED` tokens are measured. N-grams are compared by 64-bit hashes: for 10^7 held-out and 10^11 training n-grams
+    the expected number of false matches is below 0.1.
     """
     ids = val[:MEASURED]
     begin = ids[0]
@@ -39,7 +39,7 @@ def measure_overlap(train: Tokens, val: Tokens, vocab_size: int, progress: Progr
     document = document[:windows][inside]
     own, number = np.unique(hash_ngrams(values[ids])[inside], return_inverse=True)
     found = np.zeros(len(own), dtype=bool)
-    # Most n-grams of train are not in val: a table of the first bits of the hashes rejects about nine in ten of them.
+    # Most n-grams of train do not occur in val; a table of hash prefixes rejects about 90 % of them.
     shift = np.uint64(64 - (8 * len(own)).bit_length())
     among = np.zeros(1 << (64 - int(shift)), dtype=bool)
     among[own >> shift] = True

@@ -1,4 +1,4 @@
-"""What a long piece of work on data tells of itself."""
+"""Progress reports of long computations on data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """How far it is: `done` of `total` (0: unknown), and the documents and tokens done in all."""
+    """Progress of the phase `what`: `done` of `total` (0: unknown), and the documents and tokens done so far."""
 
     what: str
     done: int = 0

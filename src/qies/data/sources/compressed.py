@@ -1,4 +1,4 @@
-"""Files as they lie on disk, compressed or not: opened as bytes, with every fault as one line."""
+"""Files that may be compressed, opened as bytes; every fault is an error of one line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import IO, Any
 from qies.errors import UserError
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-MAX_WINDOW = 1 << 31  # bytes of memory a zstd frame may ask for; `zstd --ultra --long=31` writes up to this
+MAX_WINDOW = 1 << 31  # largest window of a zstd frame in bytes: the maximum of `zstd --ultra --long=31`
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, ValueError)
-_BLOCK = 1 << 12  # compressed bytes at a time: a hostile block of zstd unpacks to 128 kB for every 4 bytes
+_BLOCK = 1 << 12  # compressed bytes per read: 4 bytes of a malicious zstd file expand to up to 128 kB
 
 
 def is_compressed(path: Path) -> bool:
@@ -25,7 +25,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """The unpacked content of a file. Use it inside `reading`, which names the file in errors."""
+    """The decompressed content of a file. Use it inside `reading`, which names the file in errors."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         return io.BufferedReader(_Zstd(path), 1 << 20)
@@ -34,14 +34,14 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def read_whole(path: Path) -> bytes:
-    """All of a file, unpacked. Raises UserError for one that cannot be read or is damaged."""
+    """The whole content of a file, decompressed. Raises UserError if it cannot be read or is damaged."""
     with reading(path), open_file(path) as file:
         return file.read()
 
 
 @contextmanager
 def reading(path: Path, *damage: type[Exception]) -> Iterator[None]:
-    """Errors of a file, and those of the types `damage`, as one line."""
+    """Turn errors of reading `path`, and errors of the types `damage`, into a UserError of one line."""
     expected: tuple[type[Exception], ...] = (*_DAMAGE, *damage)
     try:
         yield
@@ -52,13 +52,13 @@ def reading(path: Path, *damage: type[Exception]) -> Iterator[None]:
         what = path.suffix.lstrip(".")
         if isinstance(error, NotImplementedError):
             raise UserError(
-                f"'{path}' is a {what} file of a kind that cannot be read ({reason}); convert it or leave it out"
+                f"'{path}' is a {what} file of an unsupported variant ({reason}); convert or exclude it"
             ) from None
-        raise UserError(f"'{path}' is a damaged {what} file ({reason}); fetch it again or leave it out") from None
+        raise UserError(f"'{path}' is a damaged {what} file ({reason}); download it again or exclude it") from None
 
 
 class _Zstd(io.RawIOBase):
-    """The frames of a zstd file, one after another. Raises EOFError for one that is cut off."""
+    """The concatenated frames of a zstd file. Raises EOFError if the last is truncated."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -84,12 +84,12 @@ class _Zstd(io.RawIOBase):
         return size
 
     def _advance(self) -> bool:
-        """Unpack one more block; False at the end of the file."""
+        """Decompress one more block; False at the end of the file."""
         packed = self.packed or self.file.read(_BLOCK)
         self.packed = b""
         if not packed:
             if self.frame is not None:
-                raise EOFError("it was cut off")
+                raise EOFError("it is truncated")
             return False
         try:
             if self.frame is None:
@@ -104,12 +104,12 @@ class _Zstd(io.RawIOBase):
         return True
 
     def _check_window(self, packed: bytes) -> None:
-        """Refuse a frame that asks for too large a window, by the header that RFC 8878 (3.1.1.1) defines."""
-        if packed[:4] != b"\x28\xb5\x2f\xfd" or len(packed) < 6 or packed[4] & 0x20:  # no frame, or without the field
+        """Raise UserError if the frame header (RFC 8878, 3.1.1.1) requests too large a window."""
+        if packed[:4] != b"\x28\xb5\x2f\xfd" or len(packed) < 6 or packed[4] & 0x20:  # no frame, or no window field
             return
         window = (8 + (packed[5] & 7) << 10 + (packed[5] >> 3)) // 8
         if window > MAX_WINDOW:
             raise UserError(
-                f"'{self.path}' needs a window of {window:,} bytes to unpack, above the limit of {MAX_WINDOW:,} "
+                f"'{self.path}' needs a window of {window:,} bytes to decompress, above the limit of {MAX_WINDOW:,} "
                 "(zstd --long=31); compress it again with a smaller --long"
             )

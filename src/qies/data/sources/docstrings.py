@@ -1,7 +1,7 @@
-"""Prose out of docstrings: numpydoc sections and reStructuredText marks turned into plain paragraphs.
+"""Prose from docstrings: numpydoc sections and reStructuredText markup become plain paragraphs.
 
-Kept are summaries, explanations, notes and the descriptions of parameters and results; dropped is what is no prose:
-examples, literal blocks, displayed formulas, tables, references and lists of links.
+Summaries, explanations, notes and descriptions of parameters and results are kept. Examples, literal blocks, displayed
+formulas, tables, references and lists of links are dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NO_PROSE = re.compile(  # signatures of compiled functions, legal notices
     r"\A[\w.]+\([^()]*\)(\s*->.*)?\s*(--)?\Z|\bcopyright\b|all rights reserved|no warranty", re.IGNORECASE
 )
 _ITEM = re.compile(r"(?:[-*+•]|\d+[.)]|\([a-z\d]{1,2}\))\s")
-_MARKS = (  # the character without which the pattern cannot match, the pattern, what takes its place
+_MARKS = (  # a string that every match contains, the pattern, its replacement
     ("`", re.compile(r"(?::[\w:+-]+:)?`[~!]?([^`]+?)\s+<[^>`]*>`_{0,2}"), r"\1"),  # :role:`text <target>`
     ("`", re.compile(r":[\w:+-]+:`[~!]?([^`]*)`"), r"\1"),
     ("`", re.compile(r"``([^`]*)``"), r"\1"),
@@ -37,7 +37,7 @@ _MARKS = (  # the character without which the pattern cannot match, the pattern,
 
 
 def parse(source: str) -> ast.Module:
-    """The syntax tree, built with the garbage collector off: it would search the many new nodes for cycles in vain."""
+    """The syntax tree, built with the garbage collector off, as its searches for cycles in the new nodes take time."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -50,7 +50,7 @@ def parse(source: str) -> ast.Module:
 
 
 def docstrings(node: ast.Module | ast.ClassDef) -> Iterator[str]:
-    """Docstrings of a module or class and of what it defines, and texts handed to `add_newdoc(...)` and its like."""
+    """Docstrings of a module or class and its members, and string arguments of top-level calls such as `add_newdoc`."""
     yield ast.get_docstring(node) or ""
     for child in node.body:
         if isinstance(child, ast.ClassDef):
@@ -64,7 +64,7 @@ def docstrings(node: ast.Module | ast.ClassDef) -> Iterator[str]:
 
 
 def prose(docstring: str) -> str:
-    """The docstring's prose: paragraphs apart by a blank line, unwrapped; one line an entry of a list of parameters."""
+    """The prose of a docstring: unwrapped paragraphs separated by blank lines; one line per parameter."""
     out = []
     for heading, lines in _sections(docstring.expandtabs().split("\n")):
         if heading not in _DROPPED_SECTIONS:
@@ -78,7 +78,7 @@ def prose(docstring: str) -> str:
 
 
 def _sections(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Pairs (heading, lines below it); the heading before the first underlined one is ""."""
+    """Pairs (heading, lines below it); the first heading is ""."""
     heading, start = "", 0
     for i in range(len(lines) - 1):
         title = lines[i].strip()
@@ -93,7 +93,7 @@ def _indent(line: str) -> int:
 
 
 def _without_blocks(lines: list[str]) -> Iterator[str]:
-    """The lines that are outside directives, literal blocks, doctests and tables."""
+    """The lines outside of directives, literal blocks, doctests and tables."""
     i = 0
     while i < len(lines):
         line, i = lines[i], i + 1
@@ -114,9 +114,9 @@ def _without_blocks(lines: list[str]) -> Iterator[str]:
 
 
 def _paragraphs(lines: Iterable[str]) -> list[str]:
-    """Paragraphs with their lines joined; list items, and lines less indented than the one before, start a line."""
+    """Paragraphs with their lines joined; list items, and lines less indented than the previous, begin a new line."""
     out: list[list[str]] = []
-    before = None  # indentation of the line before, None after a blank one
+    before = None  # indentation of the previous line, None after a blank line
     for line in lines:
         text = line.strip()
         if not text:

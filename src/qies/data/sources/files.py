@@ -1,4 +1,4 @@
-"""Which files a path, a folder or a pattern names, and which of them are left out and why."""
+"""The files that a path, a folder or a pattern names, and which of them are skipped and why."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ from qies.data.sources.compressed import is_compressed, open_file, reading
 from qies.data.sources.readers import BATCH, RecordBatch, grouped, kind, known_kinds
 from qies.errors import UserError
 
-# Files of plain text with these names describe the records beside them.
+# Plain text files with these names describe the records beside them.
 _ABOUT = ("readme", "license", "licence", "copying", "notice", "changelog", "citation", "contributing", "authors",
           "datacard", "dataset_card")  # fmt: skip
-_EDGE = 1 << 20  # bytes at either end of a file that its fingerprint covers
-_EXAMPLES = 10  # names of skipped files that are kept for each reason
+_EDGE = 1 << 20  # bytes at each end of a file that its fingerprint covers
+_EXAMPLES = 10  # names of skipped files recorded per reason
 
 Named = tuple[tuple[Path, str], ...]
-"""Pairs (path, id); an id is the path below the source, with `/`, and names no machine."""
+"""Pairs (path, id); an id is the path relative to the source, with `/`, and names no machine."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a source as one stream in the order of their ids, and those that were `skipped`.
+    """The files of a source as one stream in the order of their ids, and the `skipped` files.
 
-    `licence` and `version` say that nothing is known of them but their fingerprint: names, sizes and the first and
-    last MiB of each.
+    Their version is their fingerprint: names, sizes, and the first and last MiB of each.
     """
 
     name: str
@@ -61,11 +60,11 @@ class Files:
 
     @property
     def bytes(self) -> int:
-        """About what they hold: compressed text is four times as long unpacked."""
+        """Approximate size of the content; compressed text is taken to expand by a factor of four."""
         return sum(path.stat().st_size * (4 if is_compressed(path) else 1) for path, _ in self.files)
 
     def fit(self, limit: int) -> bool:
-        """Whether they hold at most `limit` bytes unpacked. Compressed files are unpacked to know."""
+        """Whether the content has at most `limit` bytes. Compressed files are decompressed to find out."""
         packed = []
         for path, _ in self.files:
             if is_compressed(path):
@@ -80,19 +79,19 @@ class Files:
 
     @property
     def is_text(self) -> bool:
-        """Whether all of them are plain text, compressed or not."""
+        """Whether all files are plain text, compressed or not."""
         return all(kind(path) == "text" for path, _ in self.files)
 
     def source(self, id: str) -> str:
-        """The folder, of the folder named, that a file or record is in; the whole's name where it is in none."""
+        """The source of a file or record: the name of its top subfolder, or of the whole if it is in none."""
         folder, slash, _ = id.partition("/")
         return folder if slash else self.name
 
     def batches(self, position: Any = None, characters: int = BATCH[1]) -> Iterator[RecordBatch]:
-        """The stream from `position` (of an earlier batch; None: the beginning). Raises UserError for a bad file.
+        """The stream from `position` (of an earlier batch; None: the start). Raises UserError for a bad file.
 
-        A batch ends with the record that makes it at least `characters` long. A file without a record gives one empty
-        batch; a source in which no file has one is an error.
+        A batch ends with the record that makes it at least `characters` long. A file without records gives one empty
+        batch; a source without any record is an error.
         """
         first, skip = position or (0, 0)
         empty = position is None
@@ -106,7 +105,7 @@ class Files:
             if done:
                 empty = False
             elif empty and number == len(self.files) - 1:
-                raise UserError(f"'{path}' holds no record; it was perhaps cut off: fetch it again or leave it out")
+                raise UserError(f"'{path}' contains no record; it may be truncated: download it again or exclude it")
             else:
                 yield RecordBatch([], [number, 0])
             skip = 0
@@ -115,13 +114,13 @@ class Files:
 def find_files(
     source: str, text_field: str = "text", include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> Files:
-    """The files that `source` names: itself, all below a folder (links followed), or those a pattern matches.
+    """The files that `source` names: a file, all files below a folder (following links), or the matches of a pattern.
 
-    `include` and `exclude` are patterns for ids or file names: only files that match one of the first and none of the
-    second are read. Left out, with the reason in `skipped`, are files of an unknown kind, hidden names, what is no
-    regular file, and README and the like beside files of records unless `include` names them.
+    `include` and `exclude` are patterns for ids or file names: files that match one of `include` and none of `exclude`
+    are read. Files of an unknown type, hidden names, non-regular files, and README and the like beside files of records
+    (unless `include` matches them) are skipped, with the reason in `skipped`.
 
-    Raises UserError: nothing that can be read, a folder that cannot be searched, a name that is not UTF-8.
+    Raises UserError: no readable file, a folder that cannot be searched, a name that is not UTF-8.
     """
     if not source:
         raise unknown(source)
@@ -130,7 +129,7 @@ def find_files(
     if path.is_file():
         require_utf8(path)
         if kind(path) is None:
-            raise UserError(f"'{path}' is of no known kind; give {known_kinds()}")
+            raise UserError(f"'{path}' is of an unknown type; give {known_kinds()}")
         return Files(path.name, ((path, path.name),), text_field)
     if path.is_dir():
         found.walk(path)
@@ -142,13 +141,13 @@ def find_files(
             if not below.is_dir():
                 found.add(below, id)
             elif "**" not in path.parts:
-                found.skip("a folder, below which a pattern searches with ** only", id)
+                found.skip("a folder, which a pattern searches only with **", id)
     else:
         raise unknown(source)
     found.drop_descriptions()
     if not found.files:
         reasons = f" ({describe(found.skipped())})" if found.reasons else ""
-        raise UserError(f"'{source}' holds no file of a known kind{reasons}; give some of {known_kinds()}")
+        raise UserError(f"'{source}' contains no file of a known type{reasons}; give {known_kinds()}")
     files = tuple((found.files[id], id) for id in sorted(found.files))
     for file, _ in files:
         require_utf8(file)
@@ -158,7 +157,7 @@ def find_files(
 
 
 def is_below(out: Path, source: str) -> bool:
-    """Whether what is written into `out` would be among the files that `source` names."""
+    """Whether files written into `out` would be among the files that `source` names."""
     kind, _, rest = source.partition(":")
     path, out = Path(os.path.expanduser(rest.partition(":")[0] if kind == "hub" else source)), out.absolute()
     if path.is_dir():
@@ -177,23 +176,23 @@ def is_below(out: Path, source: str) -> bool:
 
 
 def require_utf8(path: Path) -> None:
-    """Raise UserError for a path that is not UTF-8, which can neither be written to a manifest nor be printed."""
+    """Raise UserError for a path that is not UTF-8: it can neither be stored in a manifest nor printed."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         name = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise UserError(f"the name '{name}' is not UTF-8; rename it or leave it out") from None
+        raise UserError(f"the name '{name}' is not UTF-8; rename it") from None
 
 
 def describe(skipped: Sequence[Skipped]) -> str:
-    """Skipped files in words: how many for each reason, and their first names."""
+    """A description of skipped files: the number for each reason, and their first names."""
     return "; ".join(
         f"{row.files:,} {row.reason}: {', '.join(row.first[:3])}{', ...' if row.files > 3 else ''}" for row in skipped
     )
 
 
 def unknown(source: str) -> UserError:
-    """The error for a name that stands for no corpus, with what is most like it."""
+    """The error for a name that is not a corpus, with the most similar name."""
     path = Path(os.path.expanduser(source))
     known = {"builtin": "builtin", "registry": "registry"}
     with contextlib.suppress(OSError):
@@ -206,7 +205,7 @@ def unknown(source: str) -> UserError:
 
 
 class _Found:
-    """Files found so far, by id, and what was left out, by reason."""
+    """Files found so far, by id, and skipped files, by reason."""
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
         self.include, self.exclude = include, exclude
@@ -222,19 +221,19 @@ class _Found:
         elif _matches(id, self.exclude):
             self.skip("excluded by --exclude", id)
         elif not path.is_file():
-            self.skip("no regular file, or a broken link", id)
+            self.skip("not a regular file, or a broken link", id)
         elif kind(path) is None:
-            self.skip("of unknown kind", id)
+            self.skip("of unknown type", id)
         else:
             self.files[id] = path
 
     def walk(self, root: Path) -> None:
-        """Every file below `root`, through links to folders, each folder once."""
+        """Add every file below `root`, following links to folders, each folder once."""
 
         def fail(error: OSError) -> None:
             raise UserError(
-                f"the folder '{error.filename}' cannot be searched ({error.strerror}); check its permissions or leave "
-                "it out"
+                f"the folder '{error.filename}' cannot be searched ({error.strerror}); check its permissions or "
+                "exclude it"
             )
 
         seen = {os.path.realpath(root)}
@@ -246,7 +245,7 @@ class _Found:
                 if name.startswith("."):
                     self.skip("hidden", f"{(at / name).as_posix()}/")
                 elif real in seen:
-                    self.skip("a link to a folder that is read already", (at / name).as_posix())
+                    self.skip("a link to a folder that is already read", (at / name).as_posix())
                 else:
                     seen.add(real)
                     kept.append(name)
@@ -259,7 +258,7 @@ class _Found:
                     self.add(Path(parent, name), id)
 
     def drop_descriptions(self) -> None:
-        """Leave README and the like out where there are records."""
+        """Skip README and the like if there are records."""
         if self.include or all(kind(path) == "text" for path in self.files.values()):
             return
         for id, path in list(self.files.items()):

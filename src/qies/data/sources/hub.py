@@ -1,8 +1,8 @@
 """Data sets of the Hugging Face hub, streamed by the library `datasets` (extra `hub`).
 
-`hub:OWNER/NAME` or `hub:OWNER/NAME:CONFIG`. A folder laid out as such a data set is (files and README.md) is read by
-the same code where its path stands in the place of OWNER/NAME. Code of a data set is never run: since version
-4 `datasets` reads data files only.
+`hub:OWNER/NAME` or `hub:OWNER/NAME:CONFIG`. OWNER/NAME may be the path of a folder with the layout of a data set (files
+and README.md), which the same code reads. No code of a data set is run: since version 4, `datasets` reads data files
+only.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from qies.data.sources.documents import Document, DocumentBatch
 from qies.data.sources.files import find_files
 from qies.errors import UserError
 
-VALIDATION = ("validation", "val", "valid", "dev")  # the names under which a data set holds text out
+VALIDATION = ("validation", "val", "valid", "dev")  # names of a validation split
 
 
 class HubStream:
-    """A data set as a stream: its own validation split first, if it has one, then its training split.
+    """A data set as a stream: its validation split, if it has one, then its training split.
 
-    Of the validation split about `val_characters` are taken (0: all), so that a short build does not read a long one.
-    Raises UserError: no `datasets`, no such data set, no network.
+    About `val_characters` of the validation split are read (0: all), so that a small build does not read a large split.
+    Raises UserError: `datasets` is not installed, no such data set, no network.
     """
 
     distinct = False
@@ -37,14 +37,14 @@ class HubStream:
         self.path, _, self.config = spec.partition(":")
         self.local = Path(self.path).expanduser().is_dir()
         if not self.local and self.path.count("/") != 1:
-            raise UserError(f"'hub:{spec}' names no data set; give hub:OWNER/NAME or hub:OWNER/NAME:CONFIG")
+            raise UserError(f"'hub:{spec}' does not name a data set; give hub:OWNER/NAME or hub:OWNER/NAME:CONFIG")
         self.text_field, self.val_characters = text_field, val_characters
         self.name = Path(self.path).name if self.local else self.path
         if self.config:
             self.name += f":{self.config}"
 
     def fingerprint(self) -> str:
-        """The commit of the data set; of a folder, names, sizes and edges of its files."""
+        """The commit of the data set; for a folder, the fingerprint of its files."""
         return self._about[0]
 
     def about(self, source: str) -> tuple[str, str]:
@@ -68,7 +68,7 @@ class HubStream:
             else:
                 number, read = 0, 0
             limit = self.val_characters if split == self._val else 0
-            if limit and read >= limit:  # cut off just behind its last batch
+            if limit and read >= limit:  # interrupted right after its last batch
                 continue
             for documents, state in self._grouped(data, split, number, characters):
                 number += len(documents)
@@ -91,7 +91,7 @@ class HubStream:
         return "train" if self._val else ""
 
     def _grouped(self, data: Any, split: str, number: int, characters: int) -> Iterator[tuple[list[Document], Any]]:
-        """Groups of documents, each with the data set's state behind it."""
+        """Groups of documents, each with the state of the data set after it."""
         group: list[Document] = []
         size = 0
         with self._reading():
@@ -115,12 +115,12 @@ class HubStream:
             if list(data) == ["train"] and (files := self._beside()):
                 data = datasets.load_dataset(self.path, data_files=files, streaming=True, **revision)
         if "train" not in data:
-            raise UserError(f"'{self.name}' has no split 'train' but {', '.join(data)}; take another data set")
+            raise UserError(f"'{self.name}' has no split 'train' but {', '.join(data)}; use another data set")
         return data
 
     def _beside(self) -> dict[str, Any]:
-        """The files of both splits where training's are in a folder and validation's beside it, as the Pile's are: of
-        these `datasets` sees the folder only. Empty for any other data set."""
+        """The files of both splits of a data set laid out as the Pile: training files in a folder and validation files
+        beside it, of which `datasets` finds only the folder. Empty for other data sets."""
         if self.local:
             root = Path(self.path).expanduser()
             files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
@@ -134,12 +134,12 @@ class HubStream:
 
     @cached_property
     def _val(self) -> str:
-        """The name of its validation split, "" without one."""
+        """The name of the validation split, "" if there is none."""
         return next((name for name in VALIDATION if name in self._data), "")
 
     @cached_property
     def _about(self) -> tuple[str, str]:
-        """(revision, licence), the licence as its card has it."""
+        """(revision, licence), the licence as its card states it."""
         _datasets()
         from huggingface_hub import DatasetCard, HfApi
 
@@ -157,7 +157,7 @@ class HubStream:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Whatever `datasets` and the network meet, as one line; it raises errors of many libraries."""
+        """Turn errors of `datasets` and the network, which have many types, into a UserError of one line."""
         try:
             yield
         except UserError:
@@ -166,20 +166,22 @@ class HubStream:
             cause = error.__cause__ or error
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
             where = (
-                "see that its files are whole" if self.local else "see that the hub is reached and the name is right"
+                "check that its files are complete" if self.local else "check the network and the name of the data set"
             )
-            raise UserError(f"'hub:{self.name}' cannot be read ({reason}); {where}, then run it again") from None
+            raise UserError(
+                f"'hub:{self.name}' cannot be read ({reason}); {where}, then run the command again"
+            ) from None
 
 
 def _source(row: dict[str, Any]) -> str:
-    """Which of its sources a record of the Pile is from (Gao et al. 2020, arXiv:2101.00027); "" for any other."""
+    """The source of a record of the Pile (Gao et al. 2020, arXiv:2101.00027); "" for other data sets."""
     meta = row.get("meta")
     name = meta.get("pile_set_name") if isinstance(meta, dict) else None
     return name if isinstance(name, str) else ""
 
 
 def _plain(state: Any) -> Any:
-    """The state as JSON has it, so that it is the same before and after a file."""
+    """The state after a round trip through JSON, as a resumed build reads it."""
     return json.loads(json.dumps(state))
 
 

