@@ -56,7 +56,7 @@ def data_config(text_folder) -> DataConfig:
 
 @pytest.fixture(scope="session")
 def shard_folder(data_config, tmp_path_factory) -> Path:
-    from qies.data.shards import build_shards
+    from qies.data.builder.pipeline import build_shards
 
     out = tmp_path_factory.mktemp("shards") / "data"
     build_shards(data_config, out)

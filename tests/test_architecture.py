@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,26 +39,127 @@ def tier(module: str) -> int:
     raise AssertionError(f"qies.{module} belongs to no tier; add it to TIERS")
 
 
-def imported(path: Path) -> set[str]:
-    """Modules below qies that the file imports anywhere."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("qies."):
-            found.add(node.module.removeprefix("qies."))
-        elif isinstance(node, ast.ImportFrom) and node.module == "qies":
-            found |= {a.name for a in node.names if (ROOT / a.name).is_dir() or (ROOT / f"{a.name}.py").is_file()}
-        elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("qies.") for a in node.names if a.name.startswith("qies.")}
+def name_of(path: Path, root: Path = ROOT) -> str:
+    """The dotted name of the module below qies, "" for qies itself."""
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node below, inside functions too, but not what `if TYPE_CHECKING` guards: it is never executed."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            for other in child.orelse:
+                yield other
+                yield from statements(other)
+        else:
+            yield child
+            yield from statements(child)
+
+
+def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
+    """The modules below qies that each module imports, at its top or in a function.
+
+    An import executes the packages above the module imported, so what their `__init__` re-exports counts. The packages
+    above the importer are excepted, as they are under way already, unless it takes a name from them.
+    """
+    modules = {name_of(path, root): path for path in root.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        found = graph[name] = set()
+        for node in statements(ast.parse(path.read_text())):
+            targets = []
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path} has a relative import; the package's style is absolute"
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    targets.append(inner if inner.removeprefix("qies.") in modules else node.module)
+            for target in targets:
+                if target.split(".")[0] == "qies":
+                    parts = target.split(".")[1:]
+                    found.add(".".join(parts))
+                    above = {".".join(parts[:n]) for n in range(1, len(parts))}
+                    found |= {a for a in above if not f"{package}.".startswith(f"{a}.")}
+        found.discard(name)
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Strongly connected components of more than one module (Tarjan, 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(graph.get(node, ())):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            part = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(part) > 1:
+                found.append(sorted(part))
+
+    for node in sorted(graph):
+        if node not in index:
+            visit(node)
     return found
+
+
+IMPORTS = import_graph()
 
 
 @pytest.mark.parametrize(
     "path", [f for f in FILES if f != ROOT / "__init__.py"], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_imports_point_up_the_list(path):
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    name = name_of(path)
     if name != "_register":  # it reaches down to the model, but only once transformers is there
-        assert {m for m in imported(path) if tier(m) > tier(name)} == set()
+        assert {m for m in IMPORTS[name] if m and tier(m) > tier(name)} == set()
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circles(IMPORTS) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"a": "from qies.b import x", "b": "def f():\n    import qies.a"}, [["a", "b"]]),
+        ({"a": "from qies.b import x", "b": "if TYPE_CHECKING:\n    from qies.a import y"}, []),
+        ({"p/__init__": "from qies.p.a import x", "p/a": "from qies.p.b import y", "p/b": ""}, []),
+        ({"p/__init__": "from qies.p.a import x", "p/a": "from qies.p import y"}, [["p", "p.a"]]),
+        ({"p/__init__": "from qies.p.a import x", "p/a": "import qies.c", "p/b": "", "c": "from qies.p import b"},
+         [["c", "p", "p.a"]]),
+    ],
+    ids=["function", "types only", "a package and its parts", "from the own package", "what a package re-exports"],
+)  # fmt: skip
+def test_circles_are_found(files, expected, tmp_path):
+    for name, text in files.items():
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert circles(import_graph(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("module", ["data.batches", "data.shards", "data.manifest", "data.tokenizer"])
+def test_readers_of_data_import_no_builder_and_no_source(module):
+    reached, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting += IMPORTS[name]
+    assert {name for name in reached if name.startswith(("data.builder", "data.sources", "train"))} == set()
+    assert len(reached) <= 11
 
 
 @pytest.mark.parametrize("module", ["qies", "qies.config", "qies.presets", "qies.scaling.laws", "qies.accounting.plan"])

@@ -127,8 +127,9 @@ def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
 
     `study.yaml` then has the whole grid. Returns the folder of shards.
     """
+    from qies.data.builder.pipeline import build_shards
     from qies.data.manifest import summary
-    from qies.data.shards import build_shards, open_shards
+    from qies.data.shards import open_shards
     from qies.train.loop import check_data
 
     study = claim(study, folder)

@@ -235,7 +235,7 @@ def training_bar(steps: int, quiet: bool) -> Iterator[Callable[[dict[str, Any]],
 
 @contextlib.contextmanager
 def building_bar(quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """A progress bar on stderr for a build of shards; yields what takes each `qies.data.build.Step`."""
+    """A progress bar on stderr for a build of shards; yields what takes each `qies.data.builder.progress.Step`."""
     columns = SpinnerColumn(), *Progress.get_default_columns()[:-1], TextColumn("left"), TimeRemainingColumn()
     console = Console(stderr=True)
     with Progress(*columns, transient=True, disable=quiet or not console.is_terminal, console=console) as bar:

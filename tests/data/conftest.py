@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from qies.config import DataConfig
-from qies.data.shards import Shards, build_shards, open_shards
+from qies.data.builder.pipeline import build_shards
+from qies.data.shards import Shards, open_shards
 
 WORDS = ["river", "stone", "king", "council", "winter", "harvest", "letter", "señor", "café", "law", "north", "日本"]
 

@@ -103,7 +103,7 @@ def test_too_short_is_one_line() -> None:
         Batches(_stream(10), "train", seq_len=10, batch_size=1, seed=0)
     with pytest.raises(UserError, match="must be at least 1"):
         Batches(_stream(10), "train", seq_len=0, batch_size=1, seed=0)
-    with pytest.raises(UserError, match="none can be predicted"):
+    with pytest.raises(UserError, match="none of which can be predicted"):
         val_batches(_stream(1), 10, 1)
     with pytest.raises(UserError, match="must be at least 1"):
         val_batches(_stream(100), 10, 1, max_tokens=0)

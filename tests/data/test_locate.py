@@ -12,10 +12,10 @@ from qies import config as configs
 from qies import runs, study
 from qies.cli import VERBS
 from qies.config import DataConfig, RunConfig, StudyConfig, content_hash
+from qies.data.builder.pipeline import build_shards
+from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
 from qies.data.locate import locate
 from qies.data.manifest import Build
-from qies.data.shards import build_shards
-from qies.data.tokenizer import save_tokenizer, train_tokenizer
 from qies.errors import UserError
 from qies.terminal import run
 from qies.train.run_directory import claim, open_run

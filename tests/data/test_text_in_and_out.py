@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from qies.cli import VERBS
 from qies.config import DataConfig, RunConfig, TrainConfig
+from qies.data.builder.pipeline import build_shards
+from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
 from qies.data.manifest import Build
-from qies.data.shards import build_shards, open_shards
-from qies.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from qies.data.shards import open_shards
+from qies.data.tokenizer import load_tokenizer
 from qies.decoding import continue_text
 from qies.errors import UserError
 from qies.terminal import run

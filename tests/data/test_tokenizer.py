@@ -11,21 +11,19 @@ from transformers import AutoTokenizer
 
 from qies.cli import VERBS
 from qies.config import DataConfig
-from qies.data import shards
+from qies.data.builder import pipeline
+from qies.data.builder.pipeline import build_shards
+from qies.data.builder.tokenizer import open_tokenizer, save_tokenizer, train_tokenizer
 from qies.data.manifest import Build
-from qies.data.shards import build_shards
 from qies.data.tokenizer import (
     END,
     encode_texts,
     end_token,
     load_tokenizer,
-    open_tokenizer,
     read_tokenizer,
-    save_tokenizer,
     token_byte_lengths,
     tokenizer_sha256,
-    train_tokenizer,
-    vocabulary,
+    vocabulary_size,
 )
 from qies.errors import UserError
 from qies.terminal import run
@@ -133,7 +131,7 @@ def llama_like(path: Path) -> Path:
 @pytest.mark.parametrize("end", ["<|end|>", {"content": "<|end|>", "special": True}])
 def test_a_folder_of_others_is_taken_with_its_end(tmp_path: Path, end: object) -> None:
     tokenizer, token = open_tokenizer(str(_gpt2_like(tmp_path / "gpt2", end)))
-    assert token == "<|end|>" and vocabulary(tokenizer) == tokenizer.get_vocab_size()
+    assert token == "<|end|>" and vocabulary_size(tokenizer) == tokenizer.get_vocab_size()
     assert len(next(encode_texts(tokenizer, [TEXTS[0]]))) > 100  # not truncated
     save_tokenizer(tokenizer, tmp_path / "saved", token)
     loaded = load_tokenizer(tmp_path / "saved")
@@ -154,9 +152,9 @@ def test_bytes_add_up_with_a_space_in_front_and_byte_fallback(tmp_path: Path) ->
 
 def test_tokenizers_that_cannot_serve_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = _gpt2_like(tmp_path / "a", "<|absent|>")
-    with pytest.raises(UserError, match="names no token that ends a text"):
+    with pytest.raises(UserError, match="has no end-of-text token"):
         open_tokenizer(str(folder))
-    with pytest.raises(UserError, match="names no token that ends a text"):
+    with pytest.raises(UserError, match="has no end-of-text token"):
         open_tokenizer(str(folder / "tokenizer.json"))
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"no tokenizer '.*' can be read \("):
@@ -215,7 +213,7 @@ def test_a_tokenizer_that_loses_text_is_refused_and_its_part_named(case: str, tm
     folder = _gpt2_like(tmp_path / "own")
     open_tokenizer(str(folder))
     _changed(folder, change)
-    with pytest.raises(UserError, match=f"own' does not give back every text.*{message}") as caught:
+    with pytest.raises(UserError, match=f"own' is not lossless.*{message}") as caught:
         open_tokenizer(str(folder))
     assert "\n" not in str(caught.value)
 
@@ -277,7 +275,7 @@ def test_unigram_with_byte_fallback_serves(tmp_path: Path) -> None:
 @pytest.mark.parametrize("late", [False, True])
 def test_a_document_that_a_tokenizer_changes_is_named(late: bool, workers: int, tmp_path: Path, monkeypatch) -> None:
     """U+2581 is SentencePiece's sign for a space. Found in the sample before the build, or in the build behind it."""
-    monkeypatch.setattr(shards, "_PROBED", 0 if late else 1_000_000)
+    monkeypatch.setattr(pipeline, "_PROBED", 0 if late else 1_000_000)
     tokenizer = str(llama_like(tmp_path / "tokenizer.json"))
     rows = [json.dumps({"text": f"the cat {i}" + " \u2581" * (i == 30)}) + "\n" for i in range(40)]
     (tmp_path / "a.jsonl").write_text("".join(rows))

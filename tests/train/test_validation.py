@@ -19,10 +19,12 @@ from transformers import AutoTokenizer
 from qies import runs
 from qies.cli.runs import _print_record
 from qies.config import DataConfig, RunConfig, TrainConfig, save
+from qies.data.builder.pipeline import build_shards
+from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
 from qies.data.locate import locate
 from qies.data.manifest import Build, ValOverlap
-from qies.data.shards import Shards, build_shards, open_shards
-from qies.data.tokenizer import END, save_tokenizer, token_byte_lengths, train_tokenizer
+from qies.data.shards import Shards, open_shards
+from qies.data.tokenizer import END, token_byte_lengths
 from qies.errors import UserError
 from qies.train.loop import build_model, train
 from qies.train.validation import _nats, held_out_loss

@@ -194,9 +194,10 @@ def data(
     """
     from qies import presets
     from qies.config import DataConfig, to_dict
-    from qies.data.contamination import shards_overlap
+    from qies.data.builder.contamination import shards_overlap
+    from qies.data.builder.pipeline import build_shards
     from qies.data.manifest import Build
-    from qies.data.shards import build_shards, open_shards
+    from qies.data.shards import open_shards
 
     if cache is not None:
         os.environ["QIES_CACHE"] = str(cache)
@@ -267,9 +268,10 @@ def train(
 
     from qies import config as configs
     from qies import runs
+    from qies.data.builder.pipeline import build_shards
     from qies.data.locate import locate
     from qies.data.manifest import summary
-    from qies.data.shards import build_shards, open_shards
+    from qies.data.shards import open_shards
     from qies.train.distributed import check_batch, rank_and_size, start
     from qies.train.loop import check_data
     from qies.train.loop import train as train_run

@@ -1,6 +1,6 @@
-"""Batches as pure functions of (seed, step): the same for every arm, and resuming needs the step alone.
+"""Batches as pure functions of (seed, step): identical for every arm, and resuming needs only the step.
 
-B sequences of T = seq_len tokens, each with the token that follows it, so a batch is `[B, T+1]`.
+A batch is `[B, T+1]`: B sequences of T = seq_len tokens, each with the token that follows it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _ROUNDS = 8
 class Batches:
     """Shuffled training windows of one split.
 
-    The token stream is cut into `windows` windows of T tokens that do not overlap (each is read with the one token
-    after it, the first of the next window). An epoch visits every window once, in a pseudo-random order that depends on
-    (seed, epoch) only; epochs follow one another without a gap, so a batch may hold the end of one and the start of the
-    next. Nothing is stored: memory does not grow with the number of windows.
+    The token stream is cut into `windows` non-overlapping windows of T tokens (each is read with one more token, the
+    first of the next window). An epoch visits every window once, in a pseudo-random order that depends only on (seed,
+    epoch). Epochs follow one another without a gap, so a batch may contain the end of one and the start of the next.
+    Memory does not grow with the number of windows.
 
     Raises UserError if the split is too short for one window, or a size is not positive.
     """
@@ -42,7 +42,7 @@ class Batches:
             )
 
     def order(self, step: int) -> np.ndarray:
-        """Windows in the batch of `step` (0, 1, ...), int64 `[B]`."""
+        """Indices of the windows in the batch of `step` (0, 1, ...), int64 `[B]`."""
         position = np.arange(self.batch_size, dtype=np.uint64) + np.uint64(step * self.batch_size)
         epoch, index = np.divmod(position, np.uint64(self.windows))
         return permute(index, self.windows, self.seed, epoch).astype(np.int64)
@@ -54,10 +54,10 @@ class Batches:
 
 
 def val_batches(shards: Shards, seq_len: int, batch_size: int, max_tokens: int | None = None) -> Iterator[np.ndarray]:
-    """The validation stream in order, int64 `[<=B, T+1]`, windows overlapping by one token.
+    """The validation stream in order, int64 `[<=B, T+1]`, in windows that overlap by one token.
 
-    So every token but the first is a target exactly once. The last batch may hold fewer windows, and the stream's rest,
-    if it fills no window, comes by itself as `[1, rest+1]`. `max_tokens` ends it after so many targets.
+    Every token except the first is a target exactly once. The last batch may have fewer windows; a remainder shorter
+    than a window is a batch of its own, `[1, remainder+1]`. `max_tokens` limits the number of targets.
 
     Raises UserError if there are fewer than two tokens, or a number is not positive.
     """
@@ -66,7 +66,7 @@ def val_batches(shards: Shards, seq_len: int, batch_size: int, max_tokens: int |
         raise UserError(f"seq_len {seq_len}, batch_size {batch_size} and max_tokens {max_tokens} must be at least 1")
     targets = len(tokens) - 1 if max_tokens is None else min(len(tokens) - 1, max_tokens)
     if targets < 1:
-        raise UserError(f"the validation text has {len(tokens)} tokens, of which none can be predicted; give more text")
+        raise UserError(f"the validation text has {len(tokens)} tokens, none of which can be predicted; give more text")
 
     def windows() -> Iterator[np.ndarray]:
         full = targets - targets % seq_len
@@ -81,10 +81,11 @@ def val_batches(shards: Shards, seq_len: int, batch_size: int, max_tokens: int |
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
-    """Where a pseudo-random permutation of 0 ... size-1, chosen by (seed, epoch), sends each `index`.
+    """The image of each `index` under a pseudo-random permutation of 0 ... size-1 that is selected by (seed, epoch).
 
-    `index` and `epoch` are uint64 of one shape, `size` below 2^62. A generalised Feistel network on an a x b grid that
-    just covers `size`, walked on from values outside (Black & Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    `index` and `epoch` are uint64 of the same shape, `size` is below 2^62. A generalised Feistel network on the
+    smallest a x b grid that covers `size`, with cycle walking for values outside (Black & Rogaway, "Ciphers with
+    Arbitrary Finite Domains", 2002).
     """
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
@@ -98,7 +99,7 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.nd
 
 
 def _feistel(x: np.ndarray, a: int, b: int, keys: list[np.ndarray]) -> np.ndarray:
-    """One pass over the grid: rows (mod a) and columns (mod b) shift one another, a step that can be undone."""
+    """One pass over the grid: rows (mod a) and columns (mod b) shift one another in invertible steps."""
     row, column = np.divmod(x, np.uint64(b))
     for round, key in enumerate(keys):
         if round % 2:

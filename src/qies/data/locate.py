@@ -1,4 +1,4 @@
-"""Where the text of a run is, and what it is: the content identifies it, the path only says where it was found."""
+"""Locating and identifying the text of a run: its content identifies it, its path only tells where it was found."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from qies.config import DataConfig, RunConfig, StudyConfig, from_dict, is_path
-from qies.data.streams import open_stream
+from qies.data.builder.streams import open_stream
 from qies.errors import UserError
 
 R = TypeVar("R", RunConfig, StudyConfig)
 
 
 def locate(config: R, source: str | None = None) -> R:
-    """The run or study on the corpus `source` (default: its own), found and identified.
+    """`config` with the corpus `source` (default: its own) located and identified.
 
-    A path becomes an absolute one, and `data.hash` says what is there: of a folder of shards the hash of its manifest,
-    whose other settings are taken over, of any other files their fingerprint. Names ("builtin", "registry", "hub:...")
-    stay as they are. Raises UserError where there is no such corpus.
+    A path is made absolute, and `data.hash` identifies its content: for a folder of shards the hash of its manifest,
+    whose other settings replace those of `config`, for other files their fingerprint. Names ("builtin", "registry",
+    "hub:...") are kept. Raises UserError if there is no such corpus.
     """
     data = dataclasses.replace(config.data, source=config.data.source if source is None else source, hash="")
     return dataclasses.replace(config, data=_identified(data))
@@ -44,7 +44,7 @@ def _identified(data: DataConfig) -> DataConfig:
                 return dataclasses.replace(own, source=data.source, hash=str(built["hash"]))
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(
-                    f"{manifest} is not a manifest of token shards; build it with qies data build."
+                    f"{manifest} is not a manifest of token shards; build the data with qies data build."
                 ) from None
     return dataclasses.replace(data, hash=open_stream(data).fingerprint())
 

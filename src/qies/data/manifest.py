@@ -1,4 +1,4 @@
-"""The manifest of a folder of token shards: plain JSON, read strictly, and trusted only as far as it can be checked."""
+"""The manifest of a folder of token shards: JSON that is parsed strictly and verified before use."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qies.errors import UserError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
-DTYPES = ("uint16", "uint32")  # by the size of the vocabulary
-LIMIT = 64_000_000  # bytes above which a manifest is not read; `val_order` has up to 60 for each document held out
+DTYPES = ("uint16", "uint32")  # depending on the vocabulary size
+LIMIT = 64_000_000  # largest manifest in bytes; `val_order` takes up to 60 bytes per held-out document
 SHARD_NAME = re.compile(r"(train|val)-\d{5}\.bin")
 
 _PROVENANCE = ("hash", "config", "fingerprint", "corpus", "sources", "build", "val_order", "contamination",
@@ -25,7 +25,7 @@ _PROVENANCE = ("hash", "config", "fingerprint", "corpus", "sources", "build", "v
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tokens, a plain name inside the folder."""
+    """One file of tokens; `file` is a name without folders."""
 
     file: str
     tokens: int
@@ -34,7 +34,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Counts:
-    """Documents, their UTF-8 bytes, and their tokens with the `<|endoftext|>` that begins each document."""
+    """Documents, their UTF-8 bytes, and their tokens including the end token that begins each document."""
 
     documents: int = 0
     bytes: int = 0
@@ -56,7 +56,7 @@ class Split:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One source of the corpus: its licence, the version of what it was read from, what it gave to each split."""
+    """One source of the corpus: its licence, the version of what it was read from, its counts in each split."""
 
     name: str
     licence: str
@@ -68,7 +68,7 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class Build:
-    """What `qies data build` was told beside the text's `config`.
+    """Options of `qies data build` besides the `config` of the text.
 
     `tokenizer` is the name given, "" for one trained on the text; `limit_tokens` 0 means no limit; `pack` is the
     fingerprint of the evaluation pack, "" without one; `include` and `exclude` are patterns for the files of a source.
@@ -84,7 +84,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Files of a source that were left out for one reason, with the first of their names."""
+    """Files of a source that were skipped for one reason, with the first of their names."""
 
     reason: str
     files: int
@@ -93,8 +93,8 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Dropped:
-    """What was read and not kept: documents that came before, documents of nothing but white space (and records whose
-    text is null), long paragraphs that came before, files without a record."""
+    """What was read and dropped: repeated documents, documents of white space only (and records whose text is null),
+    repeated long paragraphs, files without records."""
 
     repeated: int = 0
     empty: int = 0
@@ -107,7 +107,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Reading:
-    """What became of a source: its files (0 where it is none of files), those left out, and what was dropped."""
+    """What was read from a source: the number of files (0 if it has none), those skipped, and what was dropped."""
 
     files: int = 0
     skipped: tuple[Skipped, ...] = ()
@@ -115,16 +115,16 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Run:
-    """So many documents of one source, one behind the other."""
+class SourceSpan:
+    """A number of consecutive documents of one source."""
 
     source: str
     documents: int
 
 
 @dataclass(frozen=True)
-class Overlap:
-    """What the training text and one task of an evaluation pack have in common (see `qies.data.contamination`)."""
+class PackOverlap:
+    """Overlap of the training text with one task of an evaluation pack (see `builder.contamination`)."""
 
     task: str
     items: int
@@ -136,12 +136,12 @@ class Overlap:
 
 
 CLEAN = 0.1
-"""A held-out document is clean if at most this share of its n-grams occurs in training."""
+"""A held-out document is clean if at most this fraction of its n-grams occurs in train."""
 
 
 @dataclass(frozen=True)
 class ValOverlap:
-    """Overlap of val with train (see `qies.data.overlap`): the number of 13-grams of tokens of each document of val, in
+    """Overlap of val with train (see `builder.overlap`): the number of 13-grams of tokens of each document of val, in
     order, and how many of them occur in train. Later documents of val were not measured."""
 
     ngrams: tuple[int, ...] = ()
@@ -149,23 +149,23 @@ class ValOverlap:
 
     @property
     def share(self) -> float | None:
-        """Share of all measured n-grams that occur in train; None if there are none."""
+        """Fraction of all measured n-grams that occur in train; None if there are none."""
         return sum(self.found) / sum(self.ngrams) if any(self.ngrams) else None
 
     @property
     def clean(self) -> tuple[bool, ...]:
-        """Whether each measured document is clean. A document without n-grams is."""
+        """Whether each measured document is clean; a document without n-grams is."""
         return tuple(found <= CLEAN * ngrams for ngrams, found in zip(self.ngrams, self.found, strict=True))
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds.
+    """The content of a folder of shards.
 
-    `hash` identifies text, split, tokenizer and tokens: two folders with the same one hold the same data. `config`,
-    `fingerprint` (see `corpora.fingerprint`), `corpus` (its name) and `sources` say where it came from, `val_order` to
-    which source the documents of val belong, in their order, `reading` what was left out, `overlap` how much of val
-    occurs in train (all three are empty in manifests older than the field).
+    `hash` identifies text, split, tokenizer and tokens: two folders with the same hash have the same data. `config`,
+    `fingerprint` (see `builder.corpus.fingerprint`), `corpus` (its name) and `sources` describe the origin of the text.
+    `val_order` has the source of each document of val, in order, `reading` what was skipped and dropped, `overlap` the
+    overlap of val with train (all three are empty in manifests older than the field).
     """
 
     schema: int
@@ -181,8 +181,8 @@ class Manifest:
     val: Split
     sources: tuple[SourceRow, ...]
     build: Build = Build()
-    val_order: tuple[Run, ...] = ()
-    contamination: tuple[Overlap, ...] = ()
+    val_order: tuple[SourceSpan, ...] = ()
+    contamination: tuple[PackOverlap, ...] = ()
     reading: Reading = Reading()
     overlap: ValOverlap = ValOverlap()
 
@@ -193,24 +193,24 @@ class Manifest:
         return self.train if name == "train" else self.val
 
     def sealed(self) -> Manifest:
-        """The same with `hash` as its content demands."""
+        """A copy with the `hash` of its content."""
         content = {key: value for key, value in to_dict(self).items() if key not in _PROVENANCE}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return replace(self, hash=hashlib.sha256(text.encode()).hexdigest())
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The smallest of `DTYPES` that holds every id below `vocab_size`."""
+    """The smallest of `DTYPES` that can represent every id below `vocab_size`."""
     return DTYPES[0] if vocab_size <= 1 << 16 else DTYPES[1]
 
 
 def dumps(manifest: Manifest) -> str:
-    """The manifest as text, the same for the same manifest."""
+    """The manifest as JSON text; equal manifests give equal text."""
     return json.dumps(to_dict(manifest), indent=1, ensure_ascii=False) + "\n"
 
 
 def overlap_summary(manifest: Manifest) -> str:
-    """The overlap of val with train in one line of words; "" if it was not measured."""
+    """The overlap of val with train in one sentence; "" if it was not measured."""
     overlap = manifest.overlap
     if overlap.share is None:
         return ""
@@ -223,7 +223,7 @@ def overlap_summary(manifest: Manifest) -> str:
 
 
 def summary(manifest: Manifest) -> str:
-    """What was read, left out and kept, in one line of words."""
+    """What was read, skipped, kept and dropped, in one sentence."""
     reading, total = manifest.reading, manifest.train.documents + manifest.val.documents
     parts = [f"read {reading.files:,} files"] if reading.files else []
     parts += [
@@ -240,10 +240,10 @@ def summary(manifest: Manifest) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest in `folder`, checked in itself (files are checked by `shards.open_shards`).
+    """Read the manifest in `folder` and check its consistency (`shards.open_shards` checks the files).
 
-    Raises UserError: none there, too large, no JSON, unknown or missing keys, another schema, a file name that is not
-    that of a shard, counts that do not add up, or a hash that is not that of the content.
+    Raises UserError: no manifest, too large, not JSON, unknown or missing keys, another schema, a file name that is not
+    a shard's, counts that do not add up, or a hash that does not match the content.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -251,7 +251,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"'{folder}' holds no data set (no {MANIFEST}); make one with: qies data build SOURCE --out DIR"
         )
     if path.is_symlink() or path.stat().st_size > LIMIT:
-        raise UserError(f"'{path}' is a link or larger than {LIMIT} bytes, which no manifest is; build the data again")
+        raise UserError(
+            f"'{path}' is a link or larger than {LIMIT} bytes, so it is not a manifest; build the data again"
+        )
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("schema") != SCHEMA:
@@ -286,8 +288,8 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"val_order names {min(unknown)!r}, which is not among its sources")
     overlap = manifest.overlap
     if len(overlap.ngrams) != len(overlap.found) or len(overlap.ngrams) > manifest.val.documents:
-        raise ValueError(f"overlap does not fit {manifest.val.documents} documents")
+        raise ValueError(f"overlap does not match {manifest.val.documents} documents")
     if any(not 0 <= found <= ngrams for ngrams, found in zip(overlap.ngrams, overlap.found, strict=True)):
         raise ValueError("overlap finds more n-grams than there are")
     if manifest.sealed().hash != manifest.hash:
-        raise ValueError("its hash is not that of its content")
+        raise ValueError("its hash does not match its content")

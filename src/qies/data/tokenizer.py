@@ -1,7 +1,7 @@
-"""Byte-level byte-pair encoding: every text has an encoding, and every token a known number of bytes.
+"""Reading a data set's tokenizer: token ids of texts, and the number of bytes that each token stands for.
 
-Source: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016), over bytes and with the
-pre-tokenisation of Radford et al. (GPT-2, 2019); the work is done by the `tokenizers` library.
+Tokenizers are byte-level BPE, or SentencePiece's with byte fallback: every text has an encoding. `builder.tokenizer`
+trains, opens and saves them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, pre_tokenizers
 
 from qies.errors import UserError
 
@@ -22,75 +22,44 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
-"""The one special token of a tokenizer trained here, id 0: it begins a document (bos), ends the one before (eos) and
-pads (pad). In shards made with another tokenizer the token that ends its texts does all this."""
+"""The only special token of a tokenizer trained here, id 0. It begins a document (bos), ends the previous one (eos) and
+pads (pad). In shards made with another tokenizer, the token that ends its texts has these roles."""
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
-SAMPLE = 2_500  # bytes of text that are read for each entry of the vocabulary; more change it little and cost time
-_BATCH = 32  # documents encoded at once, over all threads
-_ENDS = (END, "</s>", "<eos>", "<|end_of_text|>")  # looked for where nothing but a tokenizer.json is given
+_BATCH = 32  # documents encoded per call, over all threads
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_PROBES = (
-    "A Probe:  two spaces,\ttab,\n\nnew lines, caf\u00e9, \u65e5\u672c, \U0001f600 and CAPITALS.",
-    " a space in front", "   three", "a space behind ", "\n\ta line\r\n", "\u00a0\u2003\u200b\ufeff spaces \u3000",
-    "e\u0301 \ufb01 \u212b \u00bd \u2460 \uff21 \uac00 \u1112\u1161 composed and decomposed",
-    "".join(map(chr, range(1, 0x800))),  # with the next one every byte that UTF-8 has
-    "".join(map(chr, (0x800, *range(0x1000, 0x10000, 0x1000), 0x10000, 0x40000, 0x80000, 0xC0000, 0x100000))),
-)  # fmt: skip
-
-
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` entries: `<|endoftext|>`, the 256 bytes, and merges learnt from `texts`.
-
-    A text too short to teach that many merges gives fewer entries. Where `texts` hold more than 2,500 bytes for each
-    entry, every n-th is read. The same texts give the same tokenizer. Raises UserError if `vocab_size` is below 257.
-    """
-    if vocab_size < 257:
-        raise UserError(f"vocab_size {vocab_size} is too small; give at least 257 (the bytes and {END})")
-    step = max(1, round(sum(map(len, texts)) / (SAMPLE * vocab_size)))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts[::step], trainer)
-    return tokenizer
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndarray]:
-    """Token ids of each text, uint32 `[tokens]`. A literal `<|endoftext|>` in a text is text, no special token."""
+    """Token ids of each text, uint32 `[tokens]`. Special tokens are not parsed: a literal `<|endoftext|>` is text."""
     tokenizer.encode_special_tokens = True
     for start in range(0, len(texts), _BATCH):
         for encoding in tokenizer.encode_batch_fast(texts[start : start + _BATCH], add_special_tokens=False):
             yield np.array(encoding.ids, dtype=np.uint32)
 
 
-def vocabulary(tokenizer: Tokenizer) -> int:
-    """One more than the highest token id."""
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The highest token id plus one."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def token_byte_lengths(tokenizer: Tokenizer | PreTrainedTokenizerFast) -> np.ndarray:
-    """UTF-8 bytes each token stands for, int64 `[N]` for ids below N; 0 for special tokens.
+    """The number of UTF-8 bytes that each token stands for, int64 `[N]` for ids below N; 0 for special tokens.
 
-    Summed over the tokens of a document, with the special token that begins it, they are the length of the text, which
-    makes losses of models with different tokenizers comparable (bits per byte). A tokenizer that writes a space in
-    front of each text has -1 for its special tokens, which takes that byte back. Raises UserError for a tokenizer that
-    is neither byte-level nor falls back to bytes, as its tokens do not tell the length of the text.
+    The sum over the tokens of a document, including the special token that begins it, is the length of the text, so
+    that losses of models with different tokenizers are comparable (bits per byte). A tokenizer that inserts a space
+    before each text has -1 for its special tokens, which cancels that byte. Raises UserError for a tokenizer that is
+    neither byte-level nor has byte fallback: its tokens do not determine the length of the text.
     """
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
     added = backend.get_added_tokens_decoder()
-    fallback = _falls_back(backend)
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())  # one character a byte
-    lengths = np.zeros(vocabulary(backend), dtype=np.int64)
+    fallback = has_byte_fallback(backend)
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())  # one character per byte
+    lengths = np.zeros(vocabulary_size(backend), dtype=np.int64)
     for token, id in backend.get_vocab(with_added_tokens=True).items():
         if id in added:
             lengths[id] = 0 if added[id].special else len(added[id].content.encode())
-        elif fallback:  # SentencePiece's way: a space is U+2581, a single byte <0x..>
+        elif fallback:  # SentencePiece: a space is U+2581, a single byte <0x..>
             lengths[id] = 1 if _BYTE.fullmatch(token) else len(token.replace("\u2581", " ").encode())
         elif alphabet.issuperset(token):
             lengths[id] = len(token)
@@ -102,156 +71,17 @@ def token_byte_lengths(tokenizer: Tokenizer | PreTrainedTokenizerFast) -> np.nda
     return lengths
 
 
-def open_tokenizer(name: str) -> tuple[Tokenizer, str]:
-    """The tokenizer in a folder, in a `tokenizer.json`, or of that name on the hub, and the token that ends its texts.
-
-    No code of a tokenizer is run. Raises UserError: none found (or no network), none that ends a text, or one that does
-    not give back every text as it was (its normalizer changes text, a byte has no token, "a" and " a" are the same), as
-    then losses say nothing of bytes.
-    """
-    path = Path(name).expanduser()
-    try:
-        path = path if path.exists() else _fetch(name)
-        tokenizer, end = _read_any(path)
-    except Exception as error:  # the libraries raise all kinds, plain Exception among them
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise UserError(
-            f"no tokenizer '{name}' can be read ({reason}); give a folder, a tokenizer.json, or a name where the "
-            "hub is reached"
-        ) from None
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    end = end or next((token for token in _ENDS if token in special), None)
-    if end is None or tokenizer.token_to_id(end) is None:
-        raise UserError(
-            f"tokenizer '{name}' names no token that ends a text; give its folder, with tokenizer_config.json"
-        )
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    added = (token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special)
-    check = Exact(tokenizer, end)
-    for text in (*_PROBES, *(f"a {content} b{content}\n" for content in added)):
-        fault = f"tokenizer '{name}' does not give back every text as it was: the text {text[:40]!r}"
-        [ids], _ = check([text], [fault])
-        if tokenizer.decode(ids.tolist()) != text:
-            raise UserError(f"{fault} is changed by the tokenizer's decoder; give a tokenizer that loses nothing")
-    return tokenizer, end
-
-
-class Exact:
-    """Encodes texts and checks that each comes back: its tokens make up its bytes, and no normalizer changes it."""
-
-    def __init__(self, tokenizer: Tokenizer, end: str) -> None:
-        self.tokenizer = tokenizer
-        self.lengths = token_byte_lengths(tokenizer)
-        self.begin = int(self.lengths[tokenizer.token_to_id(end)])
-
-    def __call__(self, texts: Sequence[str], names: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
-        """Token ids and bytes of each text. Raises UserError with the name of the first that does not come back, and
-        the tokenizer's part that changes it."""
-        encoded = list(encode_texts(self.tokenizer, texts))
-        sizes = [int(self.lengths[ids].sum()) + self.begin for ids in encoded]
-        for text, name, size, ids in zip(texts, names, sizes, encoded, strict=True):
-            if size != len(text.encode()) or not self._normal(text):
-                raise UserError(f"{name} is changed by {self._part(text, ids)}; give a tokenizer that loses nothing")
-        return encoded, sizes
-
-    def _normal(self, text: str) -> bool:
-        """Whether the normalizer leaves the text as it is; U+2581 stands for a space, and one may come in front."""
-        normalizer = self.tokenizer.normalizer
-        return normalizer is None or normalizer.normalize_str(text).replace("\u2581", " ") in (text, f" {text}")
-
-    def _part(self, text: str, ids: np.ndarray) -> str:
-        spec = json.loads(self.tokenizer.to_str())
-        if not self._normal(text):
-            return f"the tokenizer's normalizer {_described(spec['normalizer'])}"
-        vocab = self.tokenizer.get_vocab()
-        names = [f"<0x{byte:02X}>" for byte in range(256)] if _falls_back(self.tokenizer) else _byte_level()
-        if absent := [byte for byte in sorted(set(text.encode())) if names[byte] not in vocab]:
-            return f"the tokenizer's vocabulary, which has no token for the byte 0x{absent[0]:02X}"
-        for token in self.tokenizer.get_added_tokens_decoder().values():
-            if not token.special and token.content in text:
-                flags = [flag for flag in ("lstrip", "rstrip", "single_word") if getattr(token, flag)]
-                return f"the tokenizer's added token {token.content!r} ({', '.join(flags) or 'no flags'})"
-        return f"the tokenizer's pre-tokenizer {_described(spec['pre_tokenizer'])}"
-
-
-def _described(part: dict[str, Any] | None) -> str:
-    """A part of a tokenizer.json as its types and what they put in front of a text."""
-    if part is None:
-        return "(none)"
-    inner = part.get("pretokenizers") or part.get("normalizers")
-    if inner:
-        return " and ".join(map(_described, inner))
-    front = {key: part[key] for key in ("prepend_scheme", "add_prefix_space", "prepend") if part.get(key)}
-    return part["type"] + "".join(f" ({key} {value})" for key, value in front.items())
-
-
-def _byte_level() -> list[str]:
-    """The characters that stand for the bytes 0 ... 255: themselves where printable, and from 256 on for the others."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    others = iter(character for character in alphabet if ord(character) > 255)
-    return [chr(byte) if chr(byte) in alphabet else next(others) for byte in range(256)]
-
-
-def _falls_back(tokenizer: Tokenizer) -> bool:
-    """Whether it is of SentencePiece's kind, with a token for each byte; the library hides this of a Unigram model."""
-    found = getattr(tokenizer.model, "byte_fallback", None)
-    return bool(json.loads(tokenizer.to_str())["model"].get("byte_fallback") if found is None else found)
-
-
-def _fetch(name: str) -> Path:
-    """The folder with the files of a tokenizer of the hub."""
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, FILES[0])
-    if isinstance(cached, str):
-        return Path(cached).parent
-    revision = HfApi().model_info(name).sha  # fails at once where a download would be tried again for a minute
-    return Path(
-        snapshot_download(name, revision=revision, allow_patterns=["*token*", "*.model", "vocab*", "merges.txt"])
-    )
-
-
-def _read_any(path: Path) -> tuple[Tokenizer, str | None]:
-    """The tokenizer in a folder or a file, and the token that its configuration says ends a text."""
-    file = path / FILES[0] if path.is_dir() else path
-    if not file.is_file():  # files of an older kind, which transformers converts
-        from transformers import AutoTokenizer
-
-        found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        return found.backend_tokenizer, found.eos_token or found.bos_token
-    config = json.loads((path / FILES[1]).read_text(encoding="utf-8")) if (path / FILES[1]).is_file() else {}
-    end = config.get("eos_token") or config.get("bos_token")
-    if isinstance(end, list):  # the first is the one that ends a text
-        end = end[0]
-    return Tokenizer.from_file(str(file)), end["content"] if isinstance(end, dict) else end
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, end: str = END) -> None:
-    """Write the files that `AutoTokenizer.from_pretrained(folder)` reads; the same tokenizer gives the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
-        "eos_token": end,
-        "pad_token": end,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / FILES[0]).write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-    (folder / FILES[1]).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-
-
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `save_tokenizer` wrote. Raises UserError if it is missing or unreadable."""
+    """The saved tokenizer in `folder`. Raises UserError if it is missing or unreadable."""
     try:
         return Tokenizer.from_file(str(folder / FILES[0]))
-    except Exception as error:  # the library raises plain Exception, whatever is wrong with the file
+    except Exception as error:  # the library raises plain Exception for every fault of the file
         reason = " ".join(str(error).split())
         raise UserError(f"no tokenizer can be read from '{folder}' ({reason}); build the data again") from None
 
 
 def end_token(folder: Path) -> str:
-    """The token that begins and ends documents, as `save_tokenizer` wrote it. Raises UserError if it cannot be read."""
+    """The token that begins and ends documents, as it was saved. Raises UserError if it cannot be read."""
     try:
         return str(json.loads((folder / FILES[1]).read_text(encoding="utf-8"))["eos_token"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -259,7 +89,7 @@ def end_token(folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The same as a tokenizer of `transformers`."""
+    """The saved tokenizer in `folder` as a tokenizer of `transformers`."""
     from transformers import PreTrainedTokenizerFast
 
     end = end_token(folder)
@@ -273,8 +103,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """Digest over the files of a saved tokenizer. Raises OSError if one is missing."""
+    """sha256 over the files of a saved tokenizer. Raises OSError if one is missing."""
     digest = hashlib.sha256()
     for name in FILES:
         digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
     return digest.hexdigest()
+
+
+def has_byte_fallback(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer falls back to a token per byte (SentencePiece); the library hides this for Unigram."""
+    found = getattr(tokenizer.model, "byte_fallback", None)
+    return bool(json.loads(tokenizer.to_str())["model"].get("byte_fallback") if found is None else found)

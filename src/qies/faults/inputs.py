@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
 from qies.data.manifest import MANIFEST, Manifest, dumps, read_manifest
 from qies.data.shards import TOKENIZER
-from qies.data.tokenizer import save_tokenizer, train_tokenizer
 from qies.faults.lab import Lab, Outcome, one_line, rows_written
 
 BAD_YAML = (

@@ -21,8 +21,8 @@ from typing import Any
 from qies import config as configs
 from qies import runs
 from qies.config import DataConfig, RunConfig, TrainConfig
+from qies.data.builder.pipeline import build_shards
 from qies.data.locate import locate
-from qies.data.shards import build_shards
 from qies.faults import victim
 from qies.train.run_directory import CHECKPOINTS
 

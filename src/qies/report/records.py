@@ -45,7 +45,7 @@ class Run:
 
     `induction` is the final gain on a repeated random segment in nats per token, `onset` the tokens from which on it
     stayed at or above INDUCTION_ONSET. `clean_loss` is the loss on the clean part of the held-out text (see
-    `qies.data.overlap`).
+    `qies.data.builder.overlap`).
     """
 
     arm: str

@@ -1,0 +1,1 @@
+"""The corpus `registry`: text extracted from packages that are pinned by version and sha256."""
