@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qies import runs
-from qies.cli.runs import _print_record
+from qies.cli.train import _print_record
 from qies.config import DataConfig, RunConfig, TrainConfig, save
 from qies.data.locate import locate
 from qies.data.manifest import Build, ValOverlap

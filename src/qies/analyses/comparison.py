@@ -1,16 +1,41 @@
-"""The page's part on gains between arms, from comparison.json."""
+"""Gains of one arm over another: each arm against the baseline, and the proposal against its controls."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qies.report.blocks import Chart, Passage, Section, Table
-from qies.report.records import Study, listed, mapping
-from qies.report.text import NONE, estimate, number, si
+from qies.analyses.finished import Finished
+from qies.analyses.formatting import NONE, estimate, number, si
+from qies.analyses.parts import Chart, Passage, Section, Table
+from qies.analyses.records import BASELINE, PROPOSAL, Study, listed, mapping
+from qies.errors import UserError
 from qies.scaling.figures import GAINS, frontier_figure, gain_figure, pair_name, paired_figure
 
 Pair = Mapping[str, Any]
+# The arms that differ from the proposal in one part: without them a win is only a hybrid's win.
+CONTROLS = ("real_registers", "no_phase", "fixed_phase", "selective_phase")
+
+
+def compute(study: Finished) -> dict[str, Any]:
+    """Every arm against the baseline, and the full model against its controls, from the run records.
+
+    The baseline is the transformer, or the first arm where there is none. `not_compared` says which pairs the
+    records do not allow and why.
+    """
+    from qies.scaling import compare, read_runs
+
+    arms = study.config.arms
+    base = BASELINE if BASELINE in arms else arms[0]
+    wanted = [(arm, base) for arm in arms if arm != base]
+    wanted += [(PROPOSAL, arm) for arm in CONTROLS if PROPOSAL in arms and arm in arms and arm != base]
+    pairs, refused = [], []
+    for candidate, baseline in wanted:
+        try:
+            pairs.append(compare(read_runs(study.folder / "runs"), candidate, baseline).to_dict())
+        except UserError as error:
+            refused.append({"candidate": candidate, "baseline": baseline, "reason": str(error).rstrip(".")})
+    return {"schema": 1, "pairs": pairs, "not_compared": refused}
 
 
 def gain_chart(study: Study) -> Chart | None:
@@ -19,7 +44,8 @@ def gain_chart(study: Study) -> Chart | None:
     return Chart(gain_figure(pairs, "compute"), _curve(pairs, "compute")) if pairs else None
 
 
-def comparison(study: Study) -> Section | None:
+def section(result: dict[str, Any], study: Study) -> Section | None:
+    """Gains, frontiers and paired differences of the pairs."""
     pairs = study.pairs
     if not pairs:
         return None

@@ -1,148 +1,16 @@
-"""Verbs that read what was measured, or measure: report, bench, fit, compare."""
+"""The verb fit: a scaling law from a table of runs."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from rich.console import Console
-from rich.progress import Progress
-from tyro.conf import Positional
-
-from qies.errors import Stopped, UserError
-from qies.plotting import Figure
-from qies.storage import require_writable, write_text
-from qies.terminal import show
-
-
-def report(folder: Positional[Path], /, svg: Path | None = None) -> None:
-    """Write the report.html of a study folder from its records.
-
-    For example:
-
-        qies report results/quick
-        qies report results/quick --svg docs/quick.svg
-
-    Args:
-        folder: The study's folder.
-        svg: Also write the figure of loss against parameters to this file.
-    """
-    _check_outputs(None, svg=svg)
-    from qies.report import build_report, write_summary_svg
-
-    if folder.is_dir():
-        require_writable(folder / "report.html")
-    print(build_report(folder))
-    if svg is not None:
-        write_summary_svg(folder, svg)
-        print(svg)
-
-
-def bench(
-    what: Positional[Literal["op", "train", "threads", "faults"]],
-    /,
-    rounds: int = 5,
-    threads: int = 1,
-    cases: tuple[str, ...] = (),
-    quick: bool = False,
-    seed: int = 0,
-    out: Path | None = None,
-    markdown: Path | None = None,
-    json: bool = False,
-) -> None:
-    """Benchmark speed against reference implementations, or inject faults and count what holds.
-
-    Speed: medians, and ratios round by round.
-
-    `op`: the entanglement op, forward and backward, against transformers' gated delta rule and causal SDPA.
-    `train`: whole training steps of the arms against GPT-2 and Qwen3-Next of transformers.
-    `threads`: the same training steps with many runs of one thread, one run of many threads, and many of many.
-    `faults`: kills, damaged checkpoints, full disks and more, injected into small training runs; the
-    exit code is 1 if a requirement is violated.
-
-    For example:
-
-        qies bench op
-        qies bench op --cases 8x2048x4x64x64 --rounds 9
-        qies bench train --cases 400k:512 6m:512 --out bench.json
-        qies bench threads --rounds 3 --out threads.json
-        qies bench faults --quick
-        qies bench faults --cases kill disk --seed 1
-
-    Args:
-        what: op, train, threads or faults.
-        rounds: Timed rounds, after one warm-up round.
-        threads: CPU threads of op and train.
-        cases: BxTxHxKxV for op, SIZE:T for train, RUNSxTHREADS for threads, by default a few of each; names of rows for
-            faults, by default all.
-        quick: Inject each fault only a few times.
-        seed: Seed of the random moments at which faults are injected.
-        out: Also write the JSON to this file; its rows of faults that are not injected now are kept.
-        markdown: Also write the table of faults to this file.
-        json: Print JSON.
-    """
-    import torch
-
-    from qies import runs
-
-    if rounds < 1 or threads < 1:
-        raise UserError("--rounds and --threads must be at least 1.")
-    _check_outputs(None, out=out, markdown=markdown)
-    if what == "faults":
-        _bench_faults(cases, quick, seed, out, markdown, json)
-        return
-    if quick or markdown is not None:
-        raise UserError("--quick and --markdown are for qies bench faults.")
-    from qies.bench import rivals
-    from qies.bench.threads import bench_threads
-
-    torch.set_num_threads(threads)
-    results = bench_threads(cases, rounds=rounds) if what == "threads" else rivals.run(what, cases, rounds)
-    measured = {"threads": None if what == "threads" else threads, "cases": [r.to_dict() for r in results]}
-    value = _measured(what) | measured
-    if out is not None:
-        runs.write_json(out, value)
-    show(json, value, lambda: Console().print(rivals.comparison_table(f"bench {what}", results)))
-
-
-def _bench_faults(
-    cases: tuple[str, ...], quick: bool, seed: int, out: Path | None, markdown: Path | None, json: bool
-) -> None:
-    from qies import faults, runs
-
-    todo = faults.chosen(cases)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True) as bar:
-        console.print(f"moments are drawn from seed {seed}")
-        tasks = {f.name: bar.add_task(f.name, total=faults.total(f, quick)) for f in todo}
-
-        def tell(fault: faults.Fault, outcome: faults.Outcome) -> None:
-            bar.update(tasks[fault.name], advance=1)
-            if outcome.wrong:
-                console.print(f"{fault.name}: {outcome.what}: {outcome.wrong}", highlight=False, markup=False)
-
-        rows = faults.run(todo, seed, quick=quick, tell=tell)
-    measured = _measured("faults")
-    added = [row.to_dict() | {"seed": seed, "code_version": measured["code_version"]} for row in rows]
-    value = measured | {"faults": faults.joined(out, added)}
-    if out is not None:
-        runs.write_json(out, value)
-    if markdown is not None:
-        write_text(markdown, faults.page(value))
-    show(json, value, lambda: Console().print(faults.table(rows, seed)))
-    if any(row.held < row.injections for row in rows):
-        raise Stopped("a requirement was violated; see the lines above.")
-
-
-def _measured(what: str) -> dict[str, Any]:
-    from qies import runs
-
-    return {"what": what, "environment": runs.environment(), "code_version": runs.code_version()}
+from qies.cli.options import check_outputs, column_names, save_figures
+from qies.errors import UserError
 
 
 def fit(
-    runs: Positional[Path],
+    runs: Path,
     /,
     form: str = "approach3",
     axis: str = "params",
@@ -212,11 +80,14 @@ def fit(
         json: Write the result to this JSON file.
         figures: Write SVG figures to this folder: loss against N, D and C, residuals, bootstrap.
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
     from qies import runs as records
     from qies.scaling.fits import AUTO_DRAWS
     from qies.scaling.pipeline import fit_file
 
-    _check_outputs(figures, json=json)
+    check_outputs(figures, json=json)
     bar = Progress(console=Console(stderr=True), transient=True)
     task = bar.add_task("bootstrap", total=AUTO_DRAWS if bootstrap is None else bootstrap)
 
@@ -226,7 +97,7 @@ def fit(
 
     try:
         outcome = fit_file(
-            runs, form, columns=_pairs("columns", columns), flops=flops, arm=arm, axis=axis, delta=delta,
+            runs, form, columns=column_names(columns), flops=flops, arm=arm, axis=axis, delta=delta,
             criterion=criterion, method=method, floor=floor, ceiling=ceiling, drop_worst=drop_worst,
             bootstrap=bootstrap, resample=resample, level=level, seed=seed, leave_largest=leave_largest, beside=beside,
             predict=_points(predict), at_compute=_flops(at_compute), best=best_per_cell, progress=tell,
@@ -237,110 +108,11 @@ def fit(
     if json is not None:
         records.write_json(json, outcome.to_dict())
     if figures is not None:
-        _save(outcome.figures(), figures)
+        save_figures(outcome.figures(), figures)
     console = Console()
     for table in outcome.tables():
         console.print(table)
     console.print(outcome.summary(), highlight=False)
-
-
-def compare(
-    runs: Positional[Path],
-    /,
-    arms: tuple[str, str],
-    json: Path | None = None,
-    figures: Path | None = None,
-    columns: tuple[str, ...] = (),
-    flops: str | None = None,
-    form: Literal["auto", "surface", "power"] = "auto",
-    level: float = 0.95,
-    best_per_cell: bool = False,
-    power: bool = False,
-) -> None:
-    """Compare two arms: gains in compute, parameters, data and time, paired tests, and a verdict.
-
-    A compute gain of 2 means that the baseline needs twice the FLOPs for the same loss. docs/comparing.md states the
-    rule of the verdict.
-
-    For example:
-
-        qies compare results/quick --arms qies transformer
-        qies compare RUNS.csv --arms qies transformer --json gains.json --figures figures/
-        qies compare RUNS.csv --arms mine theirs --columns params=N,tokens=D --form power
-
-    Args:
-        runs: A table (CSV, TSV, JSONL, JSON, Parquet) or a folder of run records.
-        arms: The candidate and its baseline.
-        json: Write the whole result to this JSON file.
-        figures: Write SVG figures to this folder: gains, frontier, paired differences.
-        columns: The table's names for ours, as OURS=THEIRS or OURS=THEIRS*FACTOR; besides those of fit, wall_seconds.
-        flops: How FLOPs are counted: 6ND, another multiple of ND, or given. By default the table's, else 6ND.
-        form: surface (L(N, D) an arm), power (power laws along the runs) or auto.
-        level: Confidence level of every interval.
-        best_per_cell: Compare only the lowest loss at every arm, N and D: for sweeps of hyperparameters.
-        power: Also print the power of studies of 3 to 8 sizes and 1 to 8 seeds, with the noise of these runs, to detect
-            a gain of 1.1, 1.2 or 1.3; `plan` in the JSON.
-    """
-    from qies import runs as records
-    from qies.scaling import compare as compare_arms
-    from qies.scaling import read_runs
-    from qies.scaling.figures import comparison_figures
-    from qies.scaling.pipeline import dropped_table
-
-    _check_outputs(figures, json=json)
-    result = compare_arms(
-        read_runs(runs, _pairs("columns", columns), flops),
-        *arms,
-        form=form,
-        level=level,
-        best=best_per_cell,
-        plan=power,
-    )
-    if json is not None:
-        records.write_json(json, result.to_dict())
-    if figures is not None:
-        _save(comparison_figures(result), figures)
-    if result.dropped:
-        Console().print(dropped_table(result.dropped))
-    print(result.summary())
-    if result.plan is not None:
-        Console().print(result.plan.table())
-
-
-def _check_outputs(figures: Path | None, **files: Path | None) -> None:
-    """Raise UserError, before work is spent, when the files cannot be written or figures cannot be a folder."""
-    for option, path in files.items():
-        if path is not None and path.is_dir():
-            raise UserError(f"--{option} {path} is a folder; give a file.")
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"--{option} {path}: there is no folder {path.parent}; make it first.")
-        if path is not None:
-            require_writable(path)
-    if figures is not None:
-        for folder in (figures, *figures.absolute().parents):
-            if folder.is_dir():
-                require_writable(folder / "figure.svg")
-                return
-            if folder.exists():
-                raise UserError(f"--figures {figures}: {folder} is a file; give a folder.")
-
-
-def _save(drawn: dict[str, Figure], folder: Path) -> None:
-    """NAME.svg of every figure, into a folder that is made where it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in drawn.items():
-        figure.save(folder / f"{name}.svg")
-
-
-def _pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
-    """OURS=THEIRS, separated by commas or as several words; a comma without OURS= behind it belongs to THEIRS."""
-    found = {}
-    for part in (p for word in words for p in re.split(r",(?=\s*\w+\s*=)", word)):
-        ours, equals, theirs = part.partition("=")
-        if not (ours.strip() and equals and theirs.strip()):
-            raise UserError(f"--{option} wants OURS=THEIRS, such as params=N,tokens=D; got '{part}'.")
-        found[ours.strip()] = theirs.strip()
-    return found
 
 
 def _points(words: tuple[str, ...]) -> tuple[tuple[float, float], ...]:

@@ -1,24 +1,47 @@
-"""The verb ladder: many runs, shared by any number of controllers."""
+"""The verbs of ladder: plan, run, status, sweep."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from tyro.conf import Positional
 
+from qies.cli.options import require_at_least
 from qies.errors import UserError
-from qies.terminal import show
+from qies.terminal import Group, show
+
+if TYPE_CHECKING:
+    from qies.config import StudyConfig
+
+Ladder = Annotated[tuple[str, ...], tyro.conf.arg(metavar="LADDER.yaml [KEY=VALUE ...]")]
 
 
-def ladder(
-    action: Positional[Literal["plan", "run", "status", "sweep"]],
-    overrides: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[LADDER.yaml] [KEY=VALUE ...]")] = (),
+def plan(overrides: Ladder = (), /, json: bool = False) -> None:
+    """List the runs of a ladder with their parameters, tokens, FLOPs and estimated time.
+
+    For example:
+
+        qies ladder plan ladder.yaml tokens_per_parameter=[5,20]
+
+    Args:
+        overrides: A ladder file (the keys of a study), and dotted overrides of its keys.
+        json: Print JSON.
+    """
+    from qies import runs
+    from qies.ladder.plan import plan_table
+
+    chosen = _load(overrides)
+    records = [runs.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
+    show(json, records, lambda: Console().print(plan_table(chosen)))
+
+
+def run(
+    overrides: Ladder = (),
     /,
     out: Path | None = None,
     workers: int | None = None,
@@ -31,23 +54,19 @@ def ladder(
     jobs: int = 1,
     minutes: int = 60,
     sbatch: str = "",
-    watch: bool = False,
     json: bool = False,
 ) -> None:
-    """Train many runs: sizes x budgets x arms x seeds. Several controllers (`run`) may share one ladder.
+    """Train the runs of a ladder that are not done, here or in submitted jobs.
+
+    Several controllers (`qies ladder run`) may share one ladder.
 
     For example:
 
-        qies ladder plan ladder.yaml tokens_per_parameter=[5,20]
         qies ladder run ladder.yaml --out ladders/first
         qies ladder run ladder.yaml --out ladders/first --submit slurm --jobs 4 --gpus 1 --sbatch "partition=gpu"
-        qies ladder status --out ladders/first --watch
-        qies ladder sweep --out ladders/learning-rates
 
     Args:
-        action: plan, run, status, or sweep: a table of the ladder's `variants`, means over seeds, best first.
-        overrides: A ladder file (the keys of a study), and dotted overrides of its keys; status and sweep need only
-            --out.
+        overrides: A ladder file (the keys of a study), and dotted overrides of its keys.
         out: The ladder's folder; by default results/NAME.
         workers: Concurrent runs; by default one per `threads` cores, and one in a submitted job.
         threads: CPU threads of each run.
@@ -59,81 +78,105 @@ def ladder(
         jobs: Number of jobs to submit; each takes runs until none is left.
         minutes: Time limit of a job; at the limit it saves its runs and is requeued.
         sbatch: Further sbatch options as KEY=VALUE words in one string, such as "partition=gpu account=mine".
+        json: Print JSON.
+    """
+    from qies import ladder as ladders
+    from qies.ladder.grid import claim, prepare
+    from qies.ladder.jobs import check
+    from qies.ladder.plan import longest_first
+    from qies.ladder.run import require_done, result_table, run_all
+    from qies.train.tracking import parse
+
+    require_at_least(1, workers=workers, threads=threads, jobs=jobs, minutes=minutes)
+    require_at_least(0, gpus=gpus, retries=retries)
+    chosen = _load(overrides)
+    folder = out or Path("results") / chosen.name
+    console = Console(stderr=json)
+    chosen = claim(chosen, folder)
+    here = max(1, ladders.cores() // threads) if submit is None else 1
+    how: dict[str, Any] = {
+        "workers": workers or chosen.workers or here, "threads": threads, "gpus": gpus,
+        "retries": retries, "retry_failed": retry_failed, "track": parse(track),
+    }  # fmt: skip
+    ladders.check_batches(chosen.runs(), gpus)
+    if submit != "slurm":
+        ladders.devices(how["workers"], gpus)
+    if submit is None:
+        if sbatch:
+            raise UserError("--sbatch belongs to --submit slurm; give both.")
+        records = run_all(chosen, folder, console, **how)
+        show(json, records, lambda: console.print(result_table(chosen, records)))
+        require_done(records, folder)
+        return
+    check(submit, sbatch, jobs, gpus)
+    data = prepare(chosen, folder, console)
+    ids = ladders.submit(
+        longest_first(chosen), folder / "runs", data, folder / "jobs",
+        cluster=submit, jobs=jobs, minutes=minutes, sbatch=sbatch, **how,
+    )  # fmt: skip
+    told = f"submitted {', '.join(ids)}; qies ladder status --out {folder} --watch"
+    show(json, {"jobs": ids, "folder": str(folder)}, lambda: console.print(told))
+
+
+def status(out: Path, watch: bool = False, json: bool = False) -> None:
+    """Show the state, progress and loss of every run of a ladder.
+
+    For example:
+
+        qies ladder status --out ladders/first --watch
+
+    Args:
+        out: The ladder's folder.
         watch: Refresh the status until every run has ended.
         json: Print JSON.
     """
-    from qies import config, runs
+    from qies import config
     from qies import ladder as ladders
-    from qies import study as studies
-    from qies.data.locate import locate
-    from qies.ladder.jobs import check
-    from qies.train.tracking import parse
+    from qies.ladder.plan import estimate
 
-    for name, number, least in (("workers", workers, 1), ("threads", threads, 1), ("gpus", gpus, 0),
-                                ("retries", retries, 0), ("jobs", jobs, 1), ("minutes", minutes, 1)):  # fmt: skip
-        if number is not None and number < least:
-            raise UserError(f"--{name} must be at least {least}.")
-    if action == "sweep":
-        from qies.ladder.sweep import sweep
-
-        if out is None:
-            raise UserError("Give --out DIR, the folder of a ladder that was started with qies ladder run.")
-        cells = sweep(out)
-        show(json, cells, lambda: Console().print(*map(_sweep_table, cells["cells"])))
+    if not (out / "study.yaml").is_file():
+        raise UserError("Give --out DIR, the folder of a ladder that was started with qies ladder run.")
+    chosen = config.from_dict(config.StudyConfig, config.read(out / "study.yaml"))  # its text need not be there
+    planned, estimates = chosen.runs(), estimate(chosen)
+    console = Console(stderr=json)
+    found = ladders.status(planned, out / "runs", estimates)
+    if not watch:
+        show(json, found, lambda: console.print(status_table(found)))
         return
+    with Live(status_table(found), console=console) as live:
+        while any(r["state"] not in ladders.OVER for r in found["runs"]):
+            time.sleep(1)
+            found = ladders.status(planned, out / "runs", estimates)
+            live.update(status_table(found))
+    show(json, found, lambda: None)
+
+
+def sweep(out: Path, json: bool = False) -> None:
+    """Show the table of a ladder's `variants`: means over seeds, best first.
+
+    For example:
+
+        qies ladder sweep --out ladders/learning-rates
+
+    Args:
+        out: The ladder's folder, or a folder that holds several ladders.
+        json: Print JSON.
+    """
+    from qies.ladder.sweep import sweep
+
+    cells = sweep(out)
+    show(json, cells, lambda: Console().print(*map(_sweep_table, cells["cells"])))
+
+
+def _load(overrides: tuple[str, ...]) -> StudyConfig:
+    """The ladder of the one file among the words of the command line, with its overrides."""
+    from qies import config
+    from qies.data.locate import locate
+
     files, changes = config.split(overrides)
-    if action == "status":
-        if out is None or not (out / "study.yaml").is_file():
-            raise UserError("Give --out DIR, the folder of a ladder that was started with qies ladder run.")
-        files = [*files, str(out / "study.yaml")]
     if len(files) != 1:
         raise UserError("Give one ladder file: a LADDER.yaml.")
-    if action == "status":  # its text need not be there
-        chosen = config.from_dict(config.StudyConfig, config.merge(config.read(Path(files[0])), changes))
-    else:
-        chosen = locate(config.load(config.StudyConfig, files[0], changes))
-    folder = out or Path("results") / chosen.name
-    console = Console(stderr=json)
-    if action == "plan":
-        records = [runs.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
-        show(json, records, lambda: console.print(studies.plan_table(chosen)))
-    elif action == "run":
-        chosen = studies.claim(chosen, folder)
-        here = max(1, ladders.cores() // threads) if submit is None else 1
-        how: dict[str, Any] = {
-            "workers": workers or chosen.workers or here, "threads": threads, "gpus": gpus,
-            "retries": retries, "retry_failed": retry_failed, "track": parse(track),
-        }  # fmt: skip
-        ladders.check_batches(chosen.runs(), gpus)
-        if submit != "slurm":
-            ladders.devices(how["workers"], gpus)
-        if submit is not None:
-            check(submit, sbatch, jobs, gpus)
-            data = studies.prepare(chosen, folder, console)
-            ids = ladders.submit(
-                studies.longest_first(chosen), folder / "runs", data, folder / "jobs",
-                cluster=submit, jobs=jobs, minutes=minutes, sbatch=sbatch, **how,
-            )  # fmt: skip
-            told = f"submitted {', '.join(ids)}; qies ladder status --out {folder} --watch"
-            show(json, {"jobs": ids, "folder": str(folder)}, lambda: console.print(told))
-            return
-        if sbatch:
-            raise UserError("--sbatch belongs to --submit slurm; give both.")
-        records = studies.run_all(chosen, folder, console, **how)
-        show(json, records, lambda: console.print(studies.result_table(chosen, records)))
-        studies.require_done(records, folder)
-    else:
-        planned, estimates = chosen.runs(), studies.estimate(chosen)
-        found = ladders.status(planned, folder / "runs", estimates)
-        if not watch:
-            show(json, found, lambda: console.print(_table(found)))
-            return
-        with Live(_table(found), console=console) as live:
-            while any(r["state"] not in ladders.OVER for r in found["runs"]):
-                time.sleep(1)
-                found = ladders.status(planned, folder / "runs", estimates)
-                live.update(_table(found))
-        show(json, found, lambda: None)
+    return locate(config.load(config.StudyConfig, files[0], changes))
 
 
 def _short(number: float) -> str:
@@ -145,8 +188,8 @@ def _short(number: float) -> str:
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{letter}"
 
 
-def _table(found: dict[str, Any]) -> Table:
-    from qies.study import clock
+def status_table(found: dict[str, Any]) -> Table:
+    from qies.ladder.plan import clock
 
     left = f"{clock(found['seconds_left'])} left with the active runs"
     table = Table(box=None, caption=left, collapse_padding=True, pad_edge=False)  # fits 80 columns
@@ -183,3 +226,9 @@ def _sweep_table(cell: dict[str, Any]) -> Table:
 
 def _with_error(value: float, error: float | None, places: str) -> str:
     return f"{value:{places}}" + ("" if error is None else f" ({error:.4f})")
+
+
+ladder = Group(
+    "Train many runs: sizes x budgets x arms x seeds, resumable, on this host or as jobs.",
+    {"plan": plan, "run": run, "status": status, "sweep": sweep},
+)

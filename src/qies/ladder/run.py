@@ -1,0 +1,71 @@
+"""Every run of a grid in one folder, with a progress bar, and the table of their results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qies import runs
+from qies.config import StudyConfig
+from qies.errors import Stopped
+from qies.ladder.controller import cores, execute, finished, run_folder
+from qies.ladder.grid import claim, prepare
+from qies.ladder.plan import longest_first
+from qies.ladder.progress import LadderProgress
+
+
+def run_all(study: StudyConfig, folder: Path, console: Console, **how: Any) -> list[dict[str, Any]]:
+    """Every run of the study, with a progress bar; `how` goes to `execute`. Returns the records."""
+    study = claim(study, folder)
+    data, root, planned = prepare(study, folder, console), folder / "runs", longest_first(study)
+    todo = [c for c in planned if not finished(run_folder(root, c))]
+    if len(todo) < len(planned):
+        console.print(f"{len(planned) - len(todo)} of {len(planned)} runs are done already.")
+    if todo:
+        how.setdefault("workers", study.workers or cores())
+        with LadderProgress(study, todo, how["workers"], console) as watch:
+            execute(planned, root, data, event=watch.event, **how)
+    return [r for c in study.runs() if (r := runs.read(run_folder(root, c))) is not None]
+
+
+def require_done(records: list[dict[str, Any]], folder: Path) -> None:
+    """Raise Stopped, naming the attempts below the study's `folder`, when runs have failed."""
+    failed = [str(folder / "runs" / r["config_hash"] / "attempts") for r in records if r["status"] == "failed"]
+    if failed:
+        raise Stopped(f"{len(failed)} runs failed; see {', '.join(failed)}")
+
+
+def result_table(study: StudyConfig, records: list[dict[str, Any]]) -> Table:
+    """Held-out bits a byte by arm, size and budget, with throughput and peak memory: the terminal's summary.
+
+    Each is the mean over the seeds.
+    """
+    title = f"study {study.name}: held-out bits a byte (loss in nats a token; on the clean part), tokens/s, peak memory"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("arm", no_wrap=True)
+    points = list(dict.fromkeys((c.size, c.tokens) for c in study.runs()))
+    names = [f"{s}, {t / 1e6:.2f}M tokens" if len(study.budgets) > 1 else s for s, t in points]
+    for column in (*names, "tokens/s", "MiB"):
+        table.add_column(column, justify="right")
+    for arm in study.arms:
+        own = [r for r in records if r["arm"] == arm]
+        cells = []
+        for point in points:
+            here = [r for r in own if (r["size"], r["config"]["tokens"]) == point]
+            done = [r["metrics"] for r in here if r["status"] == "done"]
+            if done:
+                mean = {k: sum(m[k] for m in done) / len(done) for k in ("val_bpb", "val_loss")}
+                clean = [m["val_loss_clean"] for m in done if "val_loss_clean" in m]
+                beside = f"; {sum(clean) / len(clean):.3f}" if clean else ""
+                cells.append(f"{mean['val_bpb']:.4f} ({mean['val_loss']:.3f}{beside})")
+            else:
+                cells.append(", ".join(sorted({r["status"] for r in here})) or "-")
+        rates = [r["tokens_per_second"] for r in own if r["tokens_per_second"]]
+        memory = [r["peak_memory_bytes"] for r in own if r["peak_memory_bytes"]]
+        rate = f"{sum(rates) / len(rates):,.0f}" if rates else "-"
+        table.add_row(arm, *cells, rate, f"{max(memory) / 2**20:,.0f}" if memory else "-")
+    return table
