@@ -77,6 +77,8 @@ def test_help(verb, capsys):
         (["study", "--preset", "quikc"], "Did you mean 'quick'"),
         (["study", "--preset", "quick", "--out", "OUT", "arms=[qies,qeis]"], "Did you mean 'qies'"),
         (["study", "--preset", "quick", "--out", "OUT", "tokens_per_param=3"], "Did you mean 'tokens_per_parameter'"),
+        (["study", "--preset", "quick", "--out", "OUT", "analyses=[builtin, los]"], "Did you mean 'loss'"),
+        (["study", "--preset", "quick", "--out", "OUT", "analyses=[json]"], "json is not an analysis"),
         (["plan", "--size", "3t"], "size"),
         (["plan", "--arm", "qeis"], "Did you mean 'qies'"),
         (["plan", "phase=selectiv"], "selective"),

@@ -148,9 +148,7 @@ def _functions(verbs, before=()):
             yield (*before, name), verb
 
 
-@pytest.mark.parametrize(
-    ("words", "verb"), _functions(cli.VERBS), ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
-)
+@pytest.mark.parametrize(("words", "verb"), _functions(cli.VERBS))
 def test_the_examples_of_the_help_are_command_lines_of_the_verb(words, verb):
     examples = re.findall(r"^\s+((?:qies|torchrun) .*)$", verb.__doc__.split("For example:")[1], re.MULTILINE)
     assert examples

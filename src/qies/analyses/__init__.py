@@ -54,38 +54,43 @@ class Analysis:
 
 
 def load(names: Iterable[str]) -> list[Analysis]:
-    """The analyses that a study names (`StudyConfig.analyses`): one of `BUILTIN`, `builtin` for all of these, or
-    `module:name` for an object of another module, which may be in the working directory.
+    """The analyses that a study names (`StudyConfig.analyses`).
+
+    A name is one of `BUILTIN`, `builtin` for all of these, or that of an importable module or an object in one
+    (`package.module`, `package.module:name`), which may be in the working directory.
 
     Raises UserError for a name that is unknown, a module that cannot be imported, and two results of the same name.
     """
     found: dict[str, Analysis] = {}
     for name in (n for given in names for n in (BUILTIN if given == "builtin" else (given,))):
-        module, colon, attribute = name.partition(":")
-        if not colon and name not in BUILTIN:
-            hint = nearest(name, [*BUILTIN, "builtin"]) or f" Known: builtin, {', '.join(BUILTIN)}."
-            raise UserError(f"Unknown analysis '{name}'.{hint} Name one of another package as module:name.")
-        own = _from_outside(module, attribute) if colon else importlib.import_module(f"qies.analyses.{name}")
-        key = attribute if colon else name
-        if key in found or (colon and key in BUILTIN):
-            raise UserError(f"analyses names two analyses '{key}'; each needs a name of its own.")
+        if name in BUILTIN:
+            key, own = name, importlib.import_module(f"qies.analyses.{name}")
+        else:
+            key, own = _from_outside(name)
+        if key in found or (key in BUILTIN and name != key):
+            raise UserError(f"There are two analyses '{key}'; rename one or name it once in analyses.")
         found[key] = Analysis(key, own.section, getattr(own, "compute", None), getattr(own, "inputs", None))
     return list(found.values())
 
 
-def _from_outside(module: str, attribute: str) -> Any:
-    """The object `attribute` of `module`, or the module `module.attribute`."""
+def _from_outside(name: str) -> tuple[str, Any]:
+    """The result's name, and the module or object, of an analysis of another package."""
+    module, _, attribute = name.partition(":")
     if not {"", os.getcwd()} & set(sys.path):  # of a console script, whose own folder stands there instead
         sys.path.append(os.getcwd())
     try:
         own = importlib.import_module(module)
     except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module}.".startswith(f"{missing}."):
+            hint = nearest(name, [*BUILTIN, "builtin"]) or f" Known: builtin, {', '.join(BUILTIN)}."
+            raise UserError(f"Unknown analysis '{name}', and no module of this name.{hint}") from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"The analysis {module}:{attribute} cannot be imported ({reason}).") from error
-    found = getattr(own, attribute, None)
-    if not callable(getattr(found, "section", None)):
-        raise UserError(f"{module} has no analysis '{attribute}': an object with a function section(result, study).")
-    return found
+        raise UserError(f"The analysis {name} cannot be imported ({reason}); correct its module.") from error
+    own = getattr(own, attribute, None) if attribute else own
+    if not callable(getattr(own, "section", None)):
+        raise UserError(f"{name} is not an analysis: it has no function section(result, study).")
+    return attribute or module.rpartition(".")[2], own
 
 
 def compute(analyses: Iterable[Analysis], study: Finished, console: Console) -> None:

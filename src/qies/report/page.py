@@ -80,6 +80,6 @@ def _build(name: str, build: Callable[[], T | None], study: Study) -> T | None:
     """A part of the page; None with a note where a record is malformed, so that the rest of the page is made."""
     try:
         return build()
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except Exception as error:  # of a record of any content, or an analysis from outside
         study.notes.append(f"The part on {name} is left out: its record is malformed ({type(error).__name__}).")
         return None
