@@ -1,4 +1,4 @@
-"""The main job: train a grid of runs, analyse it, and write the page."""
+"""The main job: train a grid of runs, analyse it and write the page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRESETS = Path(__file__).parent / "studies"
 
 
 def preset(name: str, overrides: tuple[str, ...] = ()) -> StudyConfig:
-    """A study that comes with the package."""
+    """A study of the package. Raises UserError for an unknown name."""
     known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
     if name not in known:
         raise UserError(
@@ -31,16 +31,16 @@ def preset(name: str, overrides: tuple[str, ...] = ()) -> StudyConfig:
 
 
 def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[str, Any]]:
-    """Train the runs of the study that are not done, compute its analyses and write the page. Returns the records.
+    """Train the runs that are not done, compute the analyses and write the page. Returns the records of all runs.
 
-    Raises UserError for a sweep (`variants`), whose runs differ in more than arm, size and seed, the axes of every
-    analysis here.
+    Raises UserError for a sweep (`variants`): its runs differ in more than arm, size, budget and seed, and the analyses
+    know no other axes.
     """
+    study = claim(study, folder)
+    table = plan_table(study)
     if study.variants:
         raise UserError("A study with variants is a sweep: use qies ladder run and then qies ladder sweep.")
     chosen = analyses.load(study.analyses)
-    study = claim(study, folder)
-    table = plan_table(study)
     runs.make_folder(folder)
     console.print(table)
     records = run_all(study, folder, console, retry_failed=True)

@@ -1,4 +1,4 @@
-"""What every verb of the command line shares: parsing, one-line errors with exit codes, output as text or JSON."""
+"""Shared by all verbs of the command line: parsing, one-line errors with exit codes, output as text or JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Group:
 
 
 Verbs = Mapping[str, Verb | Group]
-# What the system refuses, whatever the program does: a full disk, a file system that is read-only, permissions.
+# Errors of the system, not of the program: a full disk, a read-only file system, missing permissions.
 SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
 
 
@@ -54,7 +54,7 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
     try:
         _dispatch(verbs, args, description)
         sys.stdout.flush()
-    except UserError as e:  # of several processes all raise it alike, and the first says it
+    except UserError as e:  # all processes of a run raise it; the first prints it
         return _complain(str(e)) if speaks() else 2
     except Stopped as e:
         return _complain(str(e), e.code)
@@ -101,7 +101,7 @@ def _dispatch(verbs: Verbs, args: list[str], description: str, prog: str = "qies
 
 
 def _drop_output() -> None:
-    """Discard what is left in the buffer of stdout if it cannot be written: Python would report that at its end."""
+    """Discard the buffer of stdout if it cannot be written, which Python would report at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -123,10 +123,10 @@ def _overview(verbs: Verbs, description: str, prog: str) -> str:
 
 
 def _parse(verb: Verb, args: list[str], prog: str) -> Callable[[], None]:
-    """The verb's call with its arguments; what the parser complains about becomes one line.
+    """The verb's call with its arguments. Raises UserError, in one line, for an error of the parser.
 
-    The parser takes only the positional arguments that stand together. A verb with `overrides` takes them from
-    wherever they stand.
+    The parser takes only one contiguous group of positional arguments, so the rest are added to those of a verb with
+    `overrides`.
     """
     parameters = inspect.signature(verb).parameters
     _refuse_empty_paths(parameters, args)
@@ -157,7 +157,7 @@ def _refuse_unknown_options(parameters: Parameters, args: list[str], prog: str) 
 
 
 def _refuse_empty_paths(parameters: Parameters, args: list[str]) -> None:
-    """Raise UserError for an empty word where a path is due: `Path("")` would be the working directory."""
+    """Raise UserError for an empty path, since `Path("")` is the working directory."""
     kinds = {f"--{p.replace('_', '-')}": str(v.annotation) for p, v in parameters.items()}
     for before, word in zip(["", *args], args, strict=False):
         option, equals, value = word.partition("=")
@@ -180,7 +180,7 @@ def _defer(verb: Verb) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 def _expanded(value: Any) -> Any:
-    """A path, or several, with `~` as the home folder: shells leave it alone behind an equals sign or in quotes."""
+    """Paths with `~` expanded, which shells do not do after an equals sign or in quotes."""
     if isinstance(value, Path):
         return Path(os.path.expanduser(value))
     return tuple(map(_expanded, value)) if isinstance(value, tuple) else value
@@ -216,7 +216,7 @@ def _one_line(text: str, parameters: Parameters, prog: str) -> str:
 
 
 def _reader_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more, as below `head`."""
+    """Whether stdout is a pipe whose reader has exited, such as `head`."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,4 +1,4 @@
-"""What a study computes from its finished runs and how its page shows it: one file per analysis.
+"""Analyses of a study: what is computed from its finished runs, and how the page shows it. One file each.
 
 An analysis is a module, or another object, with up to three functions:
 
@@ -76,7 +76,7 @@ def load(names: Iterable[str]) -> list[Analysis]:
 def _from_outside(name: str) -> tuple[str, Any]:
     """The result's name, and the module or object, of an analysis of another package."""
     module, _, attribute = name.partition(":")
-    if not {"", os.getcwd()} & set(sys.path):  # of a console script, whose own folder stands there instead
+    if not {"", os.getcwd()} & set(sys.path):  # a console script has its own folder there instead
         sys.path.append(os.getcwd())
     try:
         own = importlib.import_module(module)
@@ -96,8 +96,8 @@ def _from_outside(name: str) -> tuple[str, Any]:
 def compute(analyses: Iterable[Analysis], study: Finished, console: Console) -> None:
     """Compute each analysis and store it as NAME.json in the study's folder.
 
-    One that fails costs neither the others nor the page: its file then holds the reason under `error`, in one line
-    (see `require_computed`), and the next call tries it again.
+    A failure does not stop the others: NAME.json then holds the reason under `error`, in one line (see
+    `require_computed`), and the next call tries again.
     """
     for analysis in analyses:
         if analysis.compute is None:
@@ -111,7 +111,7 @@ def compute(analyses: Iterable[Analysis], study: Finished, console: Console) -> 
                 runs.write_json(path, analysis.compute(study) | inputs)
             except (UserError, Stopped) as e:
                 runs.write_json(path, {"schema": 1, "error": " ".join(str(e).split())})
-            except Exception as e:  # whatever it is, the runs are done and the page is to be written
+            except Exception as e:  # the runs are done, so the page is written whatever fails
                 traceback.print_exc()
                 runs.write_json(path, {"schema": 1, "error": " ".join(f"{type(e).__name__}: {e}".split())})
 

@@ -13,15 +13,15 @@ from qies.errors import UserError
 from qies.scaling.figures import GAINS, frontier_figure, gain_figure, pair_name, paired_figure
 
 Pair = Mapping[str, Any]
-# The arms that differ from the proposal in one part: without them a win is only a hybrid's win.
+# Arms that differ from the proposal in one part, so that a gain can be attributed to it.
 CONTROLS = ("real_registers", "no_phase", "fixed_phase", "selective_phase")
 
 
 def compute(study: Finished) -> dict[str, Any]:
-    """Every arm against the baseline, and the full model against its controls, from the run records.
+    """Compare every arm with the baseline, and the proposal with its controls, from the run records.
 
-    The baseline is the transformer, or the first arm where there is none. `not_compared` says which pairs the
-    records do not allow and why.
+    The baseline is the transformer, or the first arm of a study without one. `not_compared` lists the pairs that the
+    records do not allow to compare, with the reason.
     """
     from qies.scaling import compare, read_runs
 
@@ -67,7 +67,7 @@ def section(result: dict[str, Any], study: Study) -> Section | None:
 
 
 def _summaries(pairs: Sequence[Pair]) -> list[str]:
-    """Each pair's summary, with the sentences that all pairs share once at the end."""
+    """The summary of each pair; sentences that all pairs share come once, at the end."""
     said = [pair["summary"].rstrip(".").split(". ") for pair in pairs]
     common = [s for s in said[0] if len(pairs) > 1 and all(s in other for other in said)]
     out = [
@@ -128,7 +128,7 @@ def _paired(pairs: Sequence[Pair]) -> Table:
 
 
 def _power(pairs: Sequence[Pair]) -> Table:
-    """What a study needs to detect a difference as large as the one observed."""
+    """The runs that a study needs to detect a difference as large as the observed one."""
     rows = []
     for pair in pairs:
         power = mapping(pair["power"])

@@ -15,7 +15,7 @@ from qies.plotting import GREY, Axis, Figure, Line, Panel, Points, Style, style
 from qies.plotting.figure import Mark
 
 KINDS = {"von_neumann": "von Neumann", "renyi2": "Rényi-2", "page": "Page", "ceiling": "ceiling"}
-# Schmidt probabilities below this are rounding noise of float32 spectra.
+# Schmidt probabilities below this are float32 rounding errors.
 NOISE = 1e-8
 
 
@@ -25,7 +25,7 @@ def inputs(study: Finished) -> dict[str, Any]:
 
 
 def compute(study: Finished) -> dict[str, Any]:
-    """Entropies of the states of each entangled arm's largest model on held-out text."""
+    """Measure the states of each entangled arm's largest model on held-out text."""
     import numpy as np
     import torch
 
@@ -36,10 +36,14 @@ def compute(study: Finished) -> dict[str, Any]:
 
     shards = open_shards(study.data)
     length = study.config.train.seq_len
-    whole = [b[:, :-1] for b in val_batches(shards, length, 8, max_tokens=16 * length) if b.shape[1] == length + 1]
-    if not whole:
-        return {"schema": 1, "text": {"source": "the validation text fills no window", "tokens": 0}, "arms": {}}
-    ids = np.concatenate(whole)
+    windows = [b[:, :-1] for b in val_batches(shards, length, 8, max_tokens=16 * length) if b.shape[1] == length + 1]
+    if not windows:
+        return {
+            "schema": 1,
+            "text": {"source": "the validation text is shorter than a window", "tokens": 0},
+            "arms": {},
+        }
+    ids = np.concatenate(windows)
     positions = [p for p in (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096) if p <= length]
     arms: dict[str, Any] = {}
     for arm in study.config.arms:

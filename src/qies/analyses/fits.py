@@ -13,7 +13,7 @@ from qies.scaling.figures import bootstrap_figure, residuals_figure
 
 
 def compute(study: Finished) -> dict[str, Any]:
-    """A power law of held-out loss in N and in FLOPs through each arm's points; None where there are too few."""
+    """Fit power laws of the held-out loss in N and in FLOPs to each arm; None with fewer than three distinct values."""
     from qies.accounting.flops import CONVENTION
     from qies.scaling.laws import fit_power
 
@@ -21,7 +21,7 @@ def compute(study: Finished) -> dict[str, Any]:
     for arm in study.config.arms:
         own = [r for r in study.done if r["arm"] == arm]
         most = {size: max(r["tokens"] for r in own if r["size"] == size) for size in {r["size"] for r in own}}
-        own = [r for r in own if r["tokens"] == most[r["size"]]]  # of several budgets the largest
+        own = [r for r in own if r["tokens"] == most[r["size"]]]  # the largest budget of each size
         axes = {"params": [r["params"]["non_embedding"] for r in own], "flops": [r["flops"] for r in own]}
         losses = [r["metrics"]["val_loss"] for r in own]
         arms[arm] = {k: fit_power(x, losses).to_dict() if len(set(x)) >= 3 else None for k, x in axes.items()}
@@ -55,7 +55,7 @@ def section(result: dict[str, Any], study: Study) -> Section:
 
 
 def _residuals(study: Study) -> list[Chart]:
-    """Residual of every run from its arm's law in FLOPs; an outlier's exceeds the fit's delta."""
+    """Residuals of the runs from their arm's law in FLOPs; those of outliers exceed the fit's delta."""
     tables = {
         arm: [row for run in study.done if run.arm == arm and (row := _residual(run, fit)) is not None]
         for arm in study.arms
@@ -89,7 +89,7 @@ def _residual(run: Run, fit: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _bootstraps(study: Study) -> list[Chart]:
-    """Bootstrap draws of the laws that have them (20 sizes and more)."""
+    """Bootstrap draws of the laws that have them (20 or more sizes)."""
     out = []
     for arm in study.arms:
         fit = study.fit(arm, "flops")

@@ -76,8 +76,8 @@ def section(result: dict[str, Any], study: Study) -> Section | None:
 
 
 def _chart(title: str, series: Mapping[str, tuple[Sequence[float], ...]], onset: float) -> Figure:
-    """Induction gain against tokens: (tokens, mean, lowest, highest) per arm, and the line from which copying counts
-    as set in."""
+    """Induction gain against tokens: (tokens, mean, lowest, highest) per arm, and a line at the
+    onset of copying."""
     looks = styles(series)
     every = [x for xs, *_ in series.values() for x in xs]
     marks: list[Mark] = [Band(xs, lo, hi, looks[arm]) for arm, (xs, _, lo, hi) in series.items()]
@@ -85,7 +85,7 @@ def _chart(title: str, series: Mapping[str, tuple[Sequence[float], ...]], onset:
         Line([min(every), max(every)], [onset, onset], f"onset, {onset:g} nats", Style(GREY.colour, dash="dot"))
     )
     marks += [Line(xs, mean, arm, looks[arm], markers=True) for arm, (xs, mean, *_) in series.items()]
-    # A band asks for no room of its own, so the ends of the bands decide the axis.
+    # Bands do not extend the automatic axis range, so it is computed from their ends.
     ends = [v for _, _, lo, hi in series.values() for v in (*lo, *hi)] + [0.0, onset]
     room = 0.05 * (max(ends) - min(ends))
     y = Axis("gain on the repeat (nats per token)", low=min(ends) - room, high=max(ends) + room)

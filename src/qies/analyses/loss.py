@@ -64,7 +64,7 @@ def loss_against(study: Study, variable: str) -> Figure | None:
 
 
 def _law_at(curve: Mapping[str, Sequence[float]], x: float) -> str:
-    """The law and its CI at x in words, or nothing where there is no law."""
+    """The law and its CI at x in words, or "" without a law."""
     if not curve:
         return ""
     at = {k: math.exp(np.interp(math.log(x), np.log(curve["x"]), np.log(v))) for k, v in curve.items() if k != "x"}

@@ -1,7 +1,7 @@
-"""A study's folder as the page and its analyses see it: fields are checked once, here, and nowhere after.
+"""A study's folder as the page and its analyses see it. Fields are validated here, once.
 
-What is missing or cannot be read becomes a sentence in `Study.notes` instead of an error, so that an unfinished study
-has a page too. Only a folder without a single readable run record is refused.
+Missing or unreadable records become notes (`Study.notes`) instead of errors, so that an unfinished study has a page.
+Only a folder without a readable run record is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROPOSAL, BASELINE = "qies", "transformer"
 
 @dataclass(frozen=True)
 class Cell:
-    """What two runs must share to be compared: the size and the number of tokens."""
+    """The size and the number of tokens, which two runs must share to be compared."""
 
     size: str
     tokens: float | None
@@ -36,8 +36,8 @@ class Cell:
 class Run:
     """One run record; numbers that are absent or not finite are None. `rows` are the lines of metrics.jsonl.
 
-    `induction` is the final gain on a repeated random segment in nats per token, `onset` the tokens from which on it
-    stayed at or above INDUCTION_ONSET. `clean_loss` is the loss on the clean part of the held-out text (see
+    `induction` is the final gain on a repeated random segment in nats per token, `onset` the tokens from
+    which on it stayed at or above INDUCTION_ONSET. `clean_loss` is the loss on the clean part of the held-out text (see
     `qies.data.overlap`).
     """
 
@@ -223,15 +223,15 @@ def _read(folder: Path, file: str, notes: list[str]) -> dict[str, Any]:
         text = (folder / file).read_text(encoding="utf-8")
         value = strict_yaml.loads(text) if file.endswith(".yaml") else json.loads(text)
     except FileNotFoundError:
-        notes.append(f"{file} is missing, so the page lacks its part.")
+        notes.append(f"{file} is missing, so its part of the page is omitted.")
         return {}
     except (OSError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        notes.append(f"{file} could not be read, so the page lacks its part.")
+        notes.append(f"{file} could not be read, so its part of the page is omitted.")
         return {}
     if "error" in value:
-        notes.append(f"The analysis of {file} failed, so the page lacks its part: {value['error']}")
+        notes.append(f"The analysis of {file} failed, so its part of the page is omitted: {value['error']}")
         return {}
     return value
 
@@ -246,7 +246,7 @@ def stored(path: Path) -> dict[str, Any]:
 
 
 def _mismatches(study: Study) -> list[str]:
-    """What keeps runs from being compared, or confounds a comparison."""
+    """Notes on what prevents or confounds comparisons of the runs."""
     notes = []
     missing = Counter(
         "done without a loss" if run.status == "done" else run.status for run in study.runs if not run.done
@@ -282,7 +282,7 @@ def _mismatches(study: Study) -> list[str]:
 
 
 def _settings(record: dict[str, Any]) -> str:
-    """The settings of a run beside arm, size, tokens and seed."""
+    """The settings of a run other than arm, size, tokens and seed."""
     config = mapping(record.get("config"))
     return json.dumps([config.get("train"), config.get("model")], sort_keys=True)
 

@@ -15,7 +15,7 @@ def inputs(study: Finished) -> dict[str, Any]:
 
 
 def compute(study: Finished) -> dict[str, Any]:
-    """Sampled continuations of the study's prompts by each arm's largest model."""
+    """Sample up to 48 tokens after each prompt from each arm's largest model."""
     from qies.decoding import continue_text, load_model, room
 
     arms: dict[str, Any] = {}

@@ -34,7 +34,7 @@ def section(result: dict[str, Any], study: Study) -> Section:
 
 
 def _smoothed(study: Study, cell: Cell, seed: str) -> dict[str, tuple[list[float], list[float]]]:
-    """Running mean of the training loss at up to 200 places for each arm that ran this seed: (tokens, loss)."""
+    """Running mean of the training loss at up to 200 steps, as (tokens, loss), of each arm with a run of this seed."""
     out = {}
     for run in (run for arm in study.arms for run in study.runs if (run.arm, run.cell, run.seed) == (arm, cell, seed)):
         steps = [(x, y) for row in run.rows if (x := number(row.get("tokens"))) and (y := number(row.get("loss")))]

@@ -123,7 +123,7 @@ def inject_faults(
     todo = faults.chosen(cases)
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as bar:
-        console.print(f"moments are drawn from seed {seed}")
+        console.print(f"random moments from seed {seed}")
         tasks = {f.name: bar.add_task(f.name, total=faults.total(f, quick)) for f in todo}
 
         def tell(fault: faults.Fault, outcome: faults.Outcome) -> None:
@@ -151,6 +151,6 @@ def _measured(what: str) -> dict[str, Any]:
 
 
 bench = Group(
-    "Benchmark speed against reference implementations, or inject faults and count what holds.",
+    "Benchmark speed against reference implementations, or inject faults into training runs.",
     {"op": op, "train": train, "threads": threads, "faults": inject_faults},
 )

@@ -126,7 +126,7 @@ def _points(words: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
             if not (0 < n < float("inf") and 0 < d < float("inf")):
                 raise ValueError
         except ValueError:
-            raise UserError(f"--predict wants N,D such as 6.9e9,1.38e11; got '{word}'.") from None
+            raise UserError(f"--predict needs N,D such as 6.9e9,1.38e11; got '{word}'.") from None
         points.append((n, d))
     return tuple(points)
 
@@ -142,5 +142,5 @@ def _flops(words: tuple[str, ...]) -> tuple[float, ...]:
             if not 0 < found[-1] < float("inf"):
                 raise ValueError
         except ValueError:
-            raise UserError(f"--at-compute wants FLOPs such as 1e21 or 3EFLOPs; got '{word}'.") from None
+            raise UserError(f"--at-compute needs FLOPs such as 1e21 or 3EFLOPs; got '{word}'.") from None
     return tuple(found)

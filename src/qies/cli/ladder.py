@@ -114,8 +114,8 @@ def run(
         longest_first(chosen), folder / "runs", data, folder / "jobs",
         cluster=submit, jobs=jobs, minutes=minutes, sbatch=sbatch, **how,
     )  # fmt: skip
-    told = f"submitted {', '.join(ids)}; qies ladder status --out {folder} --watch"
-    show(json, {"jobs": ids, "folder": str(folder)}, lambda: console.print(told))
+    message = f"submitted {', '.join(ids)}; qies ladder status --out {folder} --watch"
+    show(json, {"jobs": ids, "folder": str(folder)}, lambda: console.print(message))
 
 
 def status(out: Path, watch: bool = False, json: bool = False) -> None:
@@ -204,7 +204,7 @@ def status_table(found: dict[str, Any]) -> Table:
 
 
 def _sweep_table(cell: dict[str, Any]) -> Table:
-    title = f"{cell['arm']} {cell['size']}, {_short(cell['tokens'])} tokens: held-out loss in nats a token, mean (SE)"
+    title = f"{cell['arm']} {cell['size']}, {_short(cell['tokens'])} tokens: held-out loss in nats per token, mean (SE)"
     table = Table(title=title, box=None, pad_edge=False)
     for column in ("variant", "loss", "behind the best", "seeds", "induction", "onset at"):
         table.add_column(column, justify="left" if column == "variant" else "right")
@@ -214,7 +214,7 @@ def _sweep_table(cell: dict[str, Any]) -> Table:
         onsets = [_short(tokens) if tokens else "never" for tokens in row["onsets"].values()]
         behind = row["behind"]
         table.add_row(
-            words or "as it is",
+            words or "unchanged",
             _with_error(row["loss"], row["se"], ".4f"),
             "best" if row["best"] else _with_error(behind["difference"], behind["se"], "+.4f") if behind else "-",
             str(row["n"]),

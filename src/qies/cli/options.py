@@ -26,12 +26,12 @@ def require_at_least(least: int, **numbers: int | None) -> None:
 
 
 def check_outputs(figures: Path | None = None, **files: Path | None) -> None:
-    """Raise UserError, before work is spent, when the files cannot be written or figures cannot be a folder."""
+    """Raise UserError if one of the files cannot be written or `figures` cannot be a folder."""
     for option, path in files.items():
         if path is not None and path.is_dir():
             raise UserError(f"--{option} {path} is a folder; give a file.")
         if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"--{option} {path}: there is no folder {path.parent}; make it first.")
+            raise UserError(f"--{option} {path}: the folder {path.parent} does not exist; create it first.")
         if path is not None:
             require_writable(path)
     if figures is not None:
@@ -44,18 +44,18 @@ def check_outputs(figures: Path | None = None, **files: Path | None) -> None:
 
 
 def save_figures(drawn: dict[str, Figure], folder: Path) -> None:
-    """NAME.svg of every figure, into a folder that is made where it is missing."""
+    """Write NAME.svg of every figure to `folder`, which is created if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         figure.save(folder / f"{name}.svg")
 
 
 def column_names(words: tuple[str, ...]) -> dict[str, str]:
-    """OURS=THEIRS, separated by commas or as several words; a comma without OURS= behind it belongs to THEIRS."""
+    """Parse words of OURS=THEIRS, separated by commas; a comma not followed by OURS= is part of THEIRS."""
     found = {}
     for part in (p for word in words for p in re.split(r",(?=\s*\w+\s*=)", word)):
         ours, equals, theirs = part.partition("=")
         if not (ours.strip() and equals and theirs.strip()):
-            raise UserError(f"--columns wants OURS=THEIRS, such as params=N,tokens=D; got '{part}'.")
+            raise UserError(f"--columns needs OURS=THEIRS, such as params=N,tokens=D; got '{part}'.")
         found[ours.strip()] = theirs.strip()
     return found

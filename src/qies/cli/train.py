@@ -83,15 +83,15 @@ def train(
         chosen = configs.from_dict(configs.RunConfig, configs.merge(base, overrides, options))
     else:
         chosen = configs.from_dict(configs.RunConfig, configs.merge({}, overrides, options))
-    corpus = None  # of the trunk: its record names the text without the place where it was found
+    corpus = None  # the trunk's shards: its record names the corpus without its path
     if branch_from is not None and chosen.data.hash and not options.get("data.source"):
         corpus = branch_from / "data"
         if not (corpus / "manifest.json").is_file():
-            raise UserError(f"{branch_from} does not hold its text; give --data, where '{chosen.data.source}' is.")
+            raise UserError(f"{branch_from} does not hold its corpus; give --data, the path of '{chosen.data.source}'.")
     else:
         chosen = locate(chosen)
     if not resume and runs.read(out) is not None:
-        raise UserError(f"{out} holds a run already; omit --no-resume or give another --out.")
+        raise UserError(f"{out} already holds a run; omit --no-resume or give another --out.")
     runs.plan(chosen, chosen.data.vocab_size)
     check_batch(chosen.train, rank_and_size()[1])
     torch.set_num_threads(threads or 1)
@@ -111,10 +111,10 @@ def train(
             branch(chosen, branch_from, out)
         return built
 
-    # A shell may go (nohup, a closed terminal); a torchrun that went would leave ranks that nobody restarts.
+    # A run outlives its shell (nohup, a closed terminal), but not its torchrun, which alone restarts ranks.
     parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     claim(chosen, out)
-    with ExitStack() as after, start(out) as group:  # the other ranks do not wait for a tracker that closes slowly
+    with ExitStack() as after, start(out) as group:  # so that other ranks do not wait for a tracker to close
         shards = open_shards(group.on_first(prepare), checked=True)
         bar = after.enter_context(training_bar(chosen.steps, quiet=json or group.rank > 0))
         tracked = after.enter_context(tracking(trackers if group.rank == 0 else (), out))
@@ -133,7 +133,7 @@ def _print_record(record: dict[str, Any], folder: Path) -> None:
     held = record.get("error")
     if m:
         clean = f" ({m['val_loss_clean']:.4f} on the clean part)" if "val_loss_clean" in m else ""
-        held = f"held-out loss {m['val_loss']:.4f} nats a token{clean}, {m['val_bpb']:.4f} bits a byte"
+        held = f"held-out loss {m['val_loss']:.4f} nats per token{clean}, {m['val_bpb']:.4f} bits per byte"
     print(
         f"{record['arm']} {record['size']}: {record['status']}; {held}; {record['tokens_per_second']} tok/s; {folder}"
     )

@@ -1,4 +1,4 @@
-"""The folder of a ladder or study: the grid that it holds, its corpus, and the checks before anything is spent."""
+"""The folder of a ladder or study: its grid and corpus, and the checks before training starts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from qies.config import StudyConfig
 from qies.errors import UserError
 from qies.ladder.controller import check_runs
 
-# What may be added to a study that has runs, and what changes none of them.
+# Keys of a study that may gain values once it has runs, and keys that do not affect its runs.
 AXES = ("arms", "sizes", "seeds", "tokens_per_parameter", "variants")
 FREE = ("workers", "prompts", "analyses")
 
 
 def claim(study: StudyConfig, folder: Path) -> StudyConfig:
-    """The study as `folder` will hold it: a grid of what it holds and what `study` adds on each axis.
+    """The study as `folder` will hold it: the grid of the values that it has and those that `study` adds to each axis.
 
-    Where it was started before its text was identified by a hash, or from elsewhere, its runs keep their names. Raises
-    UserError when it holds something else; nothing is overwritten.
+    A study that was started before its corpus was identified by a hash, or from another path, keeps the hashes of its
+    runs. Writes nothing. Raises UserError if the folder holds something else.
     """
     path = folder / "study.yaml"
     if path.is_file():
@@ -46,7 +46,7 @@ def claim(study: StudyConfig, folder: Path) -> StudyConfig:
 
 
 def _union(known: StudyConfig, study: StudyConfig) -> dict[str, Any]:
-    """The axes of a grid that has the values of both, the known ones first."""
+    """The axes of a grid with the values of both studies, those of `known` first."""
 
     def joined(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
         return a + tuple(value for value in b if value not in a)
@@ -60,27 +60,27 @@ def _union(known: StudyConfig, study: StudyConfig) -> dict[str, Any]:
 
 
 def data_folder(study: StudyConfig, folder: Path) -> Path:
-    """Where the study's shards are: the source itself if it is a folder of shards, else below the study."""
+    """The folder of the study's shards: the source if it is a folder of shards, else `data` in the study's folder."""
     source = Path(study.data.source)
     return source if (source / "manifest.json").is_file() else folder / "data"
 
 
 def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
-    """Claim `folder`, check every run's settings, build the corpus and check the runs that are there.
+    """Validate the settings of every run, claim `folder`, build the corpus and validate the existing runs.
 
-    `study.yaml` then has the whole grid. Returns the folder of shards.
+    Writes the grid to `study.yaml`. Returns the folder of shards.
     """
     from qies.data.manifest import summary
     from qies.data.shards import build_shards, open_shards
     from qies.train.loop import check_data
 
     study = claim(study, folder)
-    for config in study.runs():  # every bad setting shows before anything is spent
+    for config in study.runs():  # raises for a bad setting before any work is done
         runs.plan(config, study.data.vocab_size)
     data = data_folder(study, folder)
     path = folder / "study.yaml"
     before = path.read_text(encoding="utf-8") if path.is_file() else None
-    if before is None:  # before anything else, so that a study killed while it reads its corpus is known again
+    if before is None:  # first, so that a study killed while it builds its corpus can resume
         runs.make_folder(folder)
         configs.save(study, path)
     try:

@@ -1,4 +1,4 @@
-"""What a grid of runs costs, from its configuration alone."""
+"""The cost of a grid of runs, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qies import runs
 from qies.config import RunConfig, StudyConfig
 from qies.ladder.controller import cores
 
-# A line through throughputs measured on one thread of the reference machine (docs/study.md).
+# Fitted to throughputs measured on one thread of the reference machine (docs/study.md).
 SECONDS_PER_TOKEN = 2e-5
 SECONDS_PER_FLOP = 3.4e-12
 
@@ -31,9 +31,9 @@ def plan_table(study: StudyConfig) -> Table:
 
 
 def estimate(study: StudyConfig) -> list[float]:
-    """Rough seconds for each run on one thread of a processor like the reference machine (docs/study.md).
+    """Estimated seconds of each run on one thread of the reference machine (docs/study.md).
 
-    A line through measured throughputs: a cost a token that grows with the FLOPs, and one that is fixed.
+    Linear in the FLOPs per token, with a constant cost per token.
     """
     out = []
     for config in study.runs():
@@ -51,12 +51,12 @@ def clock(seconds: float) -> str:
 
 
 def total_time(study: StudyConfig) -> str:
-    """The estimated time of all runs in words."""
+    """The estimated time of all runs, as text."""
     workers = study.workers or cores()
     return f"about {clock(sum(estimate(study)) / workers)} on {workers} cores"
 
 
 def longest_first(study: StudyConfig) -> list[RunConfig]:
-    """The runs in the order to start them, so that no core waits for one last long run."""
+    """The runs in the order to start them: the longest first, so that no core idles while one long run ends."""
     pairs = zip(study.runs(), estimate(study), strict=True)
     return [config for config, _ in sorted(pairs, key=lambda pair: -pair[1])]

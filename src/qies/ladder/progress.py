@@ -1,4 +1,4 @@
-"""The progress of a whole ladder in the terminal."""
+"""The progress of a ladder in the terminal."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class LadderProgress:
 
     def __enter__(self) -> LadderProgress:
         self.progress.start()
-        self.total = self.progress.add_task("whole study", total=sum(self.cost.values()), note="")
+        self.total = self.progress.add_task("all runs", total=sum(self.cost.values()), note="")
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.progress.stop()
 
     def event(self, config: RunConfig, rows: list[dict[str, Any]], status: str) -> None:
-        """What `ladder.execute` reports: new metric rows of a run, or how it ended."""
+        """Handle an event of `ladder.execute`: new metric rows of a run, or its end."""
         key = configs.content_hash(config)
         if key not in self.lines:
             name = f"{config.arm} {config.size} seed {config.seed}"

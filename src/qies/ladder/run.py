@@ -19,7 +19,7 @@ from qies.ladder.progress import LadderProgress
 
 
 def run_all(study: StudyConfig, folder: Path, console: Console, **how: Any) -> list[dict[str, Any]]:
-    """Every run of the study, with a progress bar; `how` goes to `execute`. Returns the records."""
+    """Train every run of the study, with a progress bar; `how` is passed to `execute`. Returns the records."""
     study = claim(study, folder)
     data, root, planned = prepare(study, folder, console), folder / "runs", longest_first(study)
     todo = [c for c in planned if not finished(run_folder(root, c))]
@@ -40,11 +40,8 @@ def require_done(records: list[dict[str, Any]], folder: Path) -> None:
 
 
 def result_table(study: StudyConfig, records: list[dict[str, Any]]) -> Table:
-    """Held-out bits a byte by arm, size and budget, with throughput and peak memory: the terminal's summary.
-
-    Each is the mean over the seeds.
-    """
-    title = f"study {study.name}: held-out bits a byte (loss in nats a token; on the clean part), tokens/s, peak memory"
+    """Held-out bits per byte by arm, size and budget, means over the seeds, with throughput and peak memory."""
+    title = f"study {study.name}: held-out bits per byte (loss in nats per token; on the clean part), tokens/s, memory"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
     points = list(dict.fromkeys((c.size, c.tokens) for c in study.runs()))

@@ -1,4 +1,4 @@
-"""The report of a study: one HTML file made from its records, with a table under every chart."""
+"""The page of a study: one HTML file made from its records, with a table under every chart."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def build_report(folder: Path) -> Path:
 
 
 def _sections(study: Study) -> Iterator[Section]:
-    """The parts of the page below the verdict: those of the study's analyses, then where the numbers come from."""
+    """The parts of the page below the verdict: those of the study's analyses, then the provenance."""
     for analysis in _analyses(study):
         result = study.part(analysis.name) if analysis.compute else {}
         if (section := _build(analysis.name, partial(analysis.section, result, study), study)) is not None:
@@ -66,7 +66,7 @@ def _sections(study: Study) -> Iterator[Section]:
 
 
 def _analyses(study: Study) -> list[Analysis]:
-    """Those that study.yaml names, else all of the package; one that cannot be loaded becomes a note."""
+    """The analyses that study.yaml names, by default those of the package; one that cannot be loaded becomes a note."""
     found = []
     for name in map(str, listed(study.config.get("analyses")) or ["builtin"]):
         try:
@@ -77,9 +77,9 @@ def _analyses(study: Study) -> list[Analysis]:
 
 
 def _build(name: str, build: Callable[[], T | None], study: Study) -> T | None:
-    """A part of the page; None with a note where a record is malformed, so that the rest of the page is made."""
+    """Build a part of the page; None, with a note, if a record is malformed."""
     try:
         return build()
-    except Exception as error:  # of a record of any content, or an analysis from outside
+    except Exception as error:  # any record, and analyses of other packages
         study.notes.append(f"The part on {name} is left out: its record is malformed ({type(error).__name__}).")
         return None

@@ -1,4 +1,4 @@
-"""Where the page's numbers come from: the study's settings and environment, its corpus, and every run record."""
+"""The provenance of the page: settings, environment and corpus of the study, and every run record."""
 
 from __future__ import annotations
 

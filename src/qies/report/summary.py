@@ -1,4 +1,4 @@
-"""One figure for a README: loss against parameters per arm, from the same records as the page."""
+"""A figure of loss against parameters per arm, for a README, from the records of the page."""
 
 from __future__ import annotations
 

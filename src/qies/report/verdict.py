@@ -1,4 +1,4 @@
-"""What the records show beside the answer, in sentences that claim no more than the records hold."""
+"""Findings below the answer, in sentences, each supported by the records."""
 
 from __future__ import annotations
 
