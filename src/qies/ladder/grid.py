@@ -94,7 +94,7 @@ def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
         check_data(shards, study.train)
         check_runs(study.runs(), folder / "runs", shards)
     except UserError:
-        if before is None:  # a bad corpus leaves no claim behind
+        if before is None:  # so that the folder is not claimed for a corpus that cannot be built
             path.unlink()
         raise
     if before is not None and configs.to_yaml(study) != before:
