@@ -80,11 +80,8 @@ def run(
         sbatch: Further sbatch options as KEY=VALUE words in one string, such as "partition=gpu account=mine".
         json: Print JSON.
     """
-    from qies import ladder as ladders
-    from qies.ladder.grid import claim, prepare
-    from qies.ladder.jobs import check
-    from qies.ladder.plan import longest_first
-    from qies.ladder.run import require_done, result_table, run_all
+    from qies.ladder.grid import claim
+    from qies.ladder.run import require_done, result_table, run_all, submit_all
     from qies.train.tracking import parse
 
     require_at_least(1, workers=workers, threads=threads, jobs=jobs, minutes=minutes)
@@ -92,30 +89,20 @@ def run(
     chosen = _load(overrides)
     folder = out or Path("results") / chosen.name
     console = Console(stderr=json)
-    chosen = claim(chosen, folder)
-    here = max(1, ladders.cores() // threads) if submit is None else 1
     how: dict[str, Any] = {
-        "workers": workers or chosen.workers or here, "threads": threads, "gpus": gpus,
+        "workers": workers, "threads": threads, "gpus": gpus,
         "retries": retries, "retry_failed": retry_failed, "track": parse(track),
     }  # fmt: skip
-    ladders.check_batches(chosen.runs(), gpus)
-    if submit != "slurm":
-        ladders.devices(how["workers"], gpus)
-    if submit is None:
-        if sbatch:
-            raise UserError("--sbatch belongs to --submit slurm; give both.")
-        records = run_all(chosen, folder, console, **how)
-        show(json, records, lambda: console.print(result_table(chosen, records)))
-        require_done(records, folder)
+    if submit is not None:
+        ids = submit_all(chosen, folder, console, cluster=submit, jobs=jobs, minutes=minutes, sbatch=sbatch, **how)
+        message = f"submitted {', '.join(ids)}; qies ladder status --out {folder} --watch"
+        show(json, {"jobs": ids, "folder": str(folder)}, lambda: console.print(message))
         return
-    check(submit, sbatch, jobs, gpus)
-    data = prepare(chosen, folder, console)
-    ids = ladders.submit(
-        longest_first(chosen), folder / "runs", data, folder / "jobs",
-        cluster=submit, jobs=jobs, minutes=minutes, sbatch=sbatch, **how,
-    )  # fmt: skip
-    message = f"submitted {', '.join(ids)}; qies ladder status --out {folder} --watch"
-    show(json, {"jobs": ids, "folder": str(folder)}, lambda: console.print(message))
+    if sbatch:
+        raise UserError("--sbatch belongs to --submit slurm; give both.")
+    records = run_all(chosen, folder, console, **how)
+    show(json, records, lambda: console.print(result_table(claim(chosen, folder), records)))
+    require_done(records, folder)
 
 
 def status(out: Path, watch: bool = False, json: bool = False) -> None:

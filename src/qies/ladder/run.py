@@ -1,4 +1,4 @@
-"""Every run of a grid in one folder, with a progress bar, and the table of their results."""
+"""Every run of a grid in one folder, trained here or in submitted jobs, and the table of results."""
 
 from __future__ import annotations
 
@@ -12,24 +12,69 @@ from rich.table import Table
 from qies import runs
 from qies.config import StudyConfig
 from qies.errors import Stopped
-from qies.ladder.controller import cores, execute, finished, run_folder
+from qies.ladder.controller import check_batches, cores, devices, execute, finished, run_folder
 from qies.ladder.grid import claim, prepare
+from qies.ladder.jobs import check, submit
 from qies.ladder.plan import longest_first
 from qies.ladder.progress import LadderProgress
 
 
-def run_all(study: StudyConfig, folder: Path, console: Console, **how: Any) -> list[dict[str, Any]]:
-    """Train every run of the study, with a progress bar; `how` is passed to `execute`. Returns the records."""
+def run_all(
+    study: StudyConfig,
+    folder: Path,
+    console: Console,
+    *,
+    workers: int | None = None,
+    threads: int = 1,
+    gpus: int = 0,
+    **how: Any,
+) -> list[dict[str, Any]]:
+    """Train every run of the study, with a progress bar. Returns the records.
+
+    workers: by default the study's, else one per `threads` cores. how: keywords of `execute`.
+    """
     study = claim(study, folder)
+    workers = workers or study.workers or max(1, cores() // threads)
+    check_batches(study.runs(), gpus)
+    devices(workers, gpus)
     data, root, planned = prepare(study, folder, console), folder / "runs", longest_first(study)
     todo = [c for c in planned if not finished(run_folder(root, c))]
     if len(todo) < len(planned):
         console.print(f"{len(planned) - len(todo)} of {len(planned)} runs are done already.")
     if todo:
-        how.setdefault("workers", study.workers or cores())
-        with LadderProgress(study, todo, how["workers"], console) as watch:
-            execute(planned, root, data, event=watch.event, **how)
+        with LadderProgress(study, todo, workers, console) as watch:
+            execute(planned, root, data, event=watch.event, workers=workers, threads=threads, gpus=gpus, **how)
     return [r for c in study.runs() if (r := runs.read(run_folder(root, c))) is not None]
+
+
+def submit_all(
+    study: StudyConfig,
+    folder: Path,
+    console: Console,
+    *,
+    cluster: str,
+    jobs: int,
+    minutes: int,
+    sbatch: str = "",
+    workers: int | None = None,
+    gpus: int = 0,
+    **how: Any,
+) -> list[str]:
+    """Submit `jobs` jobs that train every run of the study. Returns their ids.
+
+    workers: of each job, by default the study's, else one. The other arguments are those of `jobs.submit`.
+    """
+    study = claim(study, folder)
+    workers = workers or study.workers or 1
+    check_batches(study.runs(), gpus)
+    if cluster == "local":
+        devices(workers, gpus)
+    check(cluster, sbatch, jobs, gpus)
+    data = prepare(study, folder, console)
+    return submit(
+        longest_first(study), folder / "runs", data, folder / "jobs",
+        cluster=cluster, jobs=jobs, minutes=minutes, sbatch=sbatch, workers=workers, gpus=gpus, **how,
+    )  # fmt: skip
 
 
 def require_done(records: list[dict[str, Any]], folder: Path) -> None:
