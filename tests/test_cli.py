@@ -111,6 +111,7 @@ def test_help(verb, capsys):
         (["generate", "run"], "qies generate needs --prompt"),
         (["compare", "runs.csv", "--arms", "a"], "--arms needs 2 values"),
         (["bench", "op", "--rounds", "1.5"], "--rounds is '1.5'; it must be an integer"),
+        (["bench", "op", "--markdown", "faults.md"], "Unknown option '--markdown'"),
         (["fit", "runs.csv", "--floor", "low"], "--floor is 'low'; it must be 'free' or a number"),
         (["fit", "runs.csv", "--criterion", "lgo"], "Did you mean 'log'"),
         (["report", "a", "b"], "Unexpected argument 'b'"),

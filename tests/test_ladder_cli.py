@@ -127,6 +127,8 @@ def test_watching_ends_when_the_last_run_does(study, file, fast, tmp_path, capsy
         (["ladder", "run", "FILE", "--submit", "slurm", "--sbatch", "gpu"], "KEY=VALUE"),
         (["ladder", "run", "FILE", "--submit", "slurm"], "slurm took no job"),
         (["ladder", "status"], "qies ladder status needs --out"),
+        (["ladder", "status", "FILE", "--out", "absent"], "Unexpected argument"),
+        (["ladder", "plan", "FILE", "--sbatch", "partition=gpu"], "Unknown option '--sbatch'"),
         (["ladder", "status", "--out", "absent"], "Give --out DIR"),
     ],
 )

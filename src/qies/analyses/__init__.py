@@ -78,6 +78,7 @@ def _from_outside(name: str) -> tuple[str, Any]:
     module, _, attribute = name.partition(":")
     if not {"", os.getcwd()} & set(sys.path):  # a console script has its own folder there instead
         sys.path.append(os.getcwd())
+    own: Any
     try:
         own = importlib.import_module(module)
     except Exception as error:
