@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qies.plotting import Figure
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
-Study = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[STUDY.yaml] [KEY=VALUE ...]")]
+StudyFile = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[STUDY.yaml] [KEY=VALUE ...]")]
 
 
 def require_at_least(least: int, **numbers: int | None) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qies.cli.options import Study
+from qies.cli.options import StudyFile
 from qies.errors import UserError
 from qies.terminal import show
 
 
 def study(
-    overrides: Study = (),
+    overrides: StudyFile = (),
     /,
     preset: str | None = None,
     out: Path | None = None,
