@@ -35,13 +35,13 @@ def compare(
     Args:
         runs: A table (CSV, TSV, JSONL, JSON, Parquet) or a folder of run records.
         arms: The candidate and its baseline.
-        json: Write the whole result to this JSON file.
+        json: Write the result to this JSON file.
         figures: Write SVG figures to this folder: gains, frontier, paired differences.
-        columns: The table's names for ours, as OURS=THEIRS or OURS=THEIRS*FACTOR; besides those of fit, wall_seconds.
-        flops: How FLOPs are counted: 6ND, another multiple of ND, or given. By default the table's, else 6ND.
-        form: surface (L(N, D) an arm), power (power laws along the runs) or auto.
+        columns: Column names, as OURS=THEIRS or OURS=THEIRS*FACTOR: those of fit, and wall_seconds.
+        flops: Convention of C: 6ND or another multiple, or given; by default that of the table, else 6ND.
+        form: surface (L(N, D) per arm), power (power laws along the runs) or auto.
         level: Confidence level of every interval.
-        best_per_cell: Compare only the lowest loss at every arm, N and D: for sweeps of hyperparameters.
+        best_per_cell: Compare only the lowest loss of each arm, N and D, for hyperparameter sweeps.
         power: Also print the power of studies of 3 to 8 sizes and 1 to 8 seeds, with the noise of these runs, to detect
             a gain of 1.1, 1.2 or 1.3; `plan` in the JSON.
     """

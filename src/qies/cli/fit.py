@@ -53,30 +53,29 @@ def fit(
     Args:
         runs: CSV, TSV, JSONL, JSON or Parquet with columns params, tokens and loss, or a folder of run records.
         form: The law.
-        axis: What a power law runs along: params, tokens or flops.
-        columns: The table's names for ours, as OURS=THEIRS, or OURS=THEIRS*FACTOR to change the unit. Ours: params,
-            tokens, unique (tokens), loss, flops, arm, seed, weight, status, name, run (rows of one training curve
-            share it).
+        axis: Independent variable of a power law: params, tokens or flops.
+        columns: Column names, as OURS=THEIRS, or OURS=THEIRS*FACTOR to convert the unit. Ours: params, tokens, unique
+            (tokens), loss, flops, arm, seed, weight, status, name, run (shared by the rows of a training curve).
         arm: Fit the runs of this arm only.
-        flops: Convention of C: 6ND or another multiple, or given; by default the table's, and 6ND where it has none.
+        flops: Convention of C: 6ND or another multiple, or given; by default that of the table, else 6ND.
         delta: Threshold of the Huber loss; by default the form's (1e-3 for approach3).
         criterion: Residuals of log loss, or of the loss itself (least squares, unless --delta is given); by default the
             form's.
         method: For approach2: a parabola, or an Akima spline, through the sizes of each budget.
-        floor: For downstream: the accuracy of chance, or free (default) to fit it.
-        ceiling: For downstream: the accuracy of a perfect model (default 1), or free to fit it.
-        drop_worst: Drop this number of runs, each time the one furthest from the fit, instead of those that look
+        floor: For downstream: the chance accuracy, or free (default) to fit it.
+        ceiling: For downstream: the maximum accuracy (default 1), or free to fit it.
+        drop_worst: Drop this number of runs, one at a time, each the furthest from the fit, instead of runs detected as
             diverged; 0 drops none.
-        bootstrap: Number of bootstrap draws for the intervals; 0 uses Student's t. By default Student's t, unless a
+        bootstrap: Number of bootstrap draws for the intervals; 0 for Student's t. By default Student's t, unless a
             bootstrap shows that it is too narrow.
-        resample: What each draw resamples: runs, or seeds within runs.
+        resample: Unit of the bootstrap: runs, or seeds within runs.
         level: Confidence level of the intervals.
         seed: Seed of the bootstrap.
-        leave_largest: Also fit without this number of largest sizes, and predict them.
+        leave_largest: Also fit with this number of largest sizes held out, and predict them.
         beside: Other forms of N and D to compare with.
         predict: Points N,D at which to predict the loss.
         at_compute: FLOPs, counted as in the table, at which to give the best N and D.
-        best_per_cell: Fit only the lowest loss at every arm, N and D: for sweeps of hyperparameters.
+        best_per_cell: Fit only the lowest loss of each arm, N and D, for hyperparameter sweeps.
         json: Write the result to this JSON file.
         figures: Write SVG figures to this folder: loss against N, D and C, residuals, bootstrap.
     """

@@ -32,7 +32,7 @@ def plan(
         qies plan --size 400k head_dim=64
 
     Args:
-        overrides: Model fields to replace.
+        overrides: Fields of the model's configuration, as KEY=VALUE.
         arm: transformer, qies, real_registers, no_phase, fixed_phase, selective_phase, gpt2 or complex.
         size: Non-embedding parameters, from 20k to 20b.
         tokens: Training tokens, such as 2000000 or 2m; by default 20 per parameter.

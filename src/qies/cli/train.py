@@ -49,7 +49,7 @@ def train(
         seed: Seed of the initial weights and the data order.
         threads: CPU threads; by default one.
         resume: Resume the run that the folder holds; with --no-resume such a folder is an error.
-        branch_from: The folder of a longer run whose train.branches include this budget; its settings are used.
+        branch_from: Folder of a longer run whose train.branches include this budget; uses its settings.
         track: Also log metrics to tensorboard, trackio, or both (comma-separated).
         json: Print the run record.
     """
