@@ -21,6 +21,7 @@ TIERS = [
     {"data", "train", "runs"},
     {"ladder", "plotting"},
     {"evaluation", "scaling", "entanglement", "probes", "bench", "decoding", "faults"},
+    {"analyses"},
     {"report"},
     {"study"},
     {"cli"},

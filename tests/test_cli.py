@@ -20,7 +20,7 @@ import qies
 from qies import cli, presets
 from qies import config as configs
 from qies.model import QiesConfig, QiesForCausalLM
-from qies.terminal import run
+from qies.terminal import Group, run
 
 QUICK = Path(__file__).parent.parent / "results" / "reference" / "small"
 
@@ -31,11 +31,18 @@ def call(*argv: str) -> int:
     return e.value.code or 0
 
 
-@pytest.mark.parametrize("verb", ["", *cli.VERBS])
+VERBS = [
+    word
+    for name, verb in cli.VERBS.items()
+    for word in (name, *([f"{name} {below}" for below in verb.verbs] if isinstance(verb, Group) else []))
+]
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help(verb, capsys):
-    assert call(*filter(None, [verb, "--help"])) == 0
+    assert call(*verb.split(), "--help") == 0
     out = capsys.readouterr().out
-    assert "usage: qies" in out
+    assert f"usage: qies {verb}".rstrip() in out
     assert not verb or f"qies {verb}" in out.split("For example:")[1]
 
 
@@ -70,6 +77,8 @@ def test_help(verb, capsys):
         (["study", "--preset", "quikc"], "Did you mean 'quick'"),
         (["study", "--preset", "quick", "--out", "OUT", "arms=[qies,qeis]"], "Did you mean 'qies'"),
         (["study", "--preset", "quick", "--out", "OUT", "tokens_per_param=3"], "Did you mean 'tokens_per_parameter'"),
+        (["study", "--preset", "quick", "--out", "OUT", "analyses=[builtin, los]"], "Did you mean 'loss'"),
+        (["study", "--preset", "quick", "--out", "OUT", "analyses=[json]"], "json is not an analysis"),
         (["plan", "--size", "3t"], "size"),
         (["plan", "--arm", "qeis"], "Did you mean 'qies'"),
         (["plan", "phase=selectiv"], "selective"),
@@ -94,11 +103,15 @@ def test_help(verb, capsys):
         (["study", "--preset", "quick", "--out", "OUT", "variants=[{model.vocab_size: 5}]"], "data.vocab_size"),
         (["--verson"], "Did you mean '--version'"),
         (["fit"], "qies fit needs RUNS"),
-        (["data"], "qies data needs ACTION and SOURCE"),
-        (["data", "build"], "qies data needs SOURCE"),
+        (["data"], "qies data needs a verb: build, contamination"),
+        (["data", "biuld", "builtin"], "Did you mean 'build'"),
+        (["data", "build"], "qies data build needs SOURCE and --out"),
+        (["generate", "run", "--promt", "x"], "Unknown option '--promt'. Did you mean '--prompt'"),
+        (["train", "--out", "OUT", "--no-resum"], "Unknown option '--no-resum'"),
         (["generate", "run"], "qies generate needs --prompt"),
         (["compare", "runs.csv", "--arms", "a"], "--arms needs 2 values"),
         (["bench", "op", "--rounds", "1.5"], "--rounds is '1.5'; it must be an integer"),
+        (["bench", "op", "--markdown", "faults.md"], "Unknown option '--markdown'"),
         (["fit", "runs.csv", "--floor", "low"], "--floor is 'low'; it must be 'free' or a number"),
         (["fit", "runs.csv", "--criterion", "lgo"], "Did you mean 'log'"),
         (["report", "a", "b"], "Unexpected argument 'b'"),

@@ -3,6 +3,7 @@
 Commands that need a network, a cluster or files that are not in this repository are parsed and not run.
 """
 
+import functools
 import re
 import shlex
 import shutil
@@ -20,7 +21,7 @@ from ladder_workers import quick
 from qies import cli, ladder
 from qies.config import StudyConfig, from_dict
 from qies.errors import UserError
-from qies.terminal import _dispatch
+from qies.terminal import Group, _dispatch
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -122,14 +123,17 @@ def test_the_table_has_the_documents_commands_and_no_others():
 def parsed(argv: list[str]) -> Callable[[], None]:
     """The call that a command line stands for. Raises UserError where it is none."""
     calls = []
-    verbs = {name: _recording(verb, calls) for name, verb in cli.VERBS.items()}
-    _dispatch(verbs, argv, "")
+    _dispatch(_recording(cli.VERBS, calls), argv, "")
     [call] = calls
     return call
 
 
 def _recording(verb, calls):
-    import functools
+    """The verb or the verbs, but each appends its call to `calls`."""
+    if isinstance(verb, dict):
+        return {name: _recording(below, calls) for name, below in verb.items()}
+    if isinstance(verb, Group):
+        return Group(verb.help, _recording(verb.verbs, calls))
 
     @functools.wraps(verb)
     def record(*args, **kwargs):
@@ -138,15 +142,22 @@ def _recording(verb, calls):
     return record
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
-def test_the_examples_of_the_help_are_command_lines_of_the_verb(verb):
-    examples = re.findall(
-        r"^\s+((?:qies|torchrun) .*)$", cli.VERBS[verb].__doc__.split("For example:")[1], re.MULTILINE
-    )
+def _functions(verbs, before=()):
+    """Every verb's words and function."""
+    for name, verb in verbs.items():
+        if isinstance(verb, Group):
+            yield from _functions(verb.verbs, (*before, name))
+        else:
+            yield (*before, name), verb
+
+
+@pytest.mark.parametrize(("words", "verb"), _functions(cli.VERBS))
+def test_the_examples_of_the_help_are_command_lines_of_the_verb(words, verb):
+    examples = re.findall(r"^\s+((?:qies|torchrun) .*)$", verb.__doc__.split("For example:")[1], re.MULTILINE)
     assert examples
     for example in examples:
         argv = shlex.split(example.partition("-m qies ")[2] or example.removeprefix("qies "))
-        assert argv[0] == verb
+        assert tuple(argv[: len(words)]) == words
         parsed(argv)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ladder_workers import quick
 from qies import cli, ladder, runs
-from qies.cli import ladders
+from qies.cli.ladder import status_table
 from qies.config import StudyConfig, content_hash, save
 from qies.data.locate import locate
 from qies.ladder.lease import attempts
@@ -113,7 +113,7 @@ def test_watching_ends_when_the_last_run_does(study, file, fast, tmp_path, capsy
     [
         (["ladder", "run"], "Give one ladder file"),
         (["ladder", "plan", "absent.yaml"], "No configuration file"),
-        (["ladder", "go", "FILE"], "Unknown value 'go' for ACTION"),
+        (["ladder", "go", "FILE"], "Unknown verb 'go'"),
         (["ladder", "run", "FILE", "armz=[qies]"], "Did you mean 'arms'"),
         (["ladder", "run", "FILE", "--workers", "0"], "--workers must be at least 1"),
         (["ladder", "run", "FILE", "--gpus", "2"], "runs of 2 GPUs need"),
@@ -126,7 +126,9 @@ def test_watching_ends_when_the_last_run_does(study, file, fast, tmp_path, capsy
         (["ladder", "run", "FILE", "--submit", "local", "--sbatch", "partition=gpu"], "leave it out"),
         (["ladder", "run", "FILE", "--submit", "slurm", "--sbatch", "gpu"], "KEY=VALUE"),
         (["ladder", "run", "FILE", "--submit", "slurm"], "slurm took no job"),
-        (["ladder", "status"], "Give --out DIR"),
+        (["ladder", "status"], "qies ladder status needs --out"),
+        (["ladder", "status", "FILE", "--out", "absent"], "Unexpected argument"),
+        (["ladder", "plan", "FILE", "--sbatch", "partition=gpu"], "Unknown option '--sbatch'"),
         (["ladder", "status", "--out", "absent"], "Give --out DIR"),
     ],
 )
@@ -227,6 +229,6 @@ def test_the_status_table_fits_eighty_columns(size, tokens, steps, rate, seconds
         "seconds_left": seconds,
     }  # fmt: skip
     text = io.StringIO()
-    Console(file=text, width=80).print(ladders._table({"runs": [run], "seconds_left": 3_600}))
+    Console(file=text, width=80).print(status_table({"runs": [run], "seconds_left": 3_600}))
     assert all(cell in text.getvalue() for cell in ("transformer", "interrupted", *cells))
     assert "…" not in text.getvalue()

@@ -15,9 +15,12 @@ from rich.console import Console
 
 from qies import config as configs
 from qies import ladder, presets, runs, study
+from qies.analyses import Finished, comparison, samples
 from qies.cli import VERBS
 from qies.config import DataConfig, RunConfig, StudyConfig
 from qies.errors import UserError
+from qies.ladder.grid import claim
+from qies.ladder.run import result_table, run_all
 from qies.report.page import build_report
 from qies.terminal import run
 
@@ -77,7 +80,7 @@ def test_the_table_has_the_loss_on_the_clean_part_where_it_was_measured(finished
     records = [r | {"metrics": r["metrics"] | {"val_loss_clean": 7.125}} for r in finished[1] if r["arm"] == "qies"]
     older = [r | {"metrics": {k: v for k, v in r["metrics"].items() if "clean" not in k}} for r in finished[1]]
     older = [r for r in older if r["arm"] == "transformer"]
-    Console(file=text, width=200).print(study.result_table(settings, [*records, *older]))
+    Console(file=text, width=200).print(result_table(settings, [*records, *older]))
     rows = {line.split()[0]: line for line in text.getvalue().splitlines() if line.strip()}
     assert rows["qies"].count("; 7.125)") == 3
     assert f"({older[0]['metrics']['val_loss']:.3f})" in rows["transformer"]
@@ -90,7 +93,7 @@ def test_every_arm_is_compared_with_the_baseline_and_the_model_with_its_controls
     for record in records:
         for arm in {"qies": ("qies", "no_phase"), "transformer": ("transformer",)}[record["arm"]]:
             runs.write(tmp_path / "runs" / f"{arm}{record['size']}", record | {"arm": arm})
-    compared = study.compare_arms(everything, tmp_path)
+    compared = comparison.compute(Finished(everything, tmp_path, []))
     pairs = [(pair["candidate"], pair["baseline"]) for pair in compared["pairs"]]
     assert pairs == [("qies", "transformer"), ("no_phase", "transformer"), ("qies", "no_phase")]
     assert compared["pairs"][2]["verdict"] == "no difference"  # the same runs under two names
@@ -119,7 +122,7 @@ def test_an_analysis_that_fails_costs_neither_the_runs_nor_the_page(error, finis
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(study, "samples_of", fails)
+        patch.setattr(samples, "compute", fails)
         assert run(VERBS, again, "") == 1
     page = (tmp_path / "tiny" / "report.html").read_text()
     assert "The analysis of samples.json failed" in page and str(error) in page
@@ -140,7 +143,7 @@ def test_samples_end_with_the_positions_that_a_model_has_learned(settings, shard
     model = tmp_path / "runs" / record["config_hash"] / "model"
     QiesForCausalLM(QiesConfig(**values, eos_token_id=tokenizer.eos_token_id)).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    short, long = study.samples_of(few, tmp_path, [record])["arms"]["gpt2"]["continuations"]
+    short, long = samples.compute(Finished(few, tmp_path, [record]))["arms"]["gpt2"]["continuations"]
     assert short and long == "(the prompt takes all 16 learned positions)"
 
 
@@ -172,13 +175,13 @@ def test_a_claimed_grid_has_what_was_there_and_what_is_added(settings, tmp_path)
         "arms": ["qies", "no_phase"], "sizes": ["50k", "0.06m"], "seeds": [3], "tokens_per_parameter": 0.02,
         "variants": [{"train.lr_scale": 0.5}], "workers": 1, "prompts": ["x"],
     })  # fmt: skip
-    grid = study.claim(more, tmp_path / "out")
+    grid = claim(more, tmp_path / "out")
     assert grid.arms == ("transformer", "qies", "no_phase") and grid.sizes == ("50k", "100k", "200k", "60k")
     assert grid.seeds == (0, 3) and grid.budgets == (0.012, 0.02) and grid.variants == ({}, {"train.lr_scale": 0.5})
     assert grid.workers == 1 and grid.prompts == ("x",)
     hashes = {configs.content_hash(c) for c in grid.runs()}
     assert {configs.content_hash(c) for c in (*settings.runs(), *more.runs())} < hashes
-    assert study.claim(settings, tmp_path / "out") == settings  # a claim writes nothing
+    assert claim(settings, tmp_path / "out") == settings  # a claim writes nothing
 
 
 @pytest.mark.slow
@@ -196,7 +199,7 @@ def test_a_finished_study_grows_and_keeps_its_runs(finished, settings, tmp_path)
     assert ("no_phase", "transformer") in {(p["candidate"], p["baseline"]) for p in pairs}
     assert "no_phase" in build_report(folder).read_text()
     told = io.StringIO()
-    study.run_all(settings, folder, Console(file=told))
+    run_all(settings, folder, Console(file=told))
     assert "9 of 9 runs are done already" in told.getvalue()
 
 
@@ -246,8 +249,8 @@ def test_a_study_killed_while_it_reads_its_corpus_is_known_again(settings, tmp_p
     (study_folder / "data").mkdir(parents=True)
     (study_folder / "data" / ".building").touch()
     configs.save(settings, study_folder / "study.yaml")
-    study.claim(settings, study_folder)
-    study.claim(configs.from_dict(StudyConfig, configs.to_dict(settings) | {"workers": 1}), study_folder)
+    claim(settings, study_folder)
+    claim(configs.from_dict(StudyConfig, configs.to_dict(settings) | {"workers": 1}), study_folder)
 
 
 def test_a_bad_corpus_leaves_no_claim_behind(settings, tmp_path):

@@ -187,6 +187,7 @@ class StudyConfig:
         "And the king said unto him,",
         "Returns the value of",
     )
+    analyses: tuple[str, ...] = field(default=("builtin",), metadata=LATER)  # in the order of the page (qies.analyses)
 
     def __post_init__(self) -> None:
         from qies import presets

@@ -1,4 +1,4 @@
-"""What every verb of the command line shares: parsing, one-line errors with exit codes, output as text or JSON."""
+"""Shared by all verbs of the command line: parsing, one-line errors with exit codes, output as text or JSON."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,20 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColu
 from qies import __version__, plugins
 from qies.errors import INTERRUPTED, Stopped, UserError, nearest, speaks
 
-Verbs = Mapping[str, Callable[..., None]]
-# What the system refuses, whatever the program does: a full disk, a file system that is read-only, permissions.
+Verb = Callable[..., None]
+Parameters = Mapping[str, inspect.Parameter]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A verb that has verbs of its own, such as `data` of `qies data build`."""
+
+    help: str
+    verbs: Mapping[str, Verb]
+
+
+Verbs = Mapping[str, Verb | Group]
+# Errors of the system, not of the program: a full disk, a read-only file system, missing permissions.
 SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
 
 
@@ -41,7 +54,7 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
     try:
         _dispatch(verbs, plugins.take_option(args), description)
         sys.stdout.flush()
-    except UserError as e:  # of several processes all raise it alike, and the first says it
+    except UserError as e:  # all processes of a run raise it; the first prints it
         return _complain(str(e)) if speaks() else 2
     except Stopped as e:
         return _complain(str(e), e.code)
@@ -65,80 +78,88 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
     return 0
 
 
-def _dispatch(verbs: Verbs, args: list[str], description: str) -> None:
-    if args == ["--version"]:
+def _dispatch(verbs: Verbs, args: list[str], description: str, prog: str = "qies") -> None:
+    """Call the verb that `args` name; `prog` are the words before them."""
+    if args == ["--version"] and prog == "qies":
         print(f"qies {__version__}")
         return
-    if not args or args[0] in ("-h", "--help"):
-        print(_overview(verbs, description))
+    if args[:1] in (["-h"], ["--help"]) or (not args and prog == "qies"):
+        print(_overview(verbs, description, prog))
         return
+    if not args:
+        raise UserError(f"{prog} needs a verb: {', '.join(verbs)}. See {prog} --help.")
     name, *rest = args
     if name not in verbs:
-        hint = nearest(name, [*verbs, "--version", "--help"]) or f" Known: {', '.join(verbs)}."
+        options = ["--help", "--version"] if prog == "qies" else ["--help"]
+        hint = nearest(name, [*verbs, *options]) or f" Known: {', '.join(verbs)}."
         raise UserError(f"Unknown {'option' if name.startswith('-') else 'verb'} '{name}'.{hint}")
-    if "overrides" in inspect.signature(verbs[name]).parameters:
-        rest = _overrides_last(verbs[name], rest)
-    _refuse_empty_paths(verbs[name], rest)
-    _parse(verbs, [name, *rest], description)()
+    verb = verbs[name]
+    if isinstance(verb, Group):
+        _dispatch(verb.verbs, rest, verb.help, f"{prog} {name}")
+    else:
+        _parse(verb, rest, f"{prog} {name}")()
 
 
 def _drop_output() -> None:
-    """Discard what is left in the buffer of stdout if it cannot be written: Python would report that at its end."""
+    """Discard the buffer of stdout if it cannot be written, which Python would report at exit."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _overview(verbs: Verbs, description: str) -> str:
-    """The verbs, each with the first sentence of its help."""
-    lines = ["usage: qies VERB [OPTIONS]", "", description, ""]
-    for name, verb in verbs.items():
-        first = re.split(r"(?<=\.)\s", inspect.getdoc(verb) or "", maxsplit=1)[0]
+def _overview(verbs: Verbs, description: str, prog: str) -> str:
+    """The verbs, each with the first sentence of its help, and an example of each verb of a group."""
+    lines = [f"usage: {prog} VERB [OPTIONS]", "", description, ""]
+    texts = {name: verb.help if isinstance(verb, Group) else inspect.getdoc(verb) or "" for name, verb in verbs.items()}
+    for name, text in texts.items():
+        first = re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
         lines.append(f"  {name:<{max(map(len, verbs))}}  {' '.join(first.split())}")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "qies VERB --help describes a verb; qies --version prints the version.",
-            "Every verb takes --plugin MODULE, a module that registers mixers and arms (docs/extending.md).",
-        ]
-    )
+    end = f"{prog} VERB --help describes a verb"
+    if prog == "qies":
+        plugin = "Every verb takes --plugin MODULE, a module that registers mixers and arms (docs/extending.md)."
+        return "\n".join([*lines, "", f"{end}; qies --version prints the version.", plugin])
+    examples = [found[0] for text in texts.values() if (found := re.search(rf" +{prog} .*", text))]
+    return "\n".join([*lines, "", "For example:", "", *examples, "", f"{end}."])
 
 
-def _parse(verbs: Verbs, args: list[str], description: str) -> Callable[[], None]:
-    """The verb's call with its arguments; what the parser complains about becomes one line."""
-    called: list[Callable[[], None]] = []
-    deferred = {name: _defer(verb, called) for name, verb in verbs.items()}
+def _parse(verb: Verb, args: list[str], prog: str) -> Callable[[], None]:
+    """The verb's call with its arguments. Raises UserError, in one line, for an error of the parser.
+
+    The parser takes only one contiguous group of positional arguments, so the rest are added to those of a verb with
+    `overrides`.
+    """
+    parameters = inspect.signature(verb).parameters
+    _refuse_empty_paths(parameters, args)
+    _refuse_unknown_options(parameters, args, prog)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            tyro.extras.subcommand_cli_from_dict(deferred, args=args, prog="qies", description=description)
+            (values, options), others = tyro.cli(_defer(verb), args=args, prog=prog, return_unknown_args=True)
     except SystemExit as e:
         if e.code in (0, None):
             raise
-        raise UserError(_one_line(errors.getvalue(), verbs, args)) from None
-    return called[0]
+        raise UserError(_one_line(errors.getvalue(), parameters, prog)) from None
+    if others and "overrides" not in parameters:
+        raise UserError(f"Unexpected argument '{others[0]}'. See {prog} --help.")
+    if others:
+        values = (*values[:-1], (*values[-1], *others))
+    return lambda: verb(*map(_expanded, values), **{key: _expanded(value) for key, value in options.items()})
 
 
-def _overrides_last(verb: Callable[..., None], args: list[str]) -> list[str]:
-    """The arguments with options first and files and KEY=VALUE overrides after them, wherever they stood."""
-    flags = {p.replace("_", "-") for p, v in inspect.signature(verb).parameters.items() if v.annotation == "bool"}
-    options, others, rest = [], [], iter(args)
-    for word in rest:
-        if not word.startswith("-"):
-            others.append(word)
-            continue
-        options.append(word)
-        name = word.lstrip("-").replace("_", "-")
-        if "=" not in word and name.removeprefix("no-") not in flags and name not in (*flags, "help", "h"):
-            options += [value for value in [next(rest, None)] if value is not None]
-    return [*options, *others]
+def _refuse_unknown_options(parameters: Parameters, args: list[str], prog: str) -> None:
+    """Raise UserError for an option that the verb does not have, with the most similar one that it has."""
+    known = [f"--{name.replace('_', '-')}" for name, p in parameters.items() if p.kind != p.POSITIONAL_ONLY]
+    negated = [f"--no-{name.replace('_', '-')}" for name, p in parameters.items() if p.annotation == "bool"]
+    for word in args:
+        option = word.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and option not in (*known, *negated, "--help", "--"):
+            raise UserError(f"Unknown option '{option}'.{nearest(option, known)} See {prog} --help.")
 
 
-def _refuse_empty_paths(verb: Callable[..., None], args: list[str]) -> None:
-    """Raise UserError for an empty word where a path is due: `Path("")` would be the working directory."""
-    kinds = {f"--{p.replace('_', '-')}": str(v.annotation) for p, v in inspect.signature(verb).parameters.items()}
+def _refuse_empty_paths(parameters: Parameters, args: list[str]) -> None:
+    """Raise UserError for an empty path, since `Path("")` is the working directory."""
+    kinds = {f"--{p.replace('_', '-')}": str(v.annotation) for p, v in parameters.items()}
     for before, word in zip(["", *args], args, strict=False):
         option, equals, value = word.partition("=")
         if not word:
@@ -149,38 +170,36 @@ def _refuse_empty_paths(verb: Callable[..., None], args: list[str]) -> None:
             raise UserError(f"{option or 'An argument'} is empty; give a path, such as . for the working directory.")
 
 
-def _defer(verb: Callable[..., None], called: list[Callable[[], None]]) -> Callable[..., None]:
-    """The verb with its signature, but remembering its arguments instead of running."""
+def _defer(verb: Verb) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The verb with its signature, but returning its arguments instead of running."""
 
     @functools.wraps(verb)
-    def remember(*args: Any, **kwargs: Any) -> None:
-        called.append(lambda: verb(*map(_expanded, args), **{key: _expanded(value) for key, value in kwargs.items()}))
+    def arguments(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs
 
-    return remember
+    return arguments
 
 
 def _expanded(value: Any) -> Any:
-    """A path, or several, with `~` as the home folder: shells leave it alone behind an equals sign or in quotes."""
+    """Paths with `~` expanded, which shells do not do after an equals sign or in quotes."""
     if isinstance(value, Path):
         return Path(os.path.expanduser(value))
     return tuple(map(_expanded, value)) if isinstance(value, tuple) else value
 
 
-def _one_line(text: str, verbs: Verbs, args: list[str]) -> str:
+def _one_line(text: str, parameters: Parameters, prog: str) -> str:
     """The parser's framed message as one sentence."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = re.sub(r"[│╭╮╰╯─┄]+|-{4,}|^[|+]|[|+]\s*$", " ", plain, flags=re.MULTILINE).splitlines()  # the frame
     words = " ".join(" ".join(lines).split())
-    parameters = inspect.signature(verbs[args[0]]).parameters
-    options = [f"--{name.replace('_', '-')}" for name, p in parameters.items() if p.kind != p.POSITIONAL_ONLY]
-    end = f" See qies {args[0]} --help."
+    end = f" See {prog} --help."
     if "Missing from" in words:  # each missing argument on a line of its own, its help indented deeper
         listed = itertools.takewhile(lambda line: "For full helptext" not in line, lines)
         names = [found[1] for line in listed if (found := re.match(r" {4,7}(\S+)", line))]
         needed = [n.upper() for n, p in parameters.items() if p.kind == p.POSITIONAL_ONLY and p.default is p.empty]
         flags = [name for name in names if name.startswith("--")]
         needed = needed[len(needed) - (len(names) - len(flags)) :]
-        return f"qies {args[0]} needs {' and '.join([*needed, *flags])}.{end}"
+        return f"{prog} needs {' and '.join([*needed, *flags])}.{end}"
     if found := re.search(r"Missing value for argument '(\S+)'. Expected (\d+) values", words):
         return f"{found[1]} needs {'a value' if found[2] == '1' else f'{found[2]} values'}.{end}"
     if found := re.search(r"invalid choice '(.*?)' for argument '(\S+)'. Expected one of \((.*?)\)", words):
@@ -194,14 +213,11 @@ def _one_line(text: str, verbs: Verbs, args: list[str]) -> str:
         wanted += [word for kind, word in (("INT", "an integer"), ("FLOAT", "a number")) if kind in kinds.split("|")]
         if wanted and (value := re.search(r"'(.*?)'", found[3])):
             return f"{found[1]} is '{value[1]}'; it must be {' or '.join(wanted)}.{end}"
-    if found := re.search(r"Unrecognized (?:or misplaced )?options: (\S+)", words):
-        kind = "Unknown option" if found[1].startswith("-") else "Unexpected argument"
-        return f"{kind} '{found[1]}'.{nearest(found[1], options) if kind == 'Unknown option' else ''}{end}"
     return f"{words}{end}"
 
 
 def _reader_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more, as below `head`."""
+    """Whether stdout is a pipe whose reader has exited, such as `head`."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))

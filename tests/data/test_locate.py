@@ -149,7 +149,7 @@ def test_a_branch_finds_the_text_in_its_trunk(here: Path, capsys, monkeypatch) -
     assert record["branch"]["from"] == trunk["config_hash"] and record["data"]["hash"] == trunk["data"]["hash"]
     shutil.move("trunk/data", "shards-of-trunk")
     assert run(VERBS, [*short, "--out", "other"], "") == 2
-    assert "trunk does not hold its text; give --data, where 'd' is" in capsys.readouterr().err
+    assert "trunk does not hold its corpus; give --data, the path of 'd'" in capsys.readouterr().err
     assert not Path("other").exists()
 
 

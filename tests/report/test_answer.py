@@ -5,9 +5,9 @@ import json
 import pytest
 from study_pages import Page, edit, make_study, page_of, runs_of
 
+from qies.analyses.records import read_study
 from qies.report import build_report
 from qies.report.answer import answer, positions
-from qies.report.records import read_study
 from qies.report.verdict import verdict
 from qies.scaling import compare, read_runs
 

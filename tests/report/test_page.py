@@ -11,9 +11,9 @@ import pytest
 from plotly.offline import get_plotlyjs
 from study_pages import Page, edit, make_study, page_of, runs_of
 
+from qies.analyses.records import read_study
 from qies.errors import UserError
 from qies.report import build_report, write_summary_svg
-from qies.report.records import read_study
 from qies.report.verdict import verdict
 
 

@@ -330,7 +330,7 @@ def test_the_verb_writes_the_result_and_prints_the_summary(tmp_path, capsys):
 def test_the_verb_refuses_bad_columns(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["compare", str(QUICK), "--arms", "qies", "transformer", "--columns", "params"])
-    assert stop.value.code == 2 and "wants OURS=THEIRS" in capsys.readouterr().err
+    assert stop.value.code == 2 and "needs OURS=THEIRS" in capsys.readouterr().err
 
 
 def test_every_figure_is_drawn():

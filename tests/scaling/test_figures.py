@@ -292,7 +292,7 @@ def test_verbs_write_their_figures(two_arms, tmp_path, capsys):
     assert "is a file; give a folder" in capsys.readouterr().err
     for verb in (["fit", two_arms, "--arm", "a"], ["compare", two_arms, "--arms", "a", "b"]):
         before = sorted(tmp_path.iterdir())
-        for where, says in ((tmp_path, "is a folder; give a file"), (tmp_path / "no" / "x.json", "there is no folder")):
+        for where, says in ((tmp_path, "is a folder; give a file"), (tmp_path / "no" / "x.json", "does not exist")):
             assert call(*verb, "--json", where) == 2
             captured = capsys.readouterr()
             assert says in captured.err and captured.err.count("\n") == 1 and not captured.out

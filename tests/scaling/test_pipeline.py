@@ -223,9 +223,9 @@ def test_curves_go_through_the_same_verb(tmp_path):
     [
         (["--form", "aproach3"], "Did you mean 'approach3'"),
         (["--form", "power", "--axis", "param"], "Did you mean 'params'"),
-        (["--columns", "params"], "--columns wants OURS=THEIRS"),
-        (["--predict", "1e9"], "--predict wants N,D"),
-        (["--predict", "1e9,-3"], "--predict wants N,D"),
+        (["--columns", "params"], "--columns needs OURS=THEIRS"),
+        (["--predict", "1e9"], "--predict needs N,D"),
+        (["--predict", "1e9,-3"], "--predict needs N,D"),
         (
             ["--form", "power", "--leave-largest", "1"],
             "--leave-largest is for approach3, approach3-gamma, data-constrained, gadre",
@@ -235,7 +235,7 @@ def test_curves_go_through_the_same_verb(tmp_path):
         (["--form", "approach2", "--criterion", "loss"], "--criterion is for approach3"),
         (["--floor", "0.0"], "--floor is for downstream, not for approach3"),
         (["--form", "power", "--at-compute", "1e21"], "--at-compute is for approach3"),
-        (["--at-compute", "big"], "--at-compute wants FLOPs such as 1e21"),
+        (["--at-compute", "big"], "--at-compute needs FLOPs such as 1e21"),
         (["--at-compute", "-1e21"], "--at-compute"),
         (["--criterion", "lss"], "criterion"),
         (["--arm", "qeis"], "Did you mean 'qies'"),

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qies import runs
-from qies.cli.runs import _print_record
+from qies.cli.train import _print_record
 from qies.config import DataConfig, RunConfig, TrainConfig, save
 from qies.data.builder.pipeline import build_shards
 from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
@@ -133,7 +133,7 @@ def test_training_on_a_build_keeps_its_tokenizer_and_reports_sources(built: Path
     assert record["data"]["val_overlap"] == open_shards(built).manifest.overlap.share
     _print_record(record, tmp_path / "run")
     said = " ".join(capsys.readouterr().out.split())
-    assert f"nats a token ({record['metrics']['val_loss_clean']:.4f} on the clean part)" in said
+    assert f"nats per token ({record['metrics']['val_loss_clean']:.4f} on the clean part)" in said
     one = record["metrics"]["val_by_source"]["one"]["val_bpb"]
     assert one < record["metrics"]["val_bpb"]  # the source of one word is the easiest
     saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import qies
 from qies.errors import INTERRUPTED, leave
 
 try:  # a second in which Ctrl-C is likely too
-    from qies.cli.ladders import ladder
-    from qies.cli.models import generate
-    from qies.cli.numbers import bench, compare, fit, report
-    from qies.cli.probes import probe
-    from qies.cli.runs import data, plan, study, train
-    from qies.terminal import run
+    from qies.cli.bench import bench
+    from qies.cli.compare import compare
+    from qies.cli.data import data
+    from qies.cli.fit import fit
+    from qies.cli.generate import generate
+    from qies.cli.ladder import ladder
+    from qies.cli.plan import plan
+    from qies.cli.probe import probe
+    from qies.cli.report import report
+    from qies.cli.study import study
+    from qies.cli.train import train
+    from qies.terminal import Group, Verb, run
 except KeyboardInterrupt:
     print(f"qies: {INTERRUPTED}", file=sys.stderr)
     sys.exit(130)
 
-VERBS: dict[str, Callable[..., None]] = {
+VERBS: dict[str, Verb | Group] = {
     "study": study,
     "plan": plan,
     "data": data,

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from qies.analyses.formatting import estimate, fixed, number, si
+from qies.analyses.induction import copying, in_words
+from qies.analyses.records import Cell, Study, listed, mapping
 from qies.config import INDUCTION_ONSET
-from qies.report.induction import copying, in_words
-from qies.report.records import Cell, Study, listed, mapping
-from qies.report.text import estimate, fixed, number, si
 from qies.scaling.comparison import plural
 from qies.scaling.copying import Copying, before_onset, set_in
 from qies.scaling.figures import INSIDE

@@ -1,4 +1,4 @@
-"""What the records show beside the answer, in sentences that claim no more than the records hold."""
+"""Findings below the answer, in sentences, each supported by the records."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import Counter
 from statistics import fmean
 from typing import Any
 
-from qies.report.induction import copying
-from qies.report.records import BASELINE, Cell, Study, listed, mapping
-from qies.report.text import count, number, sentence
+from qies.analyses.formatting import count, number, sentence
+from qies.analyses.induction import copying
+from qies.analyses.records import BASELINE, Cell, Study, listed, mapping
 from qies.scaling.copying import before_onset
 from qies.scaling.figures import INSIDE
 
@@ -24,7 +24,7 @@ def verdict(study: Study, answered: bool = False) -> list[str]:
     if not compared:
         return ["No size has finished in more than one arm, so there is nothing to compare yet."]
     said = [_largest(study, compared[-1])]
-    refused = [mapping(m) for m in listed(mapping(study.parts.get("comparison")).get("not_compared"))]
+    refused = [mapping(m) for m in listed(study.part("comparison").get("not_compared"))]
     said += [f"Not compared: {m.get('candidate')} with {m.get('baseline')} ({m.get('reason')})." for m in refused]
     if study.pairs:
         others = [pair for pair in study.pairs if not (answered and pair is study.main_pair)]

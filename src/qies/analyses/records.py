@@ -1,7 +1,7 @@
-"""A study folder as the page sees it: fields are checked once, here, and nowhere after.
+"""A study's folder as the page and its analyses see it. Fields are validated here, once.
 
-What is missing or cannot be read becomes a sentence in `Study.notes` instead of an error, so that an unfinished study
-has a page too. Only a folder without a single readable run record is refused.
+Missing or unreadable records become notes (`Study.notes`) instead of errors, so that an unfinished study has a page.
+Only a folder without a readable run record is an error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -18,22 +18,15 @@ from typing import Any
 
 from qies import runs as run_records
 from qies import strict_yaml
+from qies.analyses.formatting import count, number, si
 from qies.errors import UserError
-from qies.report.text import count, number, si
 
 PROPOSAL, BASELINE = "qies", "transformer"
-PARTS = {
-    "fits": "fits.json",
-    "comparison": "comparison.json",
-    "entanglement": "entanglement.json",
-    "samples": "samples.json",
-    "manifest": "data/manifest.json",
-}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What two runs must share to be compared: the size and the number of tokens."""
+    """The size and the number of tokens, which two runs must share to be compared."""
 
     size: str
     tokens: float | None
@@ -43,8 +36,8 @@ class Cell:
 class Run:
     """One run record; numbers that are absent or not finite are None. `rows` are the lines of metrics.jsonl.
 
-    `induction` is the final gain on a repeated random segment in nats per token, `onset` the tokens from which on it
-    stayed at or above INDUCTION_ONSET. `clean_loss` is the loss on the clean part of the held-out text (see
+    `induction` is the final gain on a repeated random segment in nats per token, `onset` the tokens from
+    which on it stayed at or above INDUCTION_ONSET. `clean_loss` is the loss on the clean part of the held-out text (see
     `qies.data.builder.overlap`).
     """
 
@@ -89,8 +82,14 @@ class Study:
     folder: Path
     config: dict[str, Any]
     runs: list[Run]
-    parts: dict[str, dict[str, Any]]
     notes: list[str]
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def part(self, name: str) -> dict[str, Any]:
+        """The stored result of an analysis, NAME.json; {} with a note where it is missing, unreadable or failed."""
+        if name not in self.parts:
+            self.parts[name] = _read(self.folder, f"{name}.json", self.notes)
+        return self.parts[name]
 
     @cached_property
     def done(self) -> list[Run]:
@@ -148,13 +147,13 @@ class Study:
 
     def fit(self, arm: str, variable: str) -> dict[str, Any]:
         """The stored fit of an arm in "params" or "flops"; {} when there is none."""
-        return mapping(mapping(mapping(mapping(self.parts.get("fits")).get("arms")).get(arm)).get(variable))
+        return mapping(mapping(mapping(self.part("fits").get("arms")).get(arm)).get(variable))
 
     @cached_property
     def pairs(self) -> list[dict[str, Any]]:
         """The stored comparisons (Comparison.to_dict()) that carry a verdict."""
         said = ("candidate", "baseline", "verdict", "reason", "summary")
-        pairs = listed(mapping(self.parts.get("comparison")).get("pairs"))
+        pairs = listed(self.part("comparison").get("pairs"))
         return [pair for pair in map(mapping, pairs) if all(isinstance(pair.get(key), str) for key in said)]
 
     @cached_property
@@ -180,8 +179,7 @@ def read_study(folder: Path) -> Study:
     if not runs:
         raise UserError(f"{folder} holds no readable run record (runs/*/run.json); run the study first")
     config = _read(folder, "study.yaml", notes)
-    parts = {name: part for name, file in PARTS.items() if (part := _read(folder, file, notes))}
-    study = Study(str(config.get("name") or folder.resolve().name), folder, config, runs, parts, notes)
+    study = Study(str(config.get("name") or folder.resolve().name), folder, config, runs, notes)
     notes += _mismatches(study)
     return study
 
@@ -225,21 +223,30 @@ def _read(folder: Path, file: str, notes: list[str]) -> dict[str, Any]:
         text = (folder / file).read_text(encoding="utf-8")
         value = strict_yaml.loads(text) if file.endswith(".yaml") else json.loads(text)
     except FileNotFoundError:
-        notes.append(f"{file} is missing, so the page lacks its part.")
+        notes.append(f"{file} is missing, so its part of the page is omitted.")
         return {}
     except (OSError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        notes.append(f"{file} could not be read, so the page lacks its part.")
+        notes.append(f"{file} could not be read, so its part of the page is omitted.")
         return {}
     if "error" in value:
-        notes.append(f"The analysis of {file} failed, so the page lacks its part: {value['error']}")
+        notes.append(f"The analysis of {file} failed, so its part of the page is omitted: {value['error']}")
         return {}
     return value
 
 
+def stored(path: Path) -> dict[str, Any]:
+    """The result of an analysis in the file `path`; {} where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return mapping(value)
+
+
 def _mismatches(study: Study) -> list[str]:
-    """What keeps runs from being compared, or confounds a comparison."""
+    """Notes on what prevents or confounds comparisons of the runs."""
     notes = []
     missing = Counter(
         "done without a loss" if run.status == "done" else run.status for run in study.runs if not run.done
@@ -275,7 +282,7 @@ def _mismatches(study: Study) -> list[str]:
 
 
 def _settings(record: dict[str, Any]) -> str:
-    """The settings of a run beside arm, size, tokens and seed."""
+    """The settings of a run other than arm, size, tokens and seed."""
     config = mapping(record.get("config"))
     return json.dumps([config.get("train"), config.get("model")], sort_keys=True)
 

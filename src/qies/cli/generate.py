@@ -1,16 +1,14 @@
-"""Verbs that use a trained model: generate."""
+"""The verb generate: text from a trained model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tyro.conf import Positional
-
 from qies.terminal import show
 
 
 def generate(
-    checkpoint: Positional[Path],
+    checkpoint: Path,
     /,
     prompt: str,
     decoding: str = "greedy",

@@ -8,14 +8,15 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional
 
 from qies.errors import UserError
 from qies.terminal import show
 
+Probes = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[PROBES.yaml] [KEY=VALUE ...]")]
+
 
 def probe(
-    overrides: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PROBES.yaml] [KEY=VALUE ...]")] = (),
+    overrides: Probes = (),
     /,
     preset: str | None = None,
     out: Path | None = None,

@@ -1,16 +1,41 @@
-"""The page's part on gains between arms, from comparison.json."""
+"""Gains of one arm over another: each arm against the baseline, and the proposal against its controls."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qies.report.blocks import Chart, Passage, Section, Table
-from qies.report.records import Study, listed, mapping
-from qies.report.text import NONE, estimate, number, si
+from qies.analyses.finished import Finished
+from qies.analyses.formatting import NONE, estimate, number, si
+from qies.analyses.parts import Chart, Passage, Section, Table
+from qies.analyses.records import BASELINE, PROPOSAL, Study, listed, mapping
+from qies.errors import UserError
 from qies.scaling.figures import GAINS, frontier_figure, gain_figure, pair_name, paired_figure
 
 Pair = Mapping[str, Any]
+# Arms that differ from the proposal in one part, so that a gain can be attributed to it.
+CONTROLS = ("real_registers", "no_phase", "fixed_phase", "selective_phase")
+
+
+def compute(study: Finished) -> dict[str, Any]:
+    """Compare every arm with the baseline, and the proposal with its controls, from the run records.
+
+    The baseline is the transformer, or the first arm of a study without one. `not_compared` lists the pairs that the
+    records do not allow to compare, with the reason.
+    """
+    from qies.scaling import compare, read_runs
+
+    arms = study.config.arms
+    base = BASELINE if BASELINE in arms else arms[0]
+    wanted = [(arm, base) for arm in arms if arm != base]
+    wanted += [(PROPOSAL, arm) for arm in CONTROLS if PROPOSAL in arms and arm in arms and arm != base]
+    pairs, refused = [], []
+    for candidate, baseline in wanted:
+        try:
+            pairs.append(compare(read_runs(study.folder / "runs"), candidate, baseline).to_dict())
+        except UserError as error:
+            refused.append({"candidate": candidate, "baseline": baseline, "reason": str(error).rstrip(".")})
+    return {"schema": 1, "pairs": pairs, "not_compared": refused}
 
 
 def gain_chart(study: Study) -> Chart | None:
@@ -19,7 +44,8 @@ def gain_chart(study: Study) -> Chart | None:
     return Chart(gain_figure(pairs, "compute"), _curve(pairs, "compute")) if pairs else None
 
 
-def comparison(study: Study) -> Section | None:
+def section(result: dict[str, Any], study: Study) -> Section | None:
+    """Gains, frontiers and paired differences of the pairs."""
     pairs = study.pairs
     if not pairs:
         return None
@@ -41,7 +67,7 @@ def comparison(study: Study) -> Section | None:
 
 
 def _summaries(pairs: Sequence[Pair]) -> list[str]:
-    """Each pair's summary, with the sentences that all pairs share once at the end."""
+    """The summary of each pair; sentences that all pairs share come once, at the end."""
     said = [pair["summary"].rstrip(".").split(". ") for pair in pairs]
     common = [s for s in said[0] if len(pairs) > 1 and all(s in other for other in said)]
     out = [
@@ -102,7 +128,7 @@ def _paired(pairs: Sequence[Pair]) -> Table:
 
 
 def _power(pairs: Sequence[Pair]) -> Table:
-    """What a study needs to detect a difference as large as the one observed."""
+    """The runs that a study needs to detect a difference as large as the observed one."""
     rows = []
     for pair in pairs:
         power = mapping(pair["power"])

@@ -1,17 +1,35 @@
-"""The page's part on fitted laws: their parameters, residuals and bootstrap."""
+"""Power laws of held-out loss in N and in FLOPs for each arm."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from qies.report.blocks import Chart, Section, Table
-from qies.report.records import Run, Study, listed, mapping
-from qies.report.text import NONE, count, digits, law, number, percent, sentence, si
+from qies.analyses.finished import Finished
+from qies.analyses.formatting import NONE, count, digits, law, number, percent, sentence, si
+from qies.analyses.parts import Chart, Section, Table
+from qies.analyses.records import Run, Study, listed, mapping
 from qies.scaling.figures import bootstrap_figure, residuals_figure
 
 
-def laws(study: Study) -> Section:
+def compute(study: Finished) -> dict[str, Any]:
+    """Fit power laws of the held-out loss in N and in FLOPs to each arm; None with fewer than three distinct values."""
+    from qies.accounting.flops import CONVENTION
+    from qies.scaling.laws import fit_power
+
+    arms: dict[str, Any] = {}
+    for arm in study.config.arms:
+        own = [r for r in study.done if r["arm"] == arm]
+        most = {size: max(r["tokens"] for r in own if r["size"] == size) for size in {r["size"] for r in own}}
+        own = [r for r in own if r["tokens"] == most[r["size"]]]  # the largest budget of each size
+        axes = {"params": [r["params"]["non_embedding"] for r in own], "flops": [r["flops"] for r in own]}
+        losses = [r["metrics"]["val_loss"] for r in own]
+        arms[arm] = {k: fit_power(x, losses).to_dict() if len(set(x)) >= 3 else None for k, x in axes.items()}
+    return {"schema": 1, "flops_convention": CONVENTION, "arms": arms}
+
+
+def section(result: dict[str, Any], study: Study) -> Section:
+    """Parameters, residuals and bootstrap draws of the laws."""
     rows: list[list[str]] = []
     warnings: dict[str, list[str]] = {}
     for variable, what in (("params", "parameters"), ("flops", "FLOPs")):
@@ -23,7 +41,7 @@ def laws(study: Study) -> Section:
                 rows.append([arm, what, law(fit), between, percent(fit["scatter"]), count(fit["sizes"])])
                 for warning in map(sentence, listed(fit.get("warnings"))):
                     warnings.setdefault(warning, []).append(f"{arm} in {what}")
-    convention = mapping(study.parts.get("fits")).get("flops_convention")
+    convention = result.get("flops_convention")
     text = [
         "Power laws L(x) in nats per token, straight lines on log axes. The CI counts each size once, whatever the "
         "number of seeds, and assumes that the law is right. Scatter: standard deviation of the residuals of log L.",
@@ -37,7 +55,7 @@ def laws(study: Study) -> Section:
 
 
 def _residuals(study: Study) -> list[Chart]:
-    """Residual of every run from its arm's law in FLOPs; an outlier's exceeds the fit's delta."""
+    """Residuals of the runs from their arm's law in FLOPs; those of outliers exceed the fit's delta."""
     tables = {
         arm: [row for run in study.done if run.arm == arm and (row := _residual(run, fit)) is not None]
         for arm in study.arms
@@ -71,7 +89,7 @@ def _residual(run: Run, fit: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _bootstraps(study: Study) -> list[Chart]:
-    """Bootstrap draws of the laws that have them (20 sizes and more)."""
+    """Bootstrap draws of the laws that have them (20 or more sizes)."""
     out = []
     for arm in study.arms:
         fit = study.fit(arm, "flops")

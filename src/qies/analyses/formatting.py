@@ -1,4 +1,4 @@
-"""Formats numbers and records for the page, one function per kind of value."""
+"""Formatting of numbers and records, one function per kind of value."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def percent(value: Any) -> str:
 
 
 def estimate(value: Any, lo: Any, hi: Any, places: str = ".3g", level: float | None = 0.95) -> str:
-    """1.21 (95% CI 1.15 to 1.27); without "95% CI" for level None. An unknown upper end beside a lower one is open."""
+    """1.21 (95% CI 1.15 to 1.27); without "95% CI" for level None. An upper end of None is unbounded."""
     n, low, high = number(value), number(lo), number(hi)
     if n is None or low is None:
         return NONE if n is None else fixed(n, places)

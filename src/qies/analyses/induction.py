@@ -1,14 +1,17 @@
-"""The page's part on in-context copying: the gain on a repeated random segment, over training and at its end."""
+"""In-context copying: the gain on a repeated random segment, during and at the end of training."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
+from qies.analyses.formatting import NONE, number, si
+from qies.analyses.parts import Chart, Section, Table
+from qies.analyses.records import Cell, Study
 from qies.config import INDUCTION_ONSET
-from qies.report import charts
-from qies.report.blocks import Chart, Section, Table
-from qies.report.records import Cell, Study
-from qies.report.text import NONE, number, si
+from qies.plotting import GREY, Axis, Band, Figure, Line, Panel, Style, styles
+from qies.plotting.figure import Mark
 from qies.scaling.copying import Copying
 
 
@@ -41,8 +44,8 @@ def in_words(found: Copying) -> str:
     return f"{mean_score(found)}, onset in tokens {onset_by_seed(found)}" if found.measured else "not recorded"
 
 
-def induction(study: Study) -> Section | None:
-    """None for records without induction scores."""
+def section(result: dict[str, Any], study: Study) -> Section | None:
+    """Induction scores during and at the end of training, where the records have them."""
     curves = {cell: {arm: c for arm in study.arms if (c := _curve(study, arm, cell))} for cell in study.cells}
     rows = [
         [arm, study.label(cell), mean_score(found), onset_by_seed(found)]
@@ -55,10 +58,10 @@ def induction(study: Study) -> Section | None:
         f"from its context predicts (induction). Copying has set in from {INDUCTION_ONSET:g} nats per token on. Lines: "
         "mean over seeds; bands: lowest to highest seed."
     ]
-    section = Section("In-context copying", text)
+    part = Section("In-context copying", text)
     if rows:
         columns = ["arm", "size", "final gain: mean (range over seeds)", "onset in tokens, by seed"]
-        section.blocks.append(Table("Induction gain at the end of training (nats per token)", columns, rows))
+        part.blocks.append(Table("Induction gain at the end of training (nats per token)", columns, rows))
     for cell, series in curves.items():
         if series:
             title = f"Induction gain at {study.label(cell)}"
@@ -68,8 +71,25 @@ def induction(study: Study) -> Section | None:
                 for x, mean, lo, hi in zip(xs, *values, strict=True)
             ]
             table = Table(title, ["arm", "tokens", "mean over seeds", "range over seeds"], places, folded=True)
-            section.blocks.append(Chart(charts.induction_chart(title, series, INDUCTION_ONSET), table))
-    return section
+            part.blocks.append(Chart(_chart(title, series, INDUCTION_ONSET), table))
+    return part
+
+
+def _chart(title: str, series: Mapping[str, tuple[Sequence[float], ...]], onset: float) -> Figure:
+    """Induction gain against tokens: (tokens, mean, lowest, highest) per arm, and a line at the
+    onset of copying."""
+    looks = styles(series)
+    every = [x for xs, *_ in series.values() for x in xs]
+    marks: list[Mark] = [Band(xs, lo, hi, looks[arm]) for arm, (xs, _, lo, hi) in series.items()]
+    marks.append(
+        Line([min(every), max(every)], [onset, onset], f"onset, {onset:g} nats", Style(GREY.colour, dash="dot"))
+    )
+    marks += [Line(xs, mean, arm, looks[arm], markers=True) for arm, (xs, mean, *_) in series.items()]
+    # Bands do not extend the automatic axis range, so it is computed from their ends.
+    ends = [v for _, _, lo, hi in series.values() for v in (*lo, *hi)] + [0.0, onset]
+    room = 0.05 * (max(ends) - min(ends))
+    y = Axis("gain on the repeat (nats per token)", low=min(ends) - room, high=max(ends) + room)
+    return Figure(title, [Panel(Axis("tokens seen", True), y, marks)])
 
 
 def _curve(study: Study, arm: str, cell: Cell) -> tuple[list[float], list[float], list[float], list[float]] | None:

@@ -1,0 +1,39 @@
+"""The finished runs of a study, as analyses compute from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qies.config import StudyConfig
+from qies.ladder.grid import data_folder
+from qies.presets import parse_size
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A study's settings, its folder, and the records of its runs with status `done`."""
+
+    config: StudyConfig
+    folder: Path
+    done: list[dict[str, Any]]
+
+    @property
+    def data(self) -> Path:
+        """The folder of token shards."""
+        return data_folder(self.config, self.folder)
+
+    @property
+    def hashes(self) -> list[str]:
+        """The identity of the runs: their configuration hashes, sorted."""
+        return sorted(record["config_hash"] for record in self.done)
+
+    def run_folder(self, record: dict[str, Any]) -> Path:
+        return self.folder / "runs" / record["config_hash"]
+
+    def largest(self, arm: str) -> dict[str, Any] | None:
+        """The arm's run of the largest size, then the most tokens, then the first seed; None without a run."""
+        own = [r for r in self.done if r["arm"] == arm]
+        seeds = self.config.seeds
+        return max(own, key=lambda r: (parse_size(r["size"]), r["tokens"], -seeds.index(r["seed"])), default=None)

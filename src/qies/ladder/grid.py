@@ -1,0 +1,103 @@
+"""The folder of a ladder or study: its grid and corpus, and the checks before training starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qies import config as configs
+from qies import runs
+from qies.config import StudyConfig
+from qies.errors import UserError
+from qies.ladder.controller import check_runs
+
+# Keys of a study that may gain values once it has runs, and keys that do not affect its runs.
+AXES = ("arms", "sizes", "seeds", "tokens_per_parameter", "variants", "plugins")
+FREE = ("workers", "prompts", "analyses")
+
+
+def claim(study: StudyConfig, folder: Path) -> StudyConfig:
+    """The study as `folder` will hold it: the grid of the values that it has and those that `study` adds to each axis.
+
+    A study that was started before its corpus was identified by a hash, or from another path, keeps the hashes of its
+    runs. Writes nothing. Raises UserError if the folder holds something else.
+    """
+    path = folder / "study.yaml"
+    if path.is_file():
+        try:
+            known = configs.from_dict(StudyConfig, configs.read(path))
+        except UserError as e:
+            raise UserError(f"{folder} holds a study that cannot be continued ({e}); give another --out.") from None
+        old, new = ({k: v for k, v in configs.to_dict(s).items() if k not in (*AXES, *FREE)} for s in (known, study))
+        if changes := configs.changes(old, new):
+            raise UserError(
+                f"{folder} holds a different study ({'; '.join(changes)}); give another --out or delete it."
+            )
+        source = study.data.source if known.data.hash else known.data.source
+        data = dataclasses.replace(study.data, source=source, hash=known.data.hash)
+        return dataclasses.replace(study, data=data, **_union(known, study))
+    runs.refuse_file(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no study; give another --out.")
+    return study
+
+
+def _union(known: StudyConfig, study: StudyConfig) -> dict[str, Any]:
+    """The axes of a grid with the values of both studies, those of `known` first."""
+
+    def joined(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
+        return a + tuple(value for value in b if value not in a)
+
+    axes = {axis: joined(getattr(known, axis), getattr(study, axis)) for axis in ("arms", "sizes", "seeds", "plugins")}
+    budgets = joined(known.budgets, study.budgets)
+    axes["variants"] = joined(known.variants or ({},), study.variants or ({},))
+    if axes["variants"] == ({},):
+        axes["variants"] = ()
+    return axes | {"tokens_per_parameter": budgets if len(budgets) > 1 else budgets[0]}
+
+
+def data_folder(study: StudyConfig, folder: Path) -> Path:
+    """The folder of the study's shards: the source if it is a folder of shards, else `data` in the study's folder."""
+    source = Path(study.data.source)
+    return source if (source / "manifest.json").is_file() else folder / "data"
+
+
+def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
+    """Validate the settings of every run, claim `folder`, build the corpus and validate the existing runs.
+
+    Writes the grid to `study.yaml`. Returns the folder of shards.
+    """
+    from qies.data.builder.pipeline import build_shards
+    from qies.data.manifest import summary
+    from qies.data.shards import open_shards
+    from qies.train.loop import check_data
+
+    study = claim(study, folder)
+    for config in study.runs():  # raises for a bad setting before any work is done
+        runs.plan(config, study.data.vocab_size)
+    data = data_folder(study, folder)
+    path = folder / "study.yaml"
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    if before is None:  # first, so that a study killed while it builds its corpus can resume
+        runs.make_folder(folder)
+        configs.save(study, path)
+    try:
+        if data == folder / "data":
+            with console.status(f"corpus {study.data.source}"):
+                built = (data / "manifest.json").is_file()
+                manifest = build_shards(study.data, data)
+            if not built:
+                console.print(summary(manifest))
+        shards = open_shards(data)
+        check_data(shards, study.train)
+        check_runs(study.runs(), folder / "runs", shards)
+    except UserError:
+        if before is None:  # so that the folder is not claimed for a corpus that cannot be built
+            path.unlink()
+        raise
+    if before is not None and configs.to_yaml(study) != before:
+        configs.save(study, path)
+    return data
