@@ -9,10 +9,12 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 
 from qies.errors import UserError
 
-RECORDED = ("study", "train", "ladder")  # verbs whose configuration, and so the run record, names the plugins
+# Verbs whose configuration, and so the run record, names the plugins.
+RECORDED = (["study"], ["train"], ["ladder", "plan"], ["ladder", "run"])
 _LOADED: dict[str, None] = {}
 
 
@@ -28,10 +30,8 @@ def load(modules: Iterable[str]) -> None:
             raise UserError(
                 f"plugins names {name!r}, which is no module; write it as in an import, such as package.module."
             )
-        if not {"", os.getcwd()} & set(sys.path):  # a console script's own folder stands there instead
-            sys.path.append(os.getcwd())
         try:
-            importlib.import_module(name)
+            import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise UserError(f"The plugin {name} needs the module {error.name}, which is not installed.") from error
@@ -45,6 +45,13 @@ def load(modules: Iterable[str]) -> None:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"The plugin {name} cannot be imported ({reason}); correct it.") from error
         _LOADED[name] = None
+
+
+def import_module(name: str) -> ModuleType:
+    """`importlib.import_module`, from the working directory too."""
+    if not {"", os.getcwd()} & set(sys.path):  # a console script has its own folder there instead
+        sys.path.append(os.getcwd())
+    return importlib.import_module(name)
 
 
 def loaded() -> tuple[str, ...]:
@@ -73,4 +80,5 @@ def take_option(args: Sequence[str]) -> list[str]:
     load(modules)
     if modules and not rest:
         raise UserError("--plugin needs a verb, such as qies train --plugin my_mixer.")
-    return [*rest, f"plugins=[{','.join(modules)}]"] if modules and rest[0] in RECORDED else rest
+    recorded = rest[:1] in RECORDED or rest[:2] in RECORDED
+    return [*rest, f"plugins=[{','.join(modules)}]"] if modules and recorded else rest

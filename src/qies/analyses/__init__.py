@@ -13,8 +13,6 @@ was computed from the same inputs is kept; without, the result is computed each 
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qies import runs
+from qies import plugins, runs
 from qies.analyses.charts import line_chart
 from qies.analyses.finished import Finished
 from qies.analyses.parts import Chart, Passage, Section, Table
@@ -76,11 +74,9 @@ def load(names: Iterable[str]) -> list[Analysis]:
 def _from_outside(name: str) -> tuple[str, Any]:
     """The result's name, and the module or object, of an analysis of another package."""
     module, _, attribute = name.partition(":")
-    if not {"", os.getcwd()} & set(sys.path):  # a console script has its own folder there instead
-        sys.path.append(os.getcwd())
     own: Any
     try:
-        own = importlib.import_module(module)
+        own = plugins.import_module(module)
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module}.".startswith(f"{missing}."):
