@@ -241,7 +241,7 @@ def test_curves_go_through_the_same_verb(tmp_path):
         (["--arm", "qeis"], "Did you mean 'qies'"),
         (["--drop-wrst", "1"], "Did you mean '--drop-worst'"),
         (["--delta", "-1"], "delta > 0"),
-        (["--json", "absent/fit.json"], "no folder absent"),
+        (["--json", "absent/fit.json"], "the folder absent does not exist"),
     ],
 )
 def test_bad_input_is_one_line_and_two(table, options, says, capsys):
