@@ -121,8 +121,8 @@ class Entanglement(nn.Module):
         return padded
 
     @torch.no_grad()
-    def reset_controls(self) -> None:
-        """Start: lambda near 0 (a projective write), no phase, and memories of `spans` tokens over a group's heads."""
+    def reset_parameters(self) -> None:
+        """Start with lambda near 0 (a projective write), no phase, and memories of `spans` tokens over a group's heads."""
         init.zeros_(self.beta_bias)
         init.zeros_(self.decay_rate)
         spans = torch.cat([_spread(*g.spans, g.heads).repeat_interleave(g.decays // g.heads) for g in self.groups])

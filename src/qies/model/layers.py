@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from transformers import initialization as init
 
 from qies.model.cache import read_conv, write_conv
 from qies.ops.activation import mlp, relu_squared
@@ -15,9 +16,21 @@ from qies.ops.norm import rms_norm
 
 
 def linear(inputs: int, outputs: int, std: float | None = None) -> nn.Linear:
-    """A bias-free linear map that remembers the standard deviation of its initial weights, by default inputs^-1/2."""
-    layer = nn.Linear(inputs, outputs, bias=False)
+    """A linear map without bias; `init_std`, by default inputs^-1/2, is the standard deviation of its initial weights.
+
+    The constructor draws nothing that lasts: `init_module` sets the weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        layer = nn.Linear(inputs, outputs, bias=False)
     layer.init_std = inputs**-0.5 if std is None else std  # type: ignore[assignment]
+    return layer
+
+
+def embedding(entries: int, width: int, std: float) -> nn.Embedding:
+    """A table of vectors whose initial entries have the standard deviation `std`; as `linear`, it draws nothing."""
+    with torch.random.fork_rng(devices=[]):
+        layer = nn.Embedding(entries, width)
+    layer.init_std = std  # type: ignore[assignment]
     return layer
 
 
@@ -55,6 +68,9 @@ class ShortConv(nn.Module):
     def __init__(self, width: int, taps: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, taps))
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache=None, texts: Tensor | None = None) -> Tensor:
         """x [B,T,D] -> [B,T,D]; mask [B,T] bool, False at pads; cache: the layer's memory or None; texts [B,T] int64,
