@@ -122,7 +122,7 @@ class Entanglement(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start with lambda near 0 (a projective write), no phase, and memories of `spans` tokens over a group's heads."""
+        """Start with lambda near 0 (a projective write), no phase, and memories of `spans` tokens over a group."""
         init.zeros_(self.beta_bias)
         init.zeros_(self.decay_rate)
         spans = torch.cat([_spread(*g.spans, g.heads).repeat_interleave(g.decays // g.heads) for g in self.groups])

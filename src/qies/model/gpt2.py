@@ -12,7 +12,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qies.model.attention import attend
 from qies.model.configuration import QiesConfig
 
-
 GPT2_STD = 0.02  # of the initial weights and embeddings; biases start at zero
 
 

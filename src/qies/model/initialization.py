@@ -49,11 +49,11 @@ def has_rule(module: nn.Module) -> bool:
 def init_module(module: nn.Module, seed: int | None = None, name: str = "") -> None:
     """Initialise the parameters that `module`, called `name` in its model, owns itself (not its children's).
 
-    Weights of `nn.Linear` and `nn.Embedding` are drawn from N(0, std^2), each from its own stream, in float32 on the CPU,
-    so that they are the same on every device; std is the module's `init_std`, else in_features^-1/2 and 1. Their biases
-    are zero. Every other module initialises itself by `reset_parameters()`, PyTorch's convention; what it draws comes
-    from one stream for the module. A module without it keeps what its constructor wrote. `seed` None draws from torch's
-    default generator. Parameters on the meta device are left alone.
+    Weights of `nn.Linear` and `nn.Embedding` are drawn from N(0, std^2), each from its own stream, in float32 on the
+    CPU, so that they are the same on every device; std is the module's `init_std`, else in_features^-1/2 and 1. Their
+    biases are zero. Every other module initialises itself by `reset_parameters()`, PyTorch's convention; what it draws
+    comes from one stream for the module. A module without it keeps what its constructor wrote. `seed` None draws from
+    torch's default generator. Parameters on the meta device are left alone.
     """
     own = list(module.parameters(recurse=False))
     if not own or all(p.is_meta for p in own):

@@ -21,7 +21,7 @@ from qies.model.initialization import has_rule, init_module
 
 @contextmanager
 def weights_on_meta() -> Iterator[None]:
-    """Within this context modules are built with their parameters on the meta device, and their buffers where they are."""
+    """Within this context modules are built with parameters on the meta device; buffers stay where they are."""
 
     def discard(module: nn.Module, name: str, p: nn.Parameter) -> nn.Parameter:
         return p if p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad)  # tied weights stay one
@@ -42,8 +42,8 @@ def whole_weights(model: QiesForCausalLM, name: str) -> dict[str, Tensor]:
     blank = {leaf: p for leaf, p in module.named_parameters(recurse=False) if p.is_meta}
     if blank and not has_rule(module):
         raise UserError(
-            f"{type(module).__name__} owns parameters ({', '.join(blank)}) but has no reset_parameters(), so its weights "
-            "cannot be made in parts: define it, or train on one process."
+            f"{type(module).__name__} owns parameters ({', '.join(blank)}) but has no reset_parameters(), so its "
+            "weights cannot be made in parts: define it, or train on one process."
         )
     try:
         module._parameters.update({k: nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for k, p in blank.items()})
