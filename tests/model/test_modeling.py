@@ -271,7 +271,7 @@ def test_bf16_weights_keep_state_and_controls_in_fp32(ids):
     logits = model(ids, past_key_values=cache).logits
     assert logits.dtype == torch.float32 and torch.isfinite(logits).all()
     assert cache.layers[0].recurrent_states[0].dtype == torch.float32
-    controls = model.model.layers[0].mixer.events(torch.randn(1, 5, 32).bfloat16())[0][3:]
+    controls = model.model.layers[0].mixer.inputs(torch.randn(1, 5, 32).bfloat16())[0][3:6]
     assert {x.dtype for x in controls} == {torch.float32}
 
 

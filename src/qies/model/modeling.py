@@ -29,8 +29,7 @@ from qies.model.initialization import draw_seed, init_module, seeded
 from qies.model.layers import MLP, embedding, is_matrix, linear
 from qies.model.packing import Rows, ends_of, positions_of, read_rows
 from qies.objective import language_modelling, language_modelling_of_logits
-from qies.ops.entangle import first_tokens
-from qies.ops.entangle.chunk import readable
+from qies.ops.entangle.layout import first_tokens, readable
 from qies.ops.norm import rms_norm
 
 MIXERS = {"full_attention": Attention, "linear_attention": Entanglement}

@@ -1,4 +1,4 @@
-"""The chunk form as one kernel for the processor: compiled by numba, every buffer of a chunk in its cache.
+"""The chunk form as one CPU kernel, compiled by numba; the buffers of a chunk stay in the cache.
 
 README.md in the folder above derives the formulas; `chunk.py` there is the same form in torch operations.
 """
@@ -18,29 +18,20 @@ from torch import Tensor
 from qies.ops.autograd import first_order
 from qies.ops.entangle.cpu.scan import backward, forward, plan
 from qies.ops.entangle.cpu.workspace import Sizes, tile_of
+from qies.ops.entangle.layout import Inputs
 from qies.ops.simd import LANES, flat, working
 
 
-@torch.compiler.disable  # a compiled model runs it as it is, between two compiled pieces
-def entangle_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_alpha: Tensor,
-    theta: Tensor | None,
-    state: Tensor | None = None,
-    mode: str = "real",
-) -> tuple[Tensor, Tensor]:
+@torch.compiler.disable  # a compiled model calls it between two compiled pieces
+def entangle_fused(x: Inputs, mode: str = "real") -> tuple[Tensor, Tensor]:
     """`entangle` on CPU, in float32 whatever comes (bfloat16 included); same shapes and returns. Once differentiable.
 
     The backward keeps the state before every 32 key rows (at worst 17, where damping cuts) and nothing else as large.
     """
-    if q.dtype != k.dtype:
-        q, k = q.float(), k.float()  # the kernel reads them side by side
-    inputs = (q, k, v, beta, log_alpha, theta, state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return _Fused.apply(*inputs, 1 if mode == "real" else 2, keep)
+    if x.q.dtype != x.k.dtype:
+        x = x._replace(q=x.q.float(), k=x.k.float())  # the kernel reads them side by side
+    keep = torch.is_grad_enabled() and any(y.requires_grad for y in x.given)
+    return _Fused.apply(*x, 1 if mode == "real" else 2, keep)
 
 
 class _Fused(torch.autograd.Function):

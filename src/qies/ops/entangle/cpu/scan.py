@@ -14,10 +14,10 @@ from qies.ops.compiled import OPTIONS, kernel
 from qies.ops.entangle.cpu.chunk_backward import pull, settle, sum_up, through, turn_back
 from qies.ops.entangle.cpu.chunk_forward import advance, outputs, prepare
 from qies.ops.entangle.cpu.workspace import RANGE, rescale
+from qies.ops.entangle.layout import MAX_CHUNK_DECAY
 from qies.ops.simd import cos_sin, get, prefetch, put, read
 
 ABREAST = 8  # most heads that go in step: their states stay in the nearer cache
-CALM = 60.0  # a chunk damps to e^-60 at most: its rescaled halves are far from over- and underflow in float32
 
 
 @njit(**OPTIONS)
@@ -33,7 +33,7 @@ def cut(log_alpha, s, b, h, start):
         for i in range(s.decays):
             strongest = min(strongest, read(log_alpha, at + i))
         total -= strongest
-        if total > CALM:
+        if total > MAX_CHUNK_DECAY:
             break
         stop += 1
     return stop
