@@ -218,7 +218,7 @@ def test_the_labels_alone_decide_what_counts_in_the_loss(model, ids, side, kind)
     if side == "left":
         other = torch.cat([row[:, :20], row[:, 20:].flip(1)], 1)
         torch.testing.assert_close(
-            model(other, attention_mask=mask).logits[:, :20], out.logits[:, :20], atol=1e-5, rtol=0
+            model(other, attention_mask=mask).logits[:, :20], out.logits[:, :20], atol=3e-5, rtol=0
         )
     model.set_attn_implementation("sdpa")
 
