@@ -1,4 +1,4 @@
-"""What every mixer shares: the short convolution, the output gate, and the MLP beside them. Legend: B T D H V."""
+"""Layers that all mixers share: short convolution, output gate, MLP. Legend: B T D H V as in the mixers."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def embedding(entries: int, width: int, std: float) -> nn.Embedding:
 def is_matrix(layer: nn.Module) -> bool:
     """Whether layer(x) is x W^T and nothing more, so that a fused kernel may read the weight W in its place.
 
-    False for whatever may act around the weight: subclasses and parametrizations, adapters, a bias, quantised, sharded
-    or offloaded weights, a replaced `forward`, and hooks on the layer or on all modules. Such a layer must be called.
+    False where something may act around the weight: subclasses and parametrizations, adapters, a bias, quantised,
+    sharded or offloaded weights, a replaced `forward`, and hooks on the layer or on all modules. Call such a layer.
     """
     weight = layer._parameters.get("weight")
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
@@ -79,7 +79,7 @@ class ShortConv(nn.Module):
         if mask is None:
             y, inputs = causal_conv(x, self.weight, past, texts)
         else:
-            # Pads may stand anywhere: bring the real tokens together, convolve, and put them back.
+            # Pads may be anywhere: gather the real tokens, convolve, scatter back.
             order = torch.argsort((~mask).long(), dim=1, stable=True)
             texts = None if texts is None else texts.gather(1, order)
             order = order[..., None].expand_as(x)

@@ -78,9 +78,10 @@ def evolve(x: Inputs, mode: str = "real", backend: str = "auto", texts: Tensor |
         x = x._replace(log_alpha=reset_at(x.log_alpha, first_tokens(texts)))
     if backend == "auto" and isinstance(x.q.shape[1], torch.SymInt) and torch.compiler.is_exporting():
         return of_any_length(*x, mode)  # a loop over chunks would fix their number
-    if backend == "auto":
-        fast = "fla" if obstacle(x) is None else "fused" if _fits_kernel(x) else "chunk"
-        backend = "step" if x.q.shape[1] == 1 else fast
+    if backend == "auto" and x.q.shape[1] == 1:
+        backend = "step"
+    elif backend == "auto":
+        backend = "fla" if obstacle(x) is None else "fused" if _fits_kernel(x) else "chunk"
     if backend == "fused":
         from qies.ops.entangle.cpu import entangle_fused  # imports numba only where it is used
 
