@@ -1,4 +1,4 @@
-"""Text from a trained model."""
+"""Text generation from a trained model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qies.data.tokenizer import encode_texts
 from qies.errors import UserError, nearest
 from qies.model import QiesForCausalLM
 
-transformers_logging.disable_progress_bar()  # loading a small model is no news
+transformers_logging.disable_progress_bar()  # loading a small model needs no progress bar
 DECODINGS = ("greedy", "sample")
 
 
@@ -53,7 +53,7 @@ def continue_text(
 ) -> list[str]:
     """Continuations of `prompts` (without the prompts), one each. `sample` depends on `seed` alone.
 
-    Raises UserError for a value out of range, a prompt that is no Unicode text, or more tokens than the model has
+    Raises UserError for a value out of range, a prompt that is not valid Unicode, or more tokens than the model has
     learned positions for (see `room`).
     """
     if decoding not in DECODINGS:
@@ -101,7 +101,7 @@ def continue_text(
 
 
 def room(model: QiesForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> int | None:
-    """How many tokens can follow `prompt` (0 or less: none) where positions are learned; None where any number can."""
+    """How many tokens can follow `prompt` with learned positions (0 or less: none); None without a limit."""
     learned = model.config.max_position_embeddings if model.config.position == "learned" else None
     return None if learned is None else learned - len(_encode(tokenizer, prompt))
 
@@ -109,7 +109,7 @@ def room(model: QiesForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str
 def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     """The prompt as in training: a document begins with the end-of-text token, special tokens typed in text are text.
 
-    Raises UserError for a prompt that is no Unicode text.
+    Raises UserError for a prompt that is not valid Unicode.
     """
     try:
         prompt.encode()

@@ -1,4 +1,4 @@
-"""What a model is trained for, and the unit it is judged in."""
+"""The training objective, and bits per byte."""
 
 from __future__ import annotations
 

@@ -1,8 +1,27 @@
 """Random inputs of the op and a common way to run and compare it, for the tests in this folder."""
 
+from functools import wraps
+
 import torch
 
+from qies.ops.entangle import chunk, cpu, naive, step
+from qies.ops.entangle.layout import Inputs
+
 NAMES = ("q", "k", "v", "beta", "log_alpha", "theta", "state")
+
+
+def flat(form):
+    """A form of the op with the seven tensors as arguments, as the public `entangle` takes them."""
+
+    @wraps(form, assigned=("__name__", "__qualname__"))  # not __module__: pickled by its name here
+    def called(q, k, v, beta, log_alpha, theta, state=None, mode="real"):
+        return form(Inputs(q, k, v, beta, log_alpha, theta, state), mode)
+
+    return called
+
+
+entangle_naive, entangle_chunk = flat(naive.entangle_naive), flat(chunk.entangle_chunk)
+entangle_fused, entangle_step = flat(cpu.entangle_fused), flat(step.entangle_step)
 
 
 def inputs(B=1, T=8, H=1, m=3, V=4, *, mode="real", disc=False, channels=False, phase=True, state=True, seed=0):

@@ -4,13 +4,13 @@ import multiprocessing
 
 import pytest
 import torch
-from entangle_cases import NAMES, assert_close, evaluate, inputs
+from entangle_cases import NAMES, assert_close, entangle_chunk, entangle_fused, entangle_naive, evaluate, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qies.ops import compiled
-from qies.ops.entangle import chunk, cpu, entangle, entangle_chunk, entangle_naive
-from qies.ops.entangle.cpu import entangle_fused, in_parts, scan, workspace
+from qies.ops.entangle import chunk, cpu, entangle
+from qies.ops.entangle.cpu import in_parts, scan, workspace
 
 FORMS = [("real", False), ("complex", False), ("complex", True)]
 
@@ -103,12 +103,12 @@ def test_tokens_that_forget_everything(form):
 
 def test_strong_damping_makes_chunks_shorter_and_only_then():
     gentle = torch.full((1, 128, 1), -1.0)
-    assert chunk.calm(gentle, 32) == 32
-    assert chunk.calm(3 * gentle, 32) == 16
+    assert chunk.chunk_length(gentle, 32) == 32
+    assert chunk.chunk_length(3 * gentle, 32) == 16
     reset = torch.full((1, 128, 1), -0.5)
     reset[:, 40] = -1e4  # a document that ends
-    assert chunk.calm(reset, 32) == 32
-    assert chunk.calm(torch.full((1, 128, 1), -50.0), 32) == 2
+    assert chunk.chunk_length(reset, 32) == 32
+    assert chunk.chunk_length(torch.full((1, 128, 1), -50.0), 32) == 2
 
 
 def test_the_digest_sees_every_file(tmp_path):

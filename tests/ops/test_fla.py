@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from entangle_cases import assert_close, evaluate, inputs
+from entangle_cases import assert_close, entangle_chunk, entangle_naive, evaluate, inputs
 
 from qies.errors import UserError
-from qies.ops.entangle import entangle, entangle_chunk, entangle_naive, fla
+from qies.ops.entangle import Inputs, entangle, fla
 from qies.ops.pairs import times_i, unit
 
 
@@ -30,7 +30,7 @@ def reference(op):
 
 def mapped(*six, state, mode):
     """The op as `entangle_fla` computes it, on the references."""
-    call = fla.mapping(*six, state, mode)
+    call = fla.mapping(Inputs(*six, state), mode)
     return fla.results(call, *reference(call.kernel)(**call.arguments))
 
 

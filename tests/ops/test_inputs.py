@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from entangle_cases import NAMES, assert_close, evaluate, inputs
+from entangle_cases import NAMES, assert_close, entangle_chunk, entangle_fused, entangle_naive, evaluate, inputs
 
 from qies.errors import UserError
-from qies.ops.entangle import entangle, entangle_chunk, entangle_naive
-from qies.ops.entangle.cpu import entangle_fused
+from qies.ops.entangle import entangle
 
 
 @pytest.mark.parametrize("given", ["q", "k"])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from entangle_cases import assert_close, evaluate, inputs
+from entangle_cases import assert_close, entangle_naive, entangle_step, evaluate, inputs
 
-from qies.ops.entangle import entangle, entangle_naive, entangle_step
+from qies.ops.entangle import entangle
 from qies.ops.pairs import to_complex, to_pair
 
 

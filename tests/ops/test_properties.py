@@ -5,12 +5,10 @@ Of every form: the torch forms in float64, the kernel in float32.
 
 import pytest
 import torch
-from entangle_cases import inputs
+from entangle_cases import entangle_chunk, entangle_fused, entangle_naive, entangle_step, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qies.ops.entangle import entangle_chunk, entangle_naive, entangle_step
-from qies.ops.entangle.cpu import entangle_fused
 from qies.ops.pairs import rotate, times_i, to_complex, to_pair
 
 FORMS = [("real", False), ("complex", False), ("complex", True)]

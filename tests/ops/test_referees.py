@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from entangle_cases import NAMES, assert_close, evaluate, inputs
+from entangle_cases import NAMES, assert_close, entangle_chunk, entangle_fused, entangle_naive, evaluate, inputs
 from transformers import AutoModelForCausalLM  # noqa: F401  (its lazy modules want to be entered from the top)
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     torch_chunk_gated_delta_rule,
     torch_recurrent_gated_delta_rule,
 )
-
-from qies.ops.entangle import entangle_chunk, entangle_naive
-from qies.ops.entangle.cpu import entangle_fused
 
 
 def gated_delta_rule(referee):

@@ -6,9 +6,10 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qies import presets
+from qies.errors import UserError
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.train.distributed import Group
-from qies.train.sharded_init import Deferred
+from qies.train.sharded_init import weights_on_meta, whole_weights
 
 TIED = {"tie_word_embeddings": True}
 REGISTERS = {"register_heads": 2, "decay": "channel"}
@@ -26,13 +27,17 @@ def builder(arm, **overrides):
 def test_weights_and_generator_are_those_of_a_plain_build(arm, overrides):
     plain = builder(arm, **overrides)()
     after = torch.rand(3)
-    deferred = Deferred(builder(arm, **overrides))
+    with weights_on_meta():
+        blank = builder(arm, **overrides)()
     assert torch.equal(torch.rand(3), after)
-    state, held = torch.get_rng_state(), dict(deferred.model.named_parameters())
-    assert sum(p.numel() for p in held.values() if not p.is_meta) < 0.05 * sum(p.numel() for p in held.values())
+    assert {p.device.type for p in blank.parameters()} == {"meta"}
+    assert len(list(blank.parameters())) == len(list(plain.parameters()))  # tied weights stay one
+    state = torch.get_rng_state()
     for name, p in plain.named_parameters():
-        assert torch.equal(p, deferred.weight(name) if held[name].is_meta else held[name]), name
+        module, _, leaf = name.rpartition(".")
+        assert torch.equal(p, whole_weights(blank, module)[leaf]), name
     assert torch.equal(torch.get_rng_state(), state)  # making weights has not moved the generator
+    assert {p.device.type for p in blank.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(("arm", "overrides"), [("qies", {}), ("qies", TIED), ("gpt2", {}), ("complex", {})])
@@ -52,3 +57,16 @@ def test_a_process_holds_its_rows_of_the_same_weights(arm, overrides):
         assert all(p.grad is not None for p in model.parameters())
     finally:
         dist.destroy_process_group()
+
+
+def test_weights_that_only_a_constructor_knows_are_refused():
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.rand(4))
+
+    with weights_on_meta():
+        model = builder("transformer")()
+        model.model.layers[0].mixer.bare = Bare()
+    with pytest.raises(UserError, match=r"Bare owns parameters \(gain\) but has no reset_parameters"):
+        whole_weights(model, "model.layers.0.mixer.bare")

@@ -45,7 +45,7 @@ def run(what: str, cases: Sequence[str], rounds: int) -> list[Comparison]:
 
 
 def autocast():
-    """What every rival runs under: bf16 autocast where the processor has it."""
+    """The context of every rival: bf16 autocast where the CPU supports it."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
@@ -57,7 +57,7 @@ def bench_op(shapes: Sequence[tuple[int, ...]] = OP_SHAPES, *, rounds: int = 5) 
 
 
 def op_rivals(B: int, T: int, H: int, K: int, V: int) -> dict[str, Callable[[], Any]]:
-    """Calls that each run one forward and backward on inputs of their own layout, all bf16 but the controls."""
+    """Calls that each run one forward and backward on inputs in their own layout, all bf16 except the controls."""
     make = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -112,7 +112,7 @@ def bench_train(
 
 
 def own_step(arm: str, size: str, ids: Tensor, vocab_size: int) -> Callable[[], None]:
-    """One training step of an arm, as the training loop takes it."""
+    """One training step of an arm, as in the training loop."""
     torch.manual_seed(0)
     model = QiesForCausalLM(QiesConfig(**presets.settings(arm, size, vocab_size))).train()
     optimizers = Optimizers(model, presets.hyperparameters(presets.parse_size(size), ids.numel()), weight_decay=0.01)
@@ -128,7 +128,7 @@ def own_step(arm: str, size: str, ids: Tensor, vocab_size: int) -> Callable[[], 
 
 
 def foreign_models(size: str, vocab_size: int, seq_len: int) -> dict[str, torch.nn.Module]:
-    """Models of transformers of the same depth, width and (for GPT-2) parameters."""
+    """Models from transformers of equal depth, width and (for GPT-2) parameters."""
     values = presets.settings("qies", size, vocab_size)
     shape = {
         "vocab_size": vocab_size,
@@ -171,7 +171,7 @@ def foreign_step(model: torch.nn.Module, ids: Tensor) -> Callable[[], None]:
 
 
 def comparison_table(title: str, comparisons: Sequence[Comparison]) -> Table:
-    """Medians in milliseconds, and how many times as long as the subject each rival takes."""
+    """Medians in milliseconds, and times relative to the subject."""
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("case")
     table.add_column("rival")

@@ -1,4 +1,4 @@
-"""How to share the cores of a machine among runs: the same steps by few runs of many threads, or many runs of few."""
+"""How to share the cores of a machine among runs: few runs with many threads each, or many with few."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _parse(case: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _team(runs: int, threads: int, total: int, shape: tuple[str, int, int]) -> Iterator[Callable[[], None]]:
-    """Processes that wait for work; yields the call that lets them take `total` steps together, side by side."""
+    """Start processes that wait for work; yields a call that makes them take `total` steps concurrently."""
     spawn = multiprocessing.get_context("spawn")
     ends: list[Connection] = []
     processes: list[Any] = []
@@ -85,7 +85,7 @@ def _team(runs: int, threads: int, total: int, shape: tuple[str, int, int]) -> I
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the processes started meanwhile: libraries read these as they are loaded."""
+    """Set environment variables for processes started in this context: libraries read them at load time."""
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -96,7 +96,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _serve(connection: Connection, threads: int, size: str, seq_len: int, batch: int) -> None:
-    """Take as many steps as asked for, again and again."""
+    """Take the requested number of steps, repeatedly."""
     torch.set_num_threads(threads)
     keep_memory()
     vocab = 4096

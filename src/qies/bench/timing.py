@@ -1,4 +1,4 @@
-"""Timing rivals side by side: in turn, in one process, medians and ratios pair by pair."""
+"""Interleaved timing of rivals in one process: medians, and ratios by pairs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one case measured. `seconds`: median a call; `ratio`: how many times as long as the subject each takes,
-    the median of the ratios round by round, so that a drift of the machine's speed cancels."""
+    """The result of one case. `seconds`: median per call; `ratio`: time relative to the subject, the median of the
+    ratios of the rounds, so that drift of the machine's speed cancels."""
 
     case: str
     subject: str

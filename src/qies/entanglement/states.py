@@ -25,7 +25,7 @@ def capture(model: QiesForCausalLM, ids: Tensor, positions: Sequence[int]) -> di
     """The states of every entanglement layer after each number of tokens in `positions` (ascending).
 
     ids [B,T] -> {layer: one [P,B,H,2m,V] fp32 for each group of heads}; empty for a model without such layers. Raises
-    UserError when a position lies beyond the text.
+    UserError when a position is beyond the end of the text.
     """
     if list(positions) != sorted(set(positions)) or not positions or positions[-1] > ids.shape[1] or positions[0] < 1:
         raise UserError(f"positions {list(positions)} must ascend within the text's {ids.shape[1]} tokens.")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -73,6 +74,9 @@ class Attention(nn.Module):
         self.q_scale = nn.Parameter(torch.ones(config.head_dim))
         self.gate = OutputGate(width, config.num_attention_heads, inner, config.gate)
         self.o_proj = linear(inner, width, std=0.0)
+
+    def reset_parameters(self) -> None:
+        init.ones_(self.q_scale)
 
     def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, blocks=None, texts=None, **kwargs):
         """x [B,T,D] -> [B,T,D] and the weights or None. `causal_mask` is None when plain causal order holds;

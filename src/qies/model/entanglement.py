@@ -6,6 +6,7 @@ Legend: B batch, T position, D model width, H heads, m complex key channels, K =
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +16,18 @@ from transformers import initialization as init
 from qies.mixers.entanglement import HeadGroup
 from qies.model.cache import read_states, write_states
 from qies.model.configuration import QiesConfig
+from qies.model.hooks import HeadHooks, HookPoint
 from qies.model.layers import OutputGate, ShortConv, linear, split
-from qies.ops.entangle import evolve
+from qies.ops.entangle import Inputs, evolve
 
 
 class Entanglement(nn.Module):
-    """Projections around `qies.ops.entangle`: what is addressed, written, turned, forgotten and read.
+    """Projections around `qies.ops.entangle`: queries, keys, values, write strengths, decays and phases.
 
-    Heads of several shapes share the projections, whose outputs stand group after group (`config.head_groups`).
-    The states are carried in fp32, and beta, decay and phase are computed in fp32, whatever the weights' dtype.
-    `reads` is switched off by `model.read_state(False)`: the states still evolve but the layer adds nothing.
+    Heads of several shapes share the projections, whose outputs are ordered by group (`config.head_groups`).
+    States, beta, decay and phase are fp32 whatever the dtype of the weights. `model.read_state(False)` clears `reads`:
+    the states still evolve but the layer adds nothing. `heads` holds the hook points of each group
+    (`qies.model.hooks`), and `hook_out` [B,T,D] is what the layer adds to the residual stream.
     """
 
     controls = frozenset({"beta_bias", "decay_bias", "decay_rate", "phase_bias"})  # fp32 in every model's weights
@@ -51,6 +54,8 @@ class Entanglement(nn.Module):
             self.phase_bias = nn.Parameter(torch.zeros(phases))
         self.gate = OutputGate(width, sum(g.heads for g in self.groups), values, config.gate)
         self.o_proj = linear(values, width, std=0.0)
+        self.heads = nn.ModuleList(HeadHooks() for _ in self.groups)
+        self.hook_out = HookPoint()
 
     def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, texts=None, **kwargs):
         """x [B,T,D] -> [B,T,D] and None; mask [B,T] bool, False at pads, which leave the states untouched; texts [B,T],
@@ -58,16 +63,22 @@ class Entanglement(nn.Module):
         memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         if self.conv is not None:
             x = self.conv(x, mask, memory, texts)
-        runs = zip(self.groups, self.events(x, mask), read_states(memory, len(self.groups)), strict=True)
-        outputs, states = zip(*(evolve(*e, state=s, mode=group.mode, texts=texts) for group, e, s in runs), strict=True)
+        outputs, states = [], []
+        given = self.inputs(x, mask, read_states(memory, len(self.groups)))
+        for group, hooks, inputs in zip(self.groups, self.heads, given, strict=True):
+            run = hooks.evolve if hooks.attached else evolve
+            o, state = run(inputs, group.mode, texts=texts)
+            outputs.append(o)
+            states.append(state)
         if memory is not None:
             write_states(memory, states)
-        if not self.reads:
-            return torch.zeros_like(x), None
-        return self.o_proj(self.gate(x, *outputs)), None
+        y = self.o_proj(self.gate(x, *outputs)) if self.reads else torch.zeros_like(x)
+        return self.hook_out(y) if self.hook_out.attached else y, None
 
-    def events(self, x: Tensor, mask: Tensor | None = None) -> list[tuple]:
-        """The op's inputs (q, k, v, beta, log_alpha, theta) of each group, for x [B,T,D] after the convolution."""
+    def inputs(
+        self, x: Tensor, mask: Tensor | None = None, states: Sequence[Tensor | None] | None = None
+    ) -> list[Inputs]:
+        """The op's inputs of each group, for x [B,T,D] after the convolution, from `states` [B,H,2m,V] or None."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         beta, log_alpha = self.control_proj(x).float().split([self.beta_size, self.decay_size], -1)
         rate = -self.decay_rate.float().exp() * F.softplus(log_alpha + self.decay_bias.float())
@@ -80,16 +91,18 @@ class Entanglement(nn.Module):
             split(beta + self.beta_bias.float(), [g.betas for g in self.groups]),
             split(rate, [g.decays for g in self.groups]),
             self._theta(x),
+            states or [None] * len(self.groups),
             strict=True,
         )
         return [
-            (
+            Inputs(
                 *(y.unflatten(-1, (group.heads, -1)) for y in (q, k, v)),
                 _kept(self._beta(group, logits), keep),
                 _kept(decay if self.config.decay == "head" else decay.unflatten(-1, (group.heads, -1)), keep),
                 _kept(theta, keep),
+                state,
             )
-            for group, q, k, v, logits, decay, theta in parts
+            for group, q, k, v, logits, decay, theta, state in parts
         ]
 
     def _beta(self, group: HeadGroup, logits: Tensor) -> Tensor:
@@ -104,7 +117,7 @@ class Entanglement(nn.Module):
         return torch.cat([1 - eigenvalue[..., :1], -eigenvalue[..., 1:]], -1)
 
     def _theta(self, x: Tensor) -> list[Tensor | None]:
-        """Radians a token of each group, [B,T,H,m], or None; channels that do not rotate stay at 0."""
+        """Phases of each group in radians per token, [B,T,H,m], or None; 0 in channels that do not rotate."""
         config = self.config
         if config.phase == "none":
             return [None] * len(self.groups)
@@ -121,8 +134,8 @@ class Entanglement(nn.Module):
         return padded
 
     @torch.no_grad()
-    def reset_controls(self) -> None:
-        """Start: lambda near 0 (a projective write), no phase, and memories of `spans` tokens over a group's heads."""
+    def reset_parameters(self) -> None:
+        """Start with lambda near 0 (a projective write), no phase, and memories of `spans` tokens over a group."""
         init.zeros_(self.beta_bias)
         init.zeros_(self.decay_rate)
         spans = torch.cat([_spread(*g.spans, g.heads).repeat_interleave(g.decays // g.heads) for g in self.groups])
@@ -132,7 +145,7 @@ class Entanglement(nn.Module):
 
 
 def _spread(first: float, last: float, heads: int) -> Tensor:
-    """Evenly spaced on the log scale, [H]."""
+    """`heads` values from first to last, evenly spaced on the log scale, [H]."""
     return torch.logspace(math.log10(first), math.log10(last), heads, dtype=torch.float32)
 
 

@@ -12,6 +12,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qies.model.attention import attend
 from qies.model.configuration import QiesConfig
 
+GPT2_STD = 0.02  # of the initial weights and embeddings; biases start at zero
+
+
+def residual_std(config: QiesConfig) -> float:
+    """Standard deviation of the initial weights of a projection into the residual stream."""
+    return GPT2_STD * (2 * config.num_hidden_layers) ** -0.5
+
 
 class Gpt2Attention(nn.Module):
     """Multi-head self-attention with biases; positions come from the embedding."""
@@ -24,7 +31,8 @@ class Gpt2Attention(nn.Module):
         width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self.qkv_proj = nn.Linear(width, 3 * inner)
         self.o_proj = nn.Linear(inner, width)
-        self.o_proj.residual = True  # type: ignore[assignment]
+        self.qkv_proj.init_std = GPT2_STD  # type: ignore[assignment]
+        self.o_proj.init_std = residual_std(config)  # type: ignore[assignment]
 
     def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, blocks=None, texts=None, **kwargs):
         """x [B,T,D] -> [B,T,D] and the weights or None."""
@@ -47,7 +55,8 @@ class Gpt2Block(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(width)
         self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, width)
-        self.down_proj.residual = True  # type: ignore[assignment]
+        self.up_proj.init_std = GPT2_STD  # type: ignore[assignment]
+        self.down_proj.init_std = residual_std(config)  # type: ignore[assignment]
 
     def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
         mixed, weights = self.mixer(self.mixer_norm(x), **kwargs)

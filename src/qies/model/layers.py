@@ -1,4 +1,4 @@
-"""What every mixer shares: the short convolution, the output gate, and the MLP beside them. Legend: B T D H V."""
+"""Layers that all mixers share: short convolution, output gate, MLP. Legend: B T D H V as in the mixers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from transformers import initialization as init
 
 from qies.model.cache import read_conv, write_conv
 from qies.ops.activation import mlp, relu_squared
@@ -15,17 +16,29 @@ from qies.ops.norm import rms_norm
 
 
 def linear(inputs: int, outputs: int, std: float | None = None) -> nn.Linear:
-    """A bias-free linear map that remembers the standard deviation of its initial weights, by default inputs^-1/2."""
-    layer = nn.Linear(inputs, outputs, bias=False)
+    """A linear map without bias; `init_std`, by default inputs^-1/2, is the standard deviation of its initial weights.
+
+    The constructor draws nothing that lasts: `init_module` sets the weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        layer = nn.Linear(inputs, outputs, bias=False)
     layer.init_std = inputs**-0.5 if std is None else std  # type: ignore[assignment]
+    return layer
+
+
+def embedding(entries: int, width: int, std: float) -> nn.Embedding:
+    """A table of vectors whose initial entries have the standard deviation `std`; as `linear`, it draws nothing."""
+    with torch.random.fork_rng(devices=[]):
+        layer = nn.Embedding(entries, width)
+    layer.init_std = std  # type: ignore[assignment]
     return layer
 
 
 def is_matrix(layer: nn.Module) -> bool:
     """Whether layer(x) is x W^T and nothing more, so that a fused kernel may read the weight W in its place.
 
-    False for whatever may act around the weight: subclasses and parametrizations, adapters, a bias, quantised, sharded
-    or offloaded weights, a replaced `forward`, and hooks on the layer or on all modules. Such a layer must be called.
+    False where something may act around the weight: subclasses and parametrizations, adapters, a bias, quantised,
+    sharded or offloaded weights, a replaced `forward`, and hooks on the layer or on all modules. Call such a layer.
     """
     weight = layer._parameters.get("weight")
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
@@ -56,6 +69,9 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, taps))
 
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
+
     def forward(self, x: Tensor, mask: Tensor | None = None, cache=None, texts: Tensor | None = None) -> Tensor:
         """x [B,T,D] -> [B,T,D]; mask [B,T] bool, False at pads; cache: the layer's memory or None; texts [B,T] int64,
         the number of each token's text in a packed row, or None."""
@@ -63,7 +79,7 @@ class ShortConv(nn.Module):
         if mask is None:
             y, inputs = causal_conv(x, self.weight, past, texts)
         else:
-            # Pads may stand anywhere: bring the real tokens together, convolve, and put them back.
+            # Pads may be anywhere: gather the real tokens, convolve, scatter back.
             order = torch.argsort((~mask).long(), dim=1, stable=True)
             texts = None if texts is None else texts.gather(1, order)
             order = order[..., None].expand_as(x)

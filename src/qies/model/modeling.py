@@ -27,12 +27,12 @@ from qies.model.attention import Attention, rotary_angles
 from qies.model.cache import QiesCache
 from qies.model.configuration import QiesConfig
 from qies.model.entanglement import Entanglement
-from qies.model.gpt2 import Gpt2Attention, Gpt2Block
-from qies.model.layers import MLP, ShortConv, is_matrix, linear
+from qies.model.gpt2 import GPT2_STD, Gpt2Attention, Gpt2Block
+from qies.model.initialization import draw_seed, init_module, seeded
+from qies.model.layers import MLP, embedding, is_matrix, linear
 from qies.model.packing import Rows, ends_of, positions_of, read_rows
 from qies.objective import language_modelling, language_modelling_of_logits
-from qies.ops.entangle import first_tokens
-from qies.ops.entangle.chunk import readable
+from qies.ops.entangle.layout import first_tokens, readable
 from qies.ops.norm import rms_norm
 
 # Saved beside the weights: for an unknown model type transformers advises an upgrade, which does not help.
@@ -128,32 +128,26 @@ class QiesPreTrainedModel(PreTrainedModel):
                 (folder / "README.md").write_text(CARD, encoding="utf-8")
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if self.config.block == "gpt2":
-            self._init_gpt2(module)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=1.0)
-        elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=getattr(module, "init_std", module.in_features**-0.5))
-        elif isinstance(module, ShortConv):
-            init.zeros_(module.weight)
-        elif isinstance(module, Attention):
-            init.ones_(module.q_scale)
-        elif isinstance(module, Entanglement):
-            module.reset_controls()
-        elif callable(reset := getattr(module, "reset_parameters", None)):  # of a mixer from outside the package
-            reset()
+    @property
+    def init_seed(self) -> int:
+        """The seed that every initial weight derives from, drawn from torch's default generator by the constructor."""
+        return self.base_model._init_seed
 
-    def _init_gpt2(self, module: nn.Module) -> None:
-        """GPT-2's rule: N(0, 0.02), residual projections smaller by sqrt(2 L), biases zero."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            residual = getattr(module, "residual", False)
-            init.normal_(module.weight, std=0.02 * ((2 * self.config.num_hidden_layers) ** -0.5 if residual else 1))
-        if isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-        if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
-            init.zeros_(module.bias)
+    def name_in_base(self, name: str) -> str:
+        """A module's name in the model without a head, whose weights are the same with and without one."""
+        return name.removeprefix(f"{self.base_model_prefix}.")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise a module that transformers made to replace or extend one, from torch's default generator."""
+        init_module(module)
+
+    @init.guard_torch_init_functions()
+    def initialize_weights(self) -> None:
+        """Initialise what has not been, each parameter from (`init_seed`, its name)."""
+        for name, module in self.named_modules():
+            if not getattr(module, "_is_hf_initialized", False):
+                init_module(module, self.init_seed, self.name_in_base(name))
+                module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 class QiesModel(QiesPreTrainedModel):
@@ -171,11 +165,16 @@ class QiesModel(QiesPreTrainedModel):
 
     def __init__(self, config: QiesConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self._init_seed = draw_seed()
         gpt2 = config.block == "gpt2"
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if gpt2 else None
+        std = GPT2_STD if gpt2 else 1.0
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, std)
+        self.embed_positions = embedding(config.max_position_embeddings, config.hidden_size, std) if gpt2 else None
         block = Gpt2Block if gpt2 else QiesBlock
-        self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList()
+        for i in range(config.num_hidden_layers):
+            with seeded(self._init_seed, f"layers.{i}"):
+                self.layers.append(block(config, i))
         self.norm = nn.LayerNorm(config.hidden_size) if gpt2 else RmsNorm(config.rms_norm_eps)
         self.gradient_checkpointing = False
         specs = mixers(config.layer_types or [])
@@ -317,7 +316,8 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
     def __init__(self, config: QiesConfig) -> None:
         super().__init__(config)
         self.model = QiesModel(config)
-        self.lm_head = linear(config.hidden_size, config.vocab_size, std=0.1 * config.hidden_size**-0.5)
+        std = GPT2_STD if config.block == "gpt2" else 0.1 * config.hidden_size**-0.5
+        self.lm_head = linear(config.hidden_size, config.vocab_size, std)
         self.post_init()
 
     @can_return_tuple

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qies.ops.entangle import first_tokens
-from qies.ops.entangle.chunk import readable
+from qies.ops.entangle.layout import first_tokens, readable
 
 
 class Rows(NamedTuple):

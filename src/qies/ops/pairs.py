@@ -34,8 +34,8 @@ def rotate(x: Tensor, phase: Tensor, dim: int = -1) -> Tensor:
 
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:
-    """x / |x|, however long or short, and zero for the zero vector (with a zero gradient). Same shape."""
-    largest = x.detach().abs().amax(dim, keepdim=True)  # what x is multiplied by does not matter to its direction
+    """x / |x| without over- or underflow, and zero for the zero vector (with a zero gradient). Same shape."""
+    largest = x.detach().abs().amax(dim, keepdim=True)  # a constant factor does not change the direction
     none = largest == 0
     x = x / largest.masked_fill(none, torch.inf)
     return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + none)

@@ -30,7 +30,7 @@ from qies import runs
 from qies.config import TrainConfig
 from qies.errors import GONE, Stopped, UserError
 from qies.model import QiesForCausalLM
-from qies.train.sharded_init import Deferred
+from qies.train.sharded_init import fill, weights_on_meta
 
 T = TypeVar("T")
 # Of a collective: the others wait while the first builds data or checks the files of a checkpoint. A process that dies
@@ -92,15 +92,15 @@ class Group:
         """
         if self.size == 1:
             return build().to(self.device)
-        deferred = Deferred(build)
-        model = deferred.model
+        with weights_on_meta():
+            model = build()
         mesh = init_device_mesh(self.device.type, (self.size,))
         cuda = self.device.type == "cuda"
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
         for block in model.model.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        deferred.fill()
+        fill(model)
         return model
 
     def reduce_gradients(self, model: Any, on: bool) -> None:

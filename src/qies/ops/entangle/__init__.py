@@ -1,22 +1,20 @@
-"""The entanglement op: one contract, several ways to compute it. README.md beside it derives the fast ones."""
+"""The entanglement op: one contract, several implementations. README.md in this folder derives the fast ones."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qies.errors import UserError, nearest
 from qies.ops.autograd import transformed
-from qies.ops.entangle.chunk import entangle_chunk, readable
+from qies.ops.entangle.chunk import entangle_chunk
 from qies.ops.entangle.exported import of_any_length
 from qies.ops.entangle.fla import entangle_fla, obstacle
-from qies.ops.entangle.naive import entangle_naive, working_dtype
+from qies.ops.entangle.layout import Inputs, first_tokens, readable, reset_at
+from qies.ops.entangle.naive import empty_state, entangle_naive
 from qies.ops.entangle.step import entangle_step
 
-__all__ = ["BACKENDS", "MODES", "entangle", "entangle_chunk", "entangle_fla", "entangle_naive", "entangle_step"]
+__all__ = ["BACKENDS", "MODES", "Inputs", "entangle", "evolve", "first_tokens"]
 
 BACKENDS = ("auto", "naive", "chunk", "fused", "step", "fla")
 MODES = ("real", "complex")
@@ -67,81 +65,54 @@ def entangle(
     """
     _check(q, k, v, beta, log_alpha, theta, state, mode, backend, texts)
     _check_ranges(beta, log_alpha)
-    return evolve(q, k, v, beta, log_alpha, theta, state=state, mode=mode, backend=backend, texts=texts)
+    return evolve(Inputs(q, k, v, beta, log_alpha, theta, state), mode, backend, texts)
 
 
-def evolve(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_alpha: Tensor,
-    theta: Tensor | None,
-    *,
-    state: Tensor | None = None,
-    mode: str = "real",
-    backend: str = "auto",
-    texts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def evolve(x: Inputs, mode: str = "real", backend: str = "auto", texts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`entangle` of arguments that are known to fit, as a model's are."""
-    if q.shape[1] == 0:  # no token, nothing happens
-        dtype = working_dtype(q, k, v, beta, log_alpha, theta, state)
-        if state is None:
-            state = v.new_zeros(len(q), *q.shape[2:], v.shape[-1] // (2 if mode == "complex" else 1))
-        return v.clone(), state.to(dtype, copy=True)
+    if x.q.shape[1] == 0:  # no token: the state is unchanged
+        return x.v.clone(), empty_state(x, mode) if x.state is None else x.state.to(x.dtype, copy=True)
     if texts is not None:
-        if state is not None:
-            return _apart(q, k, v, beta, log_alpha, theta, state, mode, backend, texts)
-        log_alpha = reset_at(log_alpha, first_tokens(texts))
-    inputs = (q, k, v, beta, log_alpha, theta, state)
-    if backend == "auto" and isinstance(q.shape[1], torch.SymInt) and torch.compiler.is_exporting():
-        return of_any_length(*inputs, mode)  # a loop over chunks would fix their number
-    if backend == "auto":
-        fast = "fla" if obstacle(*inputs) is None else "fused" if _fits_kernel(*inputs) else "chunk"
-        backend = "step" if q.shape[1] == 1 else fast
+        if x.state is not None:
+            return _one_row_per_text(x, mode, backend, texts)
+        x = x._replace(log_alpha=reset_at(x.log_alpha, first_tokens(texts)))
+    if backend == "auto" and isinstance(x.q.shape[1], torch.SymInt) and torch.compiler.is_exporting():
+        return of_any_length(*x, mode)  # a loop over chunks would fix their number
+    if backend == "auto" and x.q.shape[1] == 1:
+        backend = "step"
+    elif backend == "auto":
+        backend = "fla" if obstacle(x) is None else "fused" if _fits_kernel(x) else "chunk"
     if backend == "fused":
-        from qies.ops.entangle.cpu import entangle_fused  # numba is imported when it is needed
+        from qies.ops.entangle.cpu import entangle_fused  # imports numba only where it is used
 
-        return entangle_fused(*inputs, mode)
+        return entangle_fused(x, mode)
     run = {"naive": entangle_naive, "chunk": entangle_chunk, "step": entangle_step, "fla": entangle_fla}[backend]
-    return run(*inputs, mode)
+    return run(x, mode)
 
 
-def _fits_kernel(*inputs: Any) -> bool:
+def _fits_kernel(x: Inputs) -> bool:
     """Whether the kernel takes these: memory of the CPU, and nothing to be done in float64."""
-    given = [x for x in inputs if x is not None]
-    on_cpu = all(x.device.type == "cpu" for x in given)
-    return on_cpu and working_dtype(*given) == torch.float32 and readable(*given) and not transformed()
+    on_cpu = all(y.device.type == "cpu" for y in x.given)
+    return on_cpu and x.dtype == torch.float32 and readable(*x.given) and not transformed()
 
 
-def first_tokens(texts: Tensor) -> Tensor:
-    """Where a text other than a row's first begins, `[B, T]` bool, from `texts` as `entangle` takes them."""
-    return F.pad(texts[:, 1:] != texts[:, :-1], (1, 0))
-
-
-def reset_at(log_alpha: Tensor, first: Tensor) -> Tensor:
-    """log_alpha with alpha = 0 at the tokens `first` `[B, T]` bool: what came before is forgotten exactly."""
-    return log_alpha.masked_fill(first.view(*first.shape, *[1] * (log_alpha.ndim - 2)), -torch.inf)
-
-
-def _apart(q, k, v, beta, log_alpha, theta, state, mode, backend, texts) -> tuple[Tensor, Tensor]:
-    """Packed texts that start from a state: each in a row of its own, padded at the end by tokens that do nothing."""
+def _one_row_per_text(x: Inputs, mode: str, backend: str, texts: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed texts that start from a state: each in its own row, padded at the end by tokens that change nothing."""
     first = first_tokens(texts)
     first[:, 0] = True
     number = first.flatten().cumsum(0) - 1  # of each token's text, over all rows
     begin = first.flatten().nonzero().squeeze(1)
-    place = torch.arange(len(number), device=q.device) - begin[number]
+    place = torch.arange(len(number), device=texts.device) - begin[number]
     longest = int(place.max()) + 1
 
-    def rows(x: Tensor | None) -> Tensor | None:
-        if x is None:
+    def rows(y: Tensor | None) -> Tensor | None:
+        if y is None:
             return None
-        return x.new_zeros(len(begin), longest, *x.shape[2:]).index_put((number, place), x.flatten(0, 1))
+        return y.new_zeros(len(begin), longest, *y.shape[2:]).index_put((number, place), y.flatten(0, 1))
 
-    row = begin // texts.shape[1]
-    inputs = (rows(x) for x in (q, k, v, beta, log_alpha, theta))
-    o, last = evolve(*inputs, state=state[row], mode=mode, backend=backend)  # type: ignore[arg-type]
-    return o[number, place].view(v.shape), last[number.view_as(texts)[:, -1]]
+    state = x.state[begin // texts.shape[1]]  # type: ignore[index]
+    o, last = evolve(Inputs(*map(rows, x[:-1]), state), mode, backend)  # type: ignore[arg-type]
+    return o[number, place].view(x.v.shape), last[number.view_as(texts)[:, -1]]
 
 
 def _check_ranges(beta: Tensor, log_alpha: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The chunkwise form in torch operations, for any device and dtype: parallel inside chunks, a scan over their states.
 
-README.md derives it. On the processor in float32 `fused` is the same form, several times faster.
+README.md derives it. On the CPU in float32 `fused` is the same form, several times faster.
 """
 
 from __future__ import annotations
@@ -9,31 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qies.ops.entangle.naive import beta_block, key_rows, no_autocast, value_rows, working_dtype
+from qies.ops.entangle.layout import (
+    MAX_CHUNK_DECAY,
+    MAX_TOKEN_DECAY,
+    Inputs,
+    beta_block,
+    key_rows,
+    no_autocast,
+    readable,
+    running_phase,
+    value_rows,
+)
 from qies.ops.pairs import rotate, unit
 
 CHUNK = 64  # key rows: tokens, or half as many in complex mode
-CALM = 60.0  # a chunk damps to e^-60 at most: its rescaled halves are far from over- and underflow in float32
-FAINT = 40.0  # inside a chunk a token that damps beyond e^-40 damps to e^-40: nothing, to the rounding of float64
-TURN = 2 * torch.pi
 
 
-def entangle_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_alpha: Tensor,
-    theta: Tensor | None,
-    state: Tensor | None = None,
-    mode: str = "real",
-) -> tuple[Tensor, Tensor]:
+def entangle_chunk(x: Inputs, mode: str = "real") -> tuple[Tensor, Tensor]:
     """`entangle` in chunks; same shapes and returns."""
-    dtype = working_dtype(q, k, v, beta, log_alpha, theta, state)
-    (B, T, H, K), out_dtype = q.shape, v.dtype
-    with no_autocast(q):
-        q, k, v, beta, log_alpha = (x.to(dtype) for x in (q, k, v, beta, log_alpha))
-        # keys in float64, or the same small error in every length would add up over a long row of reflections
+    dtype, theta, state = x.dtype, x.theta, x.state
+    B, T, H, K = x.q.shape
+    with no_autocast(x.q):
+        q, k, v, beta, log_alpha = (y.to(dtype) for y in x[:5])
+        # keys in float64: equal small errors in every length would add up over a long sequence of reflections
         q, k = unit(q), unit(k.double()).to(dtype)
         if theta is not None:
             phase = running_phase(theta, dtype)
@@ -41,14 +39,14 @@ def entangle_chunk(
         Q, keys, values = key_rows(q, mode), key_rows(k, mode), value_rows(v, mode)
         r = keys.shape[-2]
         writes = beta_block(beta, values).mT @ keys
-        C = calm(log_alpha, min(T, CHUNK // r))
+        C = chunk_length(log_alpha, min(T, CHUNK // r))
         read, write, enter, leave = damping(chunks(log_alpha, C))
-        Q, keys, writes, values = (chunks(x, C) for x in (Q, keys, writes, values))  # [n, B, H, C, r, ..]
+        Q, keys, writes, values = (chunks(y, C) for y in (Q, keys, writes, values))  # [n, B, H, C, r, ..]
         Q, keys, writes = Q * read, keys * read, writes * write
-        Q, keys, writes, values = (x.flatten(-3, -2) for x in (Q, keys, writes, values))  # [n, B, H, C r, ..]
+        Q, keys, writes, values = (y.flatten(-3, -2) for y in (Q, keys, writes, values))  # [n, B, H, C r, ..]
 
         present = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-        present, past = (x.repeat_interleave(r, 0).repeat_interleave(r, 1) for x in (present, present.tril(-1)))
+        present, past = (y.repeat_interleave(r, 0).repeat_interleave(r, 1) for y in (present, present.tril(-1)))
         seen = (keys @ writes.mT).masked_fill(~past, 0)
         P = (Q @ writes.mT).masked_fill(~present, 0)
         solved = torch.linalg.solve_triangular(seen, torch.cat([values, keys], -1), upper=False, unitriangular=True)
@@ -65,44 +63,24 @@ def entangle_chunk(
         o = o.flatten(1, 2)[:, :T].flatten(-2)
         if theta is not None:
             S = rotate(S, phase[:, -1].unsqueeze(-1), dim=-2)
-        return o.to(out_dtype), S
+        return o.to(x.v.dtype), S
 
 
 def chunks(x: Tensor, C: int) -> Tensor:
-    """`[B, T, H, ..]` as `[n, B, H, C, ..]`, padded with tokens of zeros, which do nothing."""
+    """`[B, T, H, ..]` as `[n, B, H, C, ..]`, padded with zeros, which change no state."""
     x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, -x.shape[1] % C])
     return x.unflatten(1, (-1, C)).permute(1, 0, 3, 2, *range(4, x.ndim + 1))
 
 
-def running_phase(theta: Tensor, dtype: torch.dtype) -> Tensor:
-    """The running sum of theta over tokens, less its whole turns: exact however large the angles and long the text."""
-    theta = theta.double()
-    if dtype == torch.float64:  # float32 does not see how theta / TURN is rounded, and need not pay for better
-        given = theta.detach()
-        within = torch.atan2(given.sin(), given.cos())  # a multiple of TURN taken away would bring its own rounding
-        theta = within + (theta - given)  # the gradient of theta, and nothing kept for it
-    turns = (theta / TURN).cumsum(1)
-    return ((turns - turns.round()) * TURN).to(dtype)
+def chunk_length(log_alpha: Tensor, C: int) -> int:
+    """The longest chunk, C halved as often as needed, whose tokens after the first decay to e^-MAX_CHUNK_DECAY at most.
 
-
-def readable(*tensors: Tensor) -> bool:
-    """Whether these hold numbers: not stand-ins of an export or of torch.func, nor on the meta device."""
-    if any(type(x) not in (Tensor, torch.nn.Parameter) or x.device.type == "meta" for x in tensors):
-        return False
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
-
-
-def calm(log_alpha: Tensor, C: int) -> int:
-    """The longest chunk, C halved as often as it takes, whose tokens after the first damp to e^-CALM at most.
-
-    Where the numbers cannot be read, as in an export, two tokens: always calm, and slow.
+    Where the numbers cannot be read, as in an export, two tokens: always within the limit, and slow.
     """
     if not readable(log_alpha):
         return min(C, 2)
-    damped = log_alpha.detach().clamp(-FAINT, 0).neg()
-    while C > 1 and damped.numel() and chunks(damped, C)[:, :, :, 1:].sum(3).amax() > CALM:
+    decay = log_alpha.detach().clamp(-MAX_TOKEN_DECAY, 0).neg()
+    while C > 1 and decay.numel() and chunks(decay, C)[:, :, :, 1:].sum(3).amax() > MAX_CHUNK_DECAY:
         C = (C + 1) // 2
     return C
 
@@ -115,7 +93,7 @@ def damping(log_alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     after by e^{c} `[n, B, H, 1 or 2m, 1]`.
     """
     log_alpha = log_alpha.unsqueeze(-1) if log_alpha.ndim == 4 else torch.cat([log_alpha, log_alpha], -1)
-    first, rest = log_alpha[..., :1, :], log_alpha[..., 1:, :].clamp(min=-FAINT)
+    first, rest = log_alpha[..., :1, :], log_alpha[..., 1:, :].clamp(min=-MAX_TOKEN_DECAY)
     g = torch.cat([torch.zeros_like(first), rest], -2).cumsum(-2)
     c = g[..., -1:, :] / 2
     read, write = ((x.exp()).unsqueeze(-2) for x in (g - c, c - g))

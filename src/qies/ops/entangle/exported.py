@@ -1,13 +1,16 @@
 """The op as one node of an exported program whose text may have any length: `torch.ops.qies.entangle`.
 
-A loop over chunks would be unrolled for the length of the example. The node runs whatever form is fastest where the
-program runs; `import qies.ops.entangle` has to come before a saved program is loaded. It has no gradient.
+A loop over chunks would be unrolled for the length of the example. The node runs the fastest form of the machine that
+runs the program; import `qies.ops.entangle` before loading a saved program. It has no gradient.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from qies.ops.entangle.layout import Inputs
+from qies.ops.entangle.naive import empty_state
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor log_alpha, Tensor? theta, Tensor? state, str mode)"
@@ -20,13 +23,9 @@ def of_any_length(q, k, v, beta, log_alpha, theta, state, mode):
     """`entangle` of arguments that are known to fit; same shapes and returns."""
     from qies.ops.entangle import evolve
 
-    return evolve(q, k, v, beta, log_alpha, theta, state=state, mode=mode)
+    return evolve(Inputs(q, k, v, beta, log_alpha, theta, state), mode)
 
 
 @of_any_length.register_fake
 def _shapes(q, k, v, beta, log_alpha, theta, state, mode) -> tuple[Tensor, Tensor]:
-    from qies.ops.entangle.naive import working_dtype
-
-    dtype = working_dtype(q, k, v, beta, log_alpha, theta, state)
-    channels = v.shape[-1] // (2 if mode == "complex" else 1)
-    return torch.empty_like(v), v.new_empty(len(q), *q.shape[2:], channels, dtype=dtype)
+    return torch.empty_like(v), empty_state(Inputs(q, k, v, beta, log_alpha, theta, state), mode)

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from qies.errors import UserError
-from qies.ops.entangle.chunk import FAINT, running_phase
-from qies.ops.entangle.naive import no_autocast, working_dtype
+from qies.ops.entangle.layout import MAX_TOKEN_DECAY, Inputs, no_autocast, running_phase
 from qies.ops.pairs import rotate, times_i, unit
 
 KERNELS = {"gated_delta_rule": "chunk_gated_delta_rule", "kda": "chunk_kda"}  # by their folder in fla.ops
@@ -35,16 +34,7 @@ class Call(NamedTuple):
     echo: Tensor | None  # `[B, T, H, V]` in complex mode: what the first of a token's two reads has yet to see
 
 
-def entangle_fla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_alpha: Tensor,
-    theta: Tensor | None,
-    state: Tensor | None = None,
-    mode: str = "real",
-) -> tuple[Tensor, Tensor]:
+def entangle_fla(x: Inputs, mode: str = "real") -> tuple[Tensor, Tensor]:
     """`entangle` on a CUDA device; same shapes and returns. Once differentiable.
 
     Keys, queries and values are rounded to the half precision of autocast or of v; beta, decay, phase and the carried
@@ -53,38 +43,28 @@ def entangle_fla(
     Raises:
         UserError: no CUDA device, no package, or a case that no kernel expresses (see `obstacle`).
     """
-    reason = obstacle(q, k, v, beta, log_alpha, theta, state)
+    reason = obstacle(x)
     if reason is not None:
         raise UserError(reason)
-    dtype, out_dtype = kernel_dtype(v), v.dtype
-    with no_autocast(q):
-        call = mapping(q, k, v, beta, log_alpha, theta, state, mode, dtype)
+    dtype = kernel_dtype(x.v)
+    with no_autocast(x.q):
+        call = mapping(x, mode, dtype)
         o, state = results(call, *kernel(call.kernel)(**call.arguments))
-    return o.to(out_dtype), state
+    return o.to(x.v.dtype), state
 
 
-def mapping(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_alpha: Tensor,
-    theta: Tensor | None,
-    state: Tensor | None = None,
-    mode: str = "real",
-    dtype: torch.dtype = torch.float32,
-) -> Call:
+def mapping(x: Inputs, mode: str = "real", dtype: torch.dtype = torch.float32) -> Call:
     """The inputs of `entangle`, beta real, as one call of a kernel on T tokens, or 2T in complex mode.
 
     `dtype` is that of the keys, queries and values the kernel gets; all else is float32.
     """
-    q, k, v, beta = unit(q.float()), unit(k.float()), v.float(), beta.float()
-    g = log_alpha.float().clamp(min=-FAINT)
+    q, k, v, beta = unit(x.q.float()), unit(x.k.float()), x.v.float(), x.beta.float()
+    g = x.log_alpha.float().clamp(min=-MAX_TOKEN_DECAY)
     if g.ndim == 4:
         g = torch.cat([g, g], -1)
     phase = echo = None
-    if theta is not None:
-        running = running_phase(theta, torch.float32)
+    if x.theta is not None:
+        running = running_phase(x.theta, torch.float32)
         q, k, phase = rotate(q, -running), rotate(k, -running), running[:, -1]
     if mode == "complex":
         # two real tokens: the second writes along Jk and is read by q; the first is read by Jq, through the second
@@ -100,10 +80,10 @@ def mapping(
         "beta": beta,
         "g": g,
         "scale": 1.0,
-        "initial_state": None if state is None else state.float(),
+        "initial_state": None if x.state is None else x.state.float(),
         "output_final_state": True,
     }
-    return Call("gated_delta_rule" if log_alpha.ndim == 3 else "kda", arguments, phase, echo)
+    return Call("gated_delta_rule" if x.log_alpha.ndim == 3 else "kda", arguments, phase, echo)
 
 
 def results(call: Call, o: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,17 +101,9 @@ def by_turns(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack([first, second], 2).flatten(1, 2)
 
 
-def obstacle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_alpha: Tensor,
-    theta: Tensor | None,
-    state: Tensor | None,
-) -> str | None:
+def obstacle(x: Inputs) -> str | None:
     """Why these inputs cannot run on the kernels, in one line that says what to do; None when they can."""
-    return missing(q.device) or inexpressible(q, k, v, beta, log_alpha, theta, state)
+    return missing(x.q.device) or inexpressible(x)
 
 
 def missing(device: torch.device) -> str | None:
@@ -143,16 +115,15 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def inexpressible(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *others: Tensor | None) -> str | None:
+def inexpressible(x: Inputs) -> str | None:
     """What no kernel expresses, or None."""
-    if beta.ndim == 4:
+    if x.beta.ndim == 4:
         return (
             "backend 'fla' has no kernel for complex beta [B, T, H, 2]; use backend='chunk', or a real beta [B, T, H]."
         )
-    if q.shape[-1] > WIDEST:
-        return f"backend 'fla' takes keys of up to 2m = {WIDEST} but q has {q.shape[-1]}; use backend='chunk'."
-    wide = working_dtype(q, k, v, beta, *others) == torch.float64
-    dtype = torch.float64 if wide else kernel_dtype(v)
+    if x.q.shape[-1] > WIDEST:
+        return f"backend 'fla' takes keys of up to 2m = {WIDEST} but q has {x.q.shape[-1]}; use backend='chunk'."
+    dtype = torch.float64 if x.dtype == torch.float64 else kernel_dtype(x.v)
     if dtype not in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         return f"backend 'fla' computes in half precision, not {name}; use backend='chunk', or autocast to bfloat16."

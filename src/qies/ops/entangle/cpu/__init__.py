@@ -1,4 +1,4 @@
-"""The chunk form as one kernel for the processor: compiled by numba, every buffer of a chunk in its cache.
+"""The chunk form as one CPU kernel, compiled by numba; the buffers of a chunk stay in the cache.
 
 README.md in the folder above derives the formulas; `chunk.py` there is the same form in torch operations.
 """
@@ -17,30 +17,21 @@ from torch import Tensor
 
 from qies.ops.autograd import first_order
 from qies.ops.entangle.cpu.scan import backward, forward, plan
-from qies.ops.entangle.cpu.workspace import Sizes, tile_of
+from qies.ops.entangle.cpu.workspace import Arrays, Chunks, Sizes, buffer_layout
+from qies.ops.entangle.layout import Inputs
 from qies.ops.simd import LANES, flat, working
 
 
-@torch.compiler.disable  # a compiled model runs it as it is, between two compiled pieces
-def entangle_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_alpha: Tensor,
-    theta: Tensor | None,
-    state: Tensor | None = None,
-    mode: str = "real",
-) -> tuple[Tensor, Tensor]:
+@torch.compiler.disable  # a compiled model calls it between two compiled pieces
+def entangle_fused(x: Inputs, mode: str = "real") -> tuple[Tensor, Tensor]:
     """`entangle` on CPU, in float32 whatever comes (bfloat16 included); same shapes and returns. Once differentiable.
 
     The backward keeps the state before every 32 key rows (at worst 17, where damping cuts) and nothing else as large.
     """
-    if q.dtype != k.dtype:
-        q, k = q.float(), k.float()  # the kernel reads them side by side
-    inputs = (q, k, v, beta, log_alpha, theta, state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return _Fused.apply(*inputs, 1 if mode == "real" else 2, keep)
+    if x.q.dtype != x.k.dtype:
+        x = x._replace(q=x.q.float(), k=x.k.float())  # the kernel reads them side by side
+    keep = torch.is_grad_enabled() and any(y.requires_grad for y in x.given)
+    return _Fused.apply(*x, 1 if mode == "real" else 2, keep)
 
 
 class _Fused(torch.autograd.Function):
@@ -51,11 +42,12 @@ class _Fused(torch.autograd.Function):
         decays, betas = (1 if x.ndim == 3 else x.shape[-1] for x in (log_alpha, beta))
         sizes = Sizes(T, H, m, V, r, decays, betas, theta is not None, *(-(-n // LANES) * LANES for n in (K, V)))
         inputs = (q, k, v, beta, log_alpha, theta)
-        arrays = [flat(x) for x in inputs]
-        first, starts, place, count = plan(arrays[4], sizes, B)
+        arrays = Arrays(*map(flat, inputs))
+        *parts, count = plan(arrays.log_alpha, sizes, B)
+        chunks = Chunks(*parts)
         kept, phases = (
             torch.empty(count * K * V if keep else 0, dtype=torch.float32),
-            np.empty(len(starts) * m if keep else 0),
+            np.empty(len(chunks.starts) * m if keep else 0),
         )
         o = torch.empty(v.shape, dtype=working(v))
         if state is None:
@@ -64,29 +56,30 @@ class _Fused(torch.autograd.Function):
             last = state.float().clone(memory_format=torch.contiguous_format)
 
         def part(begin: int, end: int) -> None:
-            tile = tile_of(sizes.k, sizes.v, m)
-            forward(*arrays, flat(last), flat(o), sizes, *tile, begin, end, first, starts, place, flat(kept), phases)
+            buffers = buffer_layout(sizes.k, sizes.v, m)
+            forward(arrays, flat(last), flat(o), sizes, *buffers, begin, end, chunks, flat(kept), phases)
 
         in_parts(part, B * H)
         if keep:
             ctx.save_for_backward(*inputs, kept)
-            ctx.rest = sizes, first, starts, place, phases, None if state is None else state.dtype
+            ctx.rest = sizes, chunks, phases, None if state is None else state.dtype
         return o.to(v.dtype), last
 
     @staticmethod
     @first_order
     def backward(ctx: Any, do: Tensor, dlast: Tensor):
         *inputs, kept = ctx.saved_tensors
-        sizes, first, starts, place, phases, state_dtype = ctx.rest
+        sizes, chunks, phases, state_dtype = ctx.rest
         grads = [None if x is None else torch.empty(x.shape, dtype=working(x)) for x in inputs]
         dstate = dlast.float().clone(memory_format=torch.contiguous_format)
-        arrays = [flat(x) for x in (*inputs, do, dstate, *grads)]
+        arrays, gradients = Arrays(*map(flat, inputs)), Arrays(*map(flat, grads))
+        rest = flat(do), flat(dstate), sizes
 
         def part(begin: int, end: int) -> None:
-            tile = tile_of(sizes.k, sizes.v, sizes.m)
-            backward(*arrays, sizes, *tile, begin, end, first, starts, place, flat(kept), phases)
+            buffers = buffer_layout(sizes.k, sizes.v, sizes.m)
+            backward(arrays, gradients, *rest, *buffers, begin, end, chunks, flat(kept), phases)
 
-        in_parts(part, len(first) - 1)
+        in_parts(part, len(chunks.first) - 1)
         grads = [g if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
         return *grads, None if state_dtype is None else dstate.to(state_dtype), None, None
 
@@ -98,7 +91,7 @@ def in_parts(part: Callable[[int, int], None], units: int) -> None:
         return part(0, units) if units else None
     edges = [units * i // threads for i in range(threads + 1)]
     for _ in _pool(threads).map(part, edges[:-1], edges[1:]):
-        pass  # raises what a part raised
+        pass  # re-raises the exception of a part
 
 
 @cache

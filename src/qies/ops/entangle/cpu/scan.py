@@ -1,8 +1,10 @@
 """Whole sequences, chunk by chunk. A unit of work is one head of one batch row: unit = b H + h.
 
-Chunks are cut where damping asks for it, unit by unit, so that strong damping in one head costs no other. Only the
-state is kept, in the gauge without phase, and only before sections: chunks of RANGE rows together at most, commonly
-one. The backward makes the rest again by the forward's code.
+Legend: as in workspace.py.
+
+Chunks end where decay requires it, unit by unit, so that strong decay in one head does not slow the others. Only the
+state is kept, in the gauge without phase, and only before sections: chunks of MAX_ROWS rows together at most, commonly
+one. The backward pass recomputes the rest with the forward's code.
 """
 
 from __future__ import annotations
@@ -11,29 +13,35 @@ import numpy as np
 from numba import njit
 
 from qies.ops.compiled import OPTIONS, kernel
-from qies.ops.entangle.cpu.chunk_backward import pull, settle, sum_up, through, turn_back
+from qies.ops.entangle.cpu.chunk_backward import (
+    chunk_gradients,
+    gate_gradients,
+    input_gradients,
+    state_terms,
+    write_gradients,
+)
 from qies.ops.entangle.cpu.chunk_forward import advance, outputs, prepare
-from qies.ops.entangle.cpu.workspace import RANGE, rescale
+from qies.ops.entangle.cpu.workspace import MAX_ROWS, Chunk, rescale, token
+from qies.ops.entangle.layout import MAX_CHUNK_DECAY
 from qies.ops.simd import cos_sin, get, prefetch, put, read
 
-ABREAST = 8  # most heads that go in step: their states stay in the nearer cache
-CALM = 60.0  # a chunk damps to e^-60 at most: its rescaled halves are far from over- and underflow in float32
+GROUP = 8  # neighbouring heads processed together: their states stay in the L2 cache
 
 
 @njit(**OPTIONS)
-def cut(log_alpha, s, b, h, start):
-    """Where the chunk of head h that starts at token `start` ends: when it is full, or before it damps too much.
+def chunk_end(log_alpha, s, b, h, start):
+    """The end of the chunk of head h that starts at token `start`: full, or before its decay exceeds the limit.
 
-    The first token's damping acts on the state alone, so it may be of any size.
+    The first token's decay acts on the state alone, so it may be of any size.
     """
     stop, total = start + 1, np.float32(0)
-    while stop < s.T and stop - start < RANGE // s.r:
+    while stop < s.T and stop - start < MAX_ROWS // s.r:
         at = ((b * s.T + stop) * s.H + h) * s.decays
         strongest = np.float32(0)
         for i in range(s.decays):
             strongest = min(strongest, read(log_alpha, at + i))
         total -= strongest
-        if total > CALM:
+        if total > MAX_CHUNK_DECAY:
             break
         stop += 1
     return stop
@@ -50,16 +58,16 @@ def plan(log_alpha, s, B):
     for unit in range(B * s.H):
         t, count = 0, 1
         while t < s.T:
-            t = cut(log_alpha, s, unit // s.H, unit % s.H, t)
+            t = chunk_end(log_alpha, s, unit // s.H, unit % s.H, t)
             count += 1
         first[unit + 1] = first[unit] + count
     starts, place, count = np.empty(first[-1], np.int64), np.empty(first[-1], np.int64), 0
     for unit in range(B * s.H):
         t = home = 0
         for slot in range(first[unit], first[unit + 1]):
-            stop = cut(log_alpha, s, unit // s.H, unit % s.H, t) if t < s.T else t
+            stop = chunk_end(log_alpha, s, unit // s.H, unit % s.H, t) if t < s.T else t
             starts[slot] = t
-            if t == 0 or t == s.T or (stop - starts[home]) * s.r > RANGE:
+            if t == 0 or t == s.T or (stop - starts[home]) * s.r > MAX_ROWS:
                 place[slot], home, count = count, slot, count + 1
             else:
                 place[slot] = home - slot
@@ -68,8 +76,8 @@ def plan(log_alpha, s, B):
 
 
 @njit(**OPTIONS)
-def copy_state(x, to, state, at, s):
-    """The state `[2m, V]` at `state[at:]` into `[k, v]`, padded with zeros."""
+def load_state(x, to, state, at, s):
+    """Load the state `[2m, V]` at `state[at:]` into the buffer `to` `[k, v]`, padded with zeros."""
     if s.k * s.v > 2 * s.m * s.V:
         for i in range(s.k * s.v):
             put(x, to + i, np.float32(0))
@@ -79,16 +87,16 @@ def copy_state(x, to, state, at, s):
 
 
 @njit(**OPTIONS)
-def keep_state(x, source, state, at, s):
-    """The inverse of `copy_state`."""
+def store_state(x, source, state, at, s):
+    """Store a state: the inverse of `load_state`."""
     for c in range(2 * s.m):
         for j in range(s.V):
             put(state, at + c * s.V + j, get(x, source + c * s.v + j))
 
 
 @njit(**OPTIONS)
-def turn_state(state, at, turns, sign, s):
-    """A state `[2m, V]` at `state[at:]` times e^{2 pi i turns}, or its inverse for sign -1."""
+def rotate_state(state, at, turns, sign, s):
+    """Multiply the state `[2m, V]` at `state[at:]` by e^{2 pi i sign turns}."""
     for c in range(s.m):
         cos, sin = cos_sin(turns[c])
         sin *= sign
@@ -100,20 +108,26 @@ def turn_state(state, at, turns, sign, s):
 
 
 @njit(**OPTIONS)
-def together(unit, end, s, first):
-    """Where the units that go in step with `unit` end, and the most chunks of any: neighbouring heads of a batch row,
-    whose tokens lie side by side in memory."""
+def chunk_at(s, unit, starts, slot):
+    """The chunk that starts at `starts[slot]`, of a unit."""
+    return Chunk(unit // s.H, unit % s.H, starts[slot], starts[slot + 1] - starts[slot])
+
+
+@njit(**OPTIONS)
+def group_end(unit, end, s, first):
+    """The end of the group of units that starts with `unit`, and its largest number of chunks: neighbouring heads of a
+    batch row, whose tokens are adjacent in memory."""
     stop, most = unit, 0
-    while stop < end and stop // s.H == unit // s.H and stop - unit < ABREAST:
+    while stop < end and stop // s.H == unit // s.H and stop - unit < GROUP:
         most = max(most, first[stop + 1] - first[stop] - 1)
         stop += 1
     return stop, most
 
 
 @njit(**OPTIONS)
-def look_ahead(s, b, h, start, stop, keys, values, theta):
-    """Ask for what a chunk of tokens reads."""
-    first, tokens, K, V = (b * s.T + start) * s.H + h, stop - start, 2 * s.m, s.r * s.V
+def prefetch_chunk(s, chunk, keys, values, theta):
+    """Prefetch the inputs of a chunk."""
+    first, tokens, K, V = token(s, chunk, 0), chunk.tokens, 2 * s.m, s.r * s.V
     for x in keys:
         prefetch(x, first * K, s.H * K, K, tokens)
     for x in values:
@@ -123,65 +137,68 @@ def look_ahead(s, b, h, start, stop, keys, values, theta):
 
 
 @kernel
-def forward(q, k, v, beta, log_alpha, theta, state, o, s, t, floats, begin, end, first, starts, place, kept, phases):
+def forward(inputs, state, o, s, t, floats, begin, end, chunks, kept, phases):
     """Units from `begin` to `end`: the outputs into o, the last state into `state` in place of the first.
 
-    Unless `kept` is empty, states go there as `place` says, `[.., 2m, V]`, and the phases before every chunk and after
-    the last into `phases` `[.., m]`, in turns.
+    Unless `kept` is empty, it receives the states `[.., 2m, V]` that `chunks.place` names, and `phases` `[.., m]` the
+    phases before every chunk and after the last, in turns.
     """
-    x, turns = np.zeros(floats, np.float32), np.zeros((ABREAST, s.m), np.float64)
+    first, starts, place = chunks
+    x, turns = np.zeros(floats, np.float32), np.zeros((GROUP, s.m), np.float64)
     area, keep = 2 * s.m * s.V, len(kept) > 0
     unit = begin
     while unit < end:
-        stop, most = together(unit, end, s, first)
+        stop, most = group_end(unit, end, s, first)
         turns[:] = 0
         for i in range(most + 1):
             for u in range(unit, stop):
-                slot, chunks = first[u] + i, first[u + 1] - first[u] - 1
-                if i > chunks:
+                slot, count = first[u] + i, first[u + 1] - first[u] - 1
+                if i > count:
                     continue
-                copy_state(x, t.S, state, u * area, s)
+                load_state(x, t.S, state, u * area, s)
                 if keep:
                     if place[slot] >= 0:
-                        keep_state(x, t.S, kept, place[slot] * area, s)
+                        store_state(x, t.S, kept, place[slot] * area, s)
                     phases[slot * s.m : (slot + 1) * s.m] = turns[u - unit]
-                if i < chunks:
-                    b, h, start, tokens = u // s.H, u % s.H, starts[slot], starts[slot + 1] - starts[slot]
-                    if i + 1 < chunks:
-                        look_ahead(s, b, h, starts[slot + 1], starts[slot + 2], (q, k), (v,), theta)
-                    prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns[u - unit], b, h, start, tokens)
-                    outputs(x, t, s, o, b, h, start, tokens)
-                    advance(x, t, s, tokens)
-                    keep_state(x, t.S, state, u * area, s)
+                if i < count:
+                    chunk = chunk_at(s, u, starts, slot)
+                    if i + 1 < count:
+                        ahead = chunk_at(s, u, starts, slot + 1)
+                        prefetch_chunk(s, ahead, (inputs.q, inputs.k), (inputs.v,), inputs.theta)
+                    prepare(x, t, s, inputs, turns[u - unit], chunk)
+                    outputs(x, t, s, o, chunk)
+                    advance(x, t, s, chunk)
+                    store_state(x, t.S, state, u * area, s)
                 elif s.phases:
-                    turn_state(state, u * area, turns[u - unit], np.float32(1), s)
+                    rotate_state(state, u * area, turns[u - unit], np.float32(1), s)
         unit = stop
 
 
 @njit(**OPTIONS)
-def replay(x, t, s, q, k, v, beta, log_alpha, theta, b, h, slot, starts, place, kept, phases, turns, states, at):
-    """The states before the chunks of the section that ends with the chunk `slot`, but the kept one, to `states[at:]`
-    with room for that one."""
+def recompute_states(x, t, s, inputs, unit, slot, chunks, kept, phases, turns, states, at):
+    """Recompute the states before the chunks of the section that ends with the chunk `slot`, from the kept one, into
+    `states[at:]`, whose first place is left for the kept one."""
+    starts, place = chunks.starts, chunks.place
     home, area = slot + place[slot], 2 * s.m * s.V
     turns[:] = phases[home * s.m : (home + 1) * s.m]
-    copy_state(x, t.S, kept, place[home] * area, s)
-    for chunk in range(home, slot):
-        start = starts[chunk]
-        prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns, b, h, start, starts[chunk + 1] - start)
-        advance(x, t, s, starts[chunk + 1] - start)
-        keep_state(x, t.S, states, at + (chunk + 1 - home) * area, s)
+    load_state(x, t.S, kept, place[home] * area, s)
+    for i in range(home, slot):
+        chunk = chunk_at(s, unit, starts, i)
+        prepare(x, t, s, inputs, turns, chunk)
+        advance(x, t, s, chunk)
+        store_state(x, t.S, states, at + (i + 1 - home) * area, s)
 
 
 @kernel
-def backward(q, k, v, beta, log_alpha, theta, do, dstate, dq, dk, dv, dbeta, dlog_alpha, dtheta,
-             s, t, floats, begin, end, first, starts, place, kept, phases):  # fmt: skip
+def backward(inputs, grads, do, dstate, s, t, floats, begin, end, chunks, kept, phases):
     """Units from `begin` to `end`: every gradient; `dstate`, of the last state, becomes that of the first."""
+    first, starts, place = chunks
     x, turns = np.zeros(floats, np.float32), np.zeros(s.m, np.float64)
     area, depth = 2 * s.m * s.V, 1 - place.min()
-    inside = np.empty(ABREAST * depth * area if depth > 1 else 0, np.float32)
+    inside = np.empty(GROUP * depth * area if depth > 1 else 0, np.float32)
     unit = begin
     while unit < end:
-        stop, most = together(unit, end, s, first)
+        stop, most = group_end(unit, end, s, first)
         for i in range(most):
             for u in range(unit, stop):
                 last = first[u + 1] - 1
@@ -189,31 +206,31 @@ def backward(q, k, v, beta, log_alpha, theta, do, dstate, dq, dk, dv, dbeta, dlo
                 if slot < first[u]:
                     continue
                 if i == 0 and s.phases:
-                    turn_state(dstate, u * area, phases[last * s.m : (last + 1) * s.m], np.float32(-1), s)
-                b, h, start, tokens = u // s.H, u % s.H, starts[slot], starts[slot + 1] - starts[slot]
+                    rotate_state(dstate, u * area, phases[last * s.m : (last + 1) * s.m], np.float32(-1), s)
+                chunk = chunk_at(s, u, starts, slot)
                 if slot > first[u]:
-                    look_ahead(s, b, h, starts[slot - 1], start, (q, k, dq, dk), (v, do, dv), theta)
-                copy_state(x, t.G, dstate, u * area, s)
+                    behind, keys = chunk_at(s, u, starts, slot - 1), (inputs.q, inputs.k, grads.q, grads.k)
+                    prefetch_chunk(s, behind, keys, (inputs.v, do, grads.v), inputs.theta)
+                load_state(x, t.G, dstate, u * area, s)
                 section = (u - unit) * depth * area
                 if place[slot + 1] >= 0:
-                    through(x, t, s, tokens, kept, place[slot + 1] * area, s.V)
+                    state_terms(x, t, s, chunk.tokens, kept, place[slot + 1] * area, s.V)
                     if place[slot] < 0:
-                        replay(x, t, s, q, k, v, beta, log_alpha, theta, b, h, slot, starts, place, kept, phases, turns,
-                               inside, section)  # fmt: skip
+                        recompute_states(x, t, s, inputs, u, slot, chunks, kept, phases, turns, inside, section)
                 else:
-                    through(x, t, s, tokens, inside, section - place[slot + 1] * area, s.V)
+                    state_terms(x, t, s, chunk.tokens, inside, section - place[slot + 1] * area, s.V)
                 if place[slot] >= 0:
-                    copy_state(x, t.S, kept, place[slot] * area, s)
+                    load_state(x, t.S, kept, place[slot] * area, s)
                 else:
-                    copy_state(x, t.S, inside, section - place[slot] * area, s)
+                    load_state(x, t.S, inside, section - place[slot] * area, s)
                 turns[:] = phases[slot * s.m : (slot + 1) * s.m]
-                prepare(x, t, s, q, k, v, beta, log_alpha, theta, turns, b, h, start, tokens)
+                prepare(x, t, s, inputs, turns, chunk)
                 rescale(x, t.G, t.leave, s)
-                pull(x, t, s, do, dv, b, h, start, tokens)
-                settle(x, t, s, beta, dbeta, b, h, start, tokens)
-                turn_back(x, t, s, t.q, t.dq, dq, 0, b, h, start, tokens)
-                turn_back(x, t, s, t.k, t.dk, dk, 1, b, h, start, tokens)
-                sum_up(x, t, s, dlog_alpha, dtheta, b, h, start, tokens)
+                chunk_gradients(x, t, s, do, grads.v, chunk)
+                write_gradients(x, t, s, inputs.beta, grads.beta, chunk)
+                input_gradients(x, t, s, t.q, t.dq, grads.q, 0, chunk)
+                input_gradients(x, t, s, t.k, t.dk, grads.k, 1, chunk)
+                gate_gradients(x, t, s, grads.log_alpha, grads.theta, chunk)
                 rescale(x, t.G, t.enter, s)
-                keep_state(x, t.G, dstate, u * area, s)
+                store_state(x, t.G, dstate, u * area, s)
         unit = stop

@@ -1,7 +1,9 @@
-"""The buffers of one chunk of one head, and what both directions do with them.
+"""The buffers of one chunk of one head, and the operations on them that forward and backward share.
 
-Legend: K = 2m and V of the op; r key rows a token (1 real, 2 complex); n rows in use of the RANGE a chunk has. Buffers
-are padded to whole vectors of k and v numbers; sums never run over padding.
+Legend: x the workspace, one float32 array; t the offsets of the buffers in it (`Buffers`); s the sizes of the call
+(`Sizes`); chunk the batch row b, head h, first token and number of tokens (`Chunk`); K = 2m and V of the op; r key rows
+per token (1 real, 2 complex); n rows in use of the MAX_ROWS of a chunk. Buffers are padded to whole vectors of k and v
+numbers; sums never run over padding.
 """
 
 from __future__ import annotations
@@ -14,12 +16,40 @@ from numba import njit
 from qies.ops.compiled import OPTIONS
 from qies.ops.simd import LANES, get, put, read, write
 
-RANGE = 32  # rows of a chunk: tokens, or half as many in complex mode
+MAX_ROWS = 32  # rows of a chunk: tokens, or half as many in complex mode
+
+
+class Arrays(NamedTuple):
+    """All numbers of the op's inputs, or of their gradients, in order; empty for an input that is None."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    beta: np.ndarray
+    log_alpha: np.ndarray
+    theta: np.ndarray
+
+
+class Chunks(NamedTuple):
+    """The chunks of all units, as `scan.plan` returns them."""
+
+    first: np.ndarray
+    starts: np.ndarray
+    place: np.ndarray
+
+
+class Chunk(NamedTuple):
+    """Batch row, head, first token and number of tokens of a chunk."""
+
+    b: int
+    h: int
+    start: int
+    tokens: int
 
 
 class Sizes(NamedTuple):
-    """Of a call: tokens, heads, complex key channels, value channels, rows a token, decays and betas a token and head,
-    whether there are phases, and K and V padded."""
+    """Sizes of a call: tokens, heads, complex key channels, value channels, rows per token, decays and betas per token
+    and head, whether there are phases, and K and V padded."""
 
     T: int
     H: int
@@ -33,15 +63,15 @@ class Sizes(NamedTuple):
     v: int
 
 
-class Tile(NamedTuple):
+class Buffers(NamedTuple):
     """Where a chunk's buffers start in the workspace.
 
-    `[RANGE, k]`: q, k unit queries and keys, w = beta k, rescaled as `controls` says, and their gradients; wt, dwt
-    transposed; reads e^{g - c}, undo 1 / reads^2. `[RANGE, v]`: E the values written, D scratch, outs the outputs'
-    gradients; Et transposed. `[RANGE, RANGE]`: P what queries, A what keys see of writes, and their gradients MP, MA.
-    `[k, v]`: S the state and G its gradient; St transposed. `[RANGE, m]`: cos, sin. `[2, RANGE]`: norm. `[k]`: enter,
-    leave rescale the state. `[RANGE + 1, m]`: damps, spins, what each token, and last the state behind them, adds to
-    the gradients of decay and phase.
+    With R = MAX_ROWS. `[R, k]`: q, k unit queries and keys, w = beta k, rescaled as `gates` says, and their gradients;
+    wt, dwt transposed; reads e^{g - c}, undo 1 / reads^2. `[R, v]`: E the values written, D scratch, outs the gradients
+    of the read-outs; Et transposed. `[R, R]`: P the products of queries and writes, A of keys and writes, and their
+    gradients MP, MA. `[k, v]`: S the state and G its gradient; St transposed. `[R, m]`: cos, sin. `[2, R]`: norm.
+    `[k]`: enter, leave rescale the state. `[R + 1, m]`: damps, spins, the terms that each token, and last the state
+    after them, adds to the gradients of decay and phase.
     """
 
     q: int
@@ -74,9 +104,9 @@ class Tile(NamedTuple):
     spins: int
 
 
-def tile_of(k: int, v: int, m: int) -> tuple[Tile, int]:
+def buffer_layout(k: int, v: int, m: int) -> tuple[Buffers, int]:
     """The buffers for padded widths k and v, and how many float32 they take."""
-    R = RANGE
+    R = MAX_ROWS
     sizes = (
         [R * k] * 8
         + [R * v] * 4
@@ -85,12 +115,18 @@ def tile_of(k: int, v: int, m: int) -> tuple[Tile, int]:
         + [R * m, R * m, 2 * R, R * k, R * k, k, k, (R + 1) * m, (R + 1) * m]
     )
     starts = np.cumsum([0] + [-(-size // LANES) * LANES for size in sizes])
-    return Tile(*map(int, starts[:-1])), int(starts[-1])
+    return Buffers(*map(int, starts[:-1])), int(starts[-1])
 
 
 @njit(**OPTIONS)
-def turn(x, row, cos, sin, sign, m):
-    """A pair times cos + i sign sin, channel by channel."""
+def token(s, chunk, i):
+    """The number of a chunk's token i of its head among all tokens of all heads, `[B, T, H]` in order."""
+    return (chunk.b * s.T + chunk.start + i) * s.H + chunk.h
+
+
+@njit(**OPTIONS)
+def rotate(x, row, cos, sin, sign, m):
+    """Multiply the pair at `row` by cos + i sign sin, channel by channel."""
     for c in range(m):
         re, im, turned = get(x, row + c), get(x, row + m + c), sign * get(x, sin + c)
         put(x, row + c, re * get(x, cos + c) - im * turned)
@@ -98,16 +134,16 @@ def turn(x, row, cos, sin, sign, m):
 
 
 @njit(**OPTIONS)
-def spread(x, row, k, m):
-    """The row Jx behind the row x."""
+def put_times_i(x, row, k, m):
+    """Store the row Jx after the row x."""
     for c in range(m):
         put(x, row + k + c, -get(x, row + m + c))
         put(x, row + k + m + c, get(x, row + c))
 
 
 @njit(**OPTIONS)
-def fold(x, row, k, m):
-    """The gradient of a pair, into its row, from those of the rows x and Jx."""
+def merge_rows(x, row, k, m):
+    """Add the gradient of the row Jx to that of the row x."""
     for c in range(m):
         put(x, row + c, get(x, row + c) + get(x, row + k + m + c))
         put(x, row + m + c, get(x, row + m + c) - get(x, row + k + c))
@@ -115,7 +151,7 @@ def fold(x, row, k, m):
 
 @njit(**OPTIONS)
 def rescale(x, state, scale, s):
-    """Every row of a state `[k, v]` times its entry of `scale`."""
+    """Multiply every row of a state `[k, v]` by its entry of `scale`."""
     for c in range(2 * s.m):
         value, row = get(x, scale + c), state + c * s.v
         for j in range(s.v):
@@ -123,27 +159,27 @@ def rescale(x, state, scale, s):
 
 
 @njit(**OPTIONS)
-def hide(x, square, rows, r, own):
-    """Zero what lies in a row's future: columns from its token's first row + own on."""
+def mask_future(x, square, rows, r, own):
+    """Causal mask: zero each row's columns from its token's first row + `own` on."""
     for i in range(rows):
-        row = square + i * RANGE
-        for j in range(i - i % r + own, RANGE):
+        row = square + i * MAX_ROWS
+        for j in range(i - i % r + own, MAX_ROWS):
             put(x, row + j, np.float32(0))
 
 
 @njit(**OPTIONS)
-def take_in(x, to, s, values, b, h, start, n):
-    """n rows `[.., V]` of a chunk's values."""
-    for i in range(n):
-        at = (((b * s.T + start + i // s.r) * s.H + h) * s.r + i % s.r) * s.V
+def load_rows(x, to, s, values, chunk):
+    """Load the rows `[.., V]` of a chunk's values."""
+    for i in range(chunk.tokens * s.r):
+        at = (token(s, chunk, i // s.r) * s.r + i % s.r) * s.V
         for c in range(s.V):
             put(x, to + i * s.v + c, read(values, at + c))
 
 
 @njit(**OPTIONS)
-def hand_out(x, source, s, values, b, h, start, n):
-    """The inverse of `take_in`."""
-    for i in range(n):
-        at = (((b * s.T + start + i // s.r) * s.H + h) * s.r + i % s.r) * s.V
+def store_rows(x, source, s, values, chunk):
+    """Store the rows of a chunk: the inverse of `load_rows`."""
+    for i in range(chunk.tokens * s.r):
+        at = (token(s, chunk, i // s.r) * s.r + i % s.r) * s.V
         for c in range(s.V):
             write(values, at + c, get(x, source + i * s.v + c))
