@@ -260,7 +260,7 @@ def _holds(path: Path, values: dict[str, Any]) -> bool:
 def fit_arms(study: StudyConfig, done: list[dict[str, Any]]) -> dict[str, Any]:
     """A power law of held-out loss in N and in FLOPs through each arm's points; None where there are too few."""
     from qies.accounting.flops import CONVENTION
-    from qies.scaling.laws import fit_power
+    from qies.scaling.laws.power_law import fit_power
 
     arms: dict[str, Any] = {}
     for arm in study.arms:

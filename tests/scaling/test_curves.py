@@ -7,7 +7,7 @@ import pytest
 
 from qies.errors import UserError
 from qies.scaling import fit_annealing, fit_downstream
-from qies.scaling.curves import schedule_sums
+from qies.scaling.laws.curves import schedule_sums
 
 
 def wsd(steps=4000, decay=1000, peak=1e-3):

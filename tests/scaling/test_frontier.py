@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 from two_arms import ALPHA, BETA, A, B, chinchilla
 
-from qies.scaling.frontier import Cost, fit_cost, optimum
+from qies.scaling.laws.frontier import Cost, fit_cost, optimum
 
 PARAMS = {"A": A, "B": B, "alpha": ALPHA, "beta": BETA}
 

@@ -8,8 +8,8 @@ from scaling_tables import CHINCHILLA, grid, law, make_runs, noisy, published
 
 from qies.errors import UserError
 from qies.scaling import compare_forms, fit_surface, leave_largest_out, read_runs
+from qies.scaling.laws.selection import huber_log_likelihood
 from qies.scaling.pipeline import fit_file
-from qies.scaling.selection import huber_log_likelihood
 
 
 def test_likelihood_is_the_normal_one_inside_delta_and_the_laplace_one_beyond():

@@ -213,7 +213,7 @@ def fit(
         figures: Write SVG figures to this folder: loss against N, D and C, residuals, bootstrap.
     """
     from qies import runs as records
-    from qies.scaling.fits import AUTO_DRAWS
+    from qies.scaling.laws.surface import AUTO_DRAWS
     from qies.scaling.pipeline import fit_file
 
     _check_outputs(figures, json=json)
@@ -345,7 +345,7 @@ def _pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
 
 def _points(words: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
     """N,D pairs."""
-    from qies.scaling.table import parse_number
+    from qies.scaling.tables.runs import parse_number
 
     points = []
     for word in words:
@@ -361,7 +361,7 @@ def _points(words: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
 
 def _flops(words: tuple[str, ...]) -> tuple[float, ...]:
     """FLOPs as in a table's cells."""
-    from qies.scaling.table import parse_number
+    from qies.scaling.tables.runs import parse_number
 
     found = []
     for word in words:

@@ -10,8 +10,8 @@ from qies.config import INDUCTION_ONSET
 from qies.report.induction import copying, in_words
 from qies.report.records import Cell, Study, listed, mapping
 from qies.report.text import estimate, fixed, number, si
-from qies.scaling.comparison import plural
-from qies.scaling.copying import Copying, before_onset, set_in
+from qies.scaling.comparison.copying import Copying, before_onset, set_in
+from qies.scaling.comparison.result import plural
 from qies.scaling.figures import INSIDE
 
 Pair = dict[str, Any]

@@ -9,7 +9,7 @@ from qies.report import charts
 from qies.report.blocks import Chart, Section, Table
 from qies.report.records import Cell, Study
 from qies.report.text import NONE, number, si
-from qies.scaling.copying import Copying
+from qies.scaling.comparison.copying import Copying
 
 
 def copying(study: Study, arm: str, cell: Cell) -> Copying:

@@ -9,7 +9,7 @@ from typing import Any
 from qies.report.induction import copying
 from qies.report.records import BASELINE, Cell, Study, listed, mapping
 from qies.report.text import count, number, sentence
-from qies.scaling.copying import before_onset
+from qies.scaling.comparison.copying import before_onset
 from qies.scaling.figures import INSIDE
 
 

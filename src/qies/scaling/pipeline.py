@@ -14,16 +14,15 @@ from rich.table import Table
 from qies.errors import UserError, nearest
 from qies.plotting import Figure
 from qies.scaling import figures
-from qies.scaling.curves import CURVE_COLUMNS, CurveFit, fit_annealing, fit_downstream
-from qies.scaling.envelopes import EnvelopeFit, fit_approach1, fit_approach2
-from qies.scaling.fits import fit_surface
-from qies.scaling.forms import FORMS
-from qies.scaling.intervals import reach
-from qies.scaling.laws import PowerLaw, fit_power
-from qies.scaling.selection import Comparison, HeldOut, HeldOutRun, compare_forms, leave_largest_out
-from qies.scaling.soundness import best_per_cell, oddities, sound
-from qies.scaling.surface import Residual, SurfaceFit
-from qies.scaling.table import Dropped, Runs, read_columns, read_runs
+from qies.scaling.laws.curves import CURVE_COLUMNS, CurveFit, fit_annealing, fit_downstream
+from qies.scaling.laws.envelopes import EnvelopeFit, fit_approach1, fit_approach2
+from qies.scaling.laws.forms import FORMS
+from qies.scaling.laws.intervals import reach
+from qies.scaling.laws.power_law import PowerLaw, fit_power
+from qies.scaling.laws.selection import Comparison, HeldOut, HeldOutRun, compare_forms, leave_largest_out
+from qies.scaling.laws.surface import Residual, SurfaceFit, fit_surface
+from qies.scaling.tables.filtering import best_per_cell, oddities, sound
+from qies.scaling.tables.runs import Dropped, Runs, read_columns, read_runs
 
 POWERS = ("power", "power+floor")
 ENVELOPES = ("approach1", "approach2")

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from qies.errors import UserError
-from qies.scaling.joint import Joint, join, make_law
-from qies.scaling.matching import Cells, match
-from qies.scaling.noise import pseudo_inverse
+from qies.scaling.comparison.joint_inference import Joint, join, make_law
+from qies.scaling.comparison.matching import Cells, match
+from qies.scaling.comparison.noise import pseudo_inverse
 
 Array = NDArray[np.float64]
 

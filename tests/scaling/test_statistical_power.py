@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from qies.scaling.power import cells_needed, detectable_effect, pairs_needed, t_power
+from qies.scaling.comparison.statistical_power import cells_needed, detectable_effect, pairs_needed, t_power
 
 
 @pytest.mark.parametrize(("effect", "pairs"), [(0.5, 34), (0.8, 15), (1.0, 10)])

@@ -23,12 +23,11 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import f as fisher
 
 from qies.errors import UserError
-from qies.scaling.fits import DELTA, fit_surface
-from qies.scaling.forms import surface_form
-from qies.scaling.intervals import ROUNDING, huber_moments
-from qies.scaling.matching import levels
-from qies.scaling.surface import SurfaceFit
-from qies.scaling.table import Runs
+from qies.scaling.comparison.matching import levels
+from qies.scaling.laws.forms import surface_form
+from qies.scaling.laws.intervals import ROUNDING, huber_moments
+from qies.scaling.laws.surface import DELTA, SurfaceFit, fit_surface
+from qies.scaling.tables.runs import Runs
 
 # Which form is a special case of which: by gamma = 1, and by alpha = beta.
 NESTED = {("approach3", "approach3-gamma"), ("gadre", "approach3"), ("gadre", "approach3-gamma")}
@@ -91,7 +90,7 @@ class Comparison:
 
     def plot(self) -> Any:
         """How far each form's AIC is above the lowest, against its number of parameters."""
-        from qies.scaling.curve_figures import forms_figure
+        from qies.scaling.figures import forms_figure
 
         return forms_figure(self)
 

@@ -9,8 +9,8 @@ from scaling_tables import CHINCHILLA, grid, law, make_runs, noisy, published
 
 from qies.errors import UserError
 from qies.scaling import fit_surface, read_runs
-from qies.scaling.forms import FORMS, surface_form
-from qies.scaling.solver import huber, minimise
+from qies.scaling.laws.forms import FORMS, surface_form
+from qies.scaling.laws.solver import huber, minimise
 
 GAMMA = {"E": 1.7, "A": 3e4, "B": 9e4, "alpha": 0.55, "beta": 0.5, "gamma": 0.7}
 
@@ -280,7 +280,7 @@ def test_points_of_a_training_curve_are_resampled_together():
 
 
 def test_groups_join_rows_by_cell_and_by_run():
-    from qies.scaling.intervals import independent_groups
+    from qies.scaling.laws.intervals import independent_groups
 
     cell = np.array([0, 0, 1, 2, 3, 4])
     assert independent_groups(cell, ("",) * 6).tolist() == [0, 0, 1, 2, 3, 4]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qies.scaling.intervals import ROUNDING
+from qies.scaling.laws.intervals import ROUNDING
 
 Array = NDArray[np.float64]
 

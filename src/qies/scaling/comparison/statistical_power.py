@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import chi2, norm
 from scipy.stats import t as student
 
-from qies.scaling.matching import Paired
+from qies.scaling.comparison.matching import Paired
 
 TARGET = 0.8
 MOST = 1000

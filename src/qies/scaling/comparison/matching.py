@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from qies.scaling.table import Runs
+from qies.scaling.tables.runs import Runs
 
 Array = NDArray[np.float64]
 SAME = 0.02

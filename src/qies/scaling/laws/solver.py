@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qies.errors import UserError, nearest
-from qies.scaling.forms import Form
+from qies.scaling.laws.forms import Form
 
 Array = NDArray[np.float64]
 

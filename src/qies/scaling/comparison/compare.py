@@ -20,17 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qies.errors import UserError, nearest
-from qies.scaling.comparison import Comparison, Crossing, FrontierPoint, Gain, plural
-from qies.scaling.copying import Copying, before_onset
-from qies.scaling.intervals import t_quantile
-from qies.scaling.joint import LIMIT, Joint, bisect, crossings, multipliers
-from qies.scaling.matching import Cells, Paired, cells_of, match, paired_tests, seed_noise
-from qies.scaling.planning import make_plan
-from qies.scaling.power import TARGET, Power, cells_needed, detectable_effect, size_power
-from qies.scaling.shared import shared_fit
-from qies.scaling.soundness import best_per_cell, oddities, sound
-from qies.scaling.table import Runs
-from qies.scaling.views import SHARED, View, Views, make_views
+from qies.scaling.comparison.copying import Copying, before_onset
+from qies.scaling.comparison.equality_test import shared_fit
+from qies.scaling.comparison.gain_axes import SHARED, View, Views, make_views
+from qies.scaling.comparison.joint_inference import LIMIT, Joint, bisect, crossings, multipliers
+from qies.scaling.comparison.matching import Cells, Paired, cells_of, match, paired_tests, seed_noise
+from qies.scaling.comparison.planning import make_plan
+from qies.scaling.comparison.result import Comparison, Crossing, FrontierPoint, Gain, plural
+from qies.scaling.comparison.statistical_power import TARGET, Power, cells_needed, detectable_effect, size_power
+from qies.scaling.laws.intervals import t_quantile
+from qies.scaling.tables.filtering import best_per_cell, oddities, sound
+from qies.scaling.tables.runs import Runs
 
 Array = NDArray[np.float64]
 

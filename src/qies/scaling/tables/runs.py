@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qies.errors import UserError, nearest
-from qies.scaling.files import read_rows
+from qies.scaling.tables.files import read_rows
 
 Array = NDArray[np.float64]
 

@@ -18,8 +18,8 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import least_squares
 from scipy.stats import f as fisher
 
-from qies.scaling.intervals import ROUNDING
-from qies.scaling.joint import Joint, covariance
+from qies.scaling.comparison.joint_inference import Joint, covariance
+from qies.scaling.laws.intervals import ROUNDING
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]

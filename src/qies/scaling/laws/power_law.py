@@ -34,7 +34,7 @@ from scipy.optimize import least_squares
 
 from qies.errors import UserError, nearest
 from qies.plotting import Figure
-from qies.scaling.intervals import (
+from qies.scaling.laws.intervals import (
     ILL_CONDITIONED,
     bootstrap_tails,
     condition_number,
@@ -43,7 +43,7 @@ from qies.scaling.intervals import (
     scipy_loss,
     t_quantile,
 )
-from qies.scaling.solver import check_criterion, huber
+from qies.scaling.laws.solver import check_criterion, huber
 
 Array = NDArray[np.float64]
 

@@ -7,7 +7,7 @@ import pytest
 from scaling_tables import grid, law, make_runs, noisy
 
 from qies.scaling import sound
-from qies.scaling.soundness import best_per_cell, oddities
+from qies.scaling.tables.filtering import best_per_cell, oddities
 
 
 def test_unfinished_and_impossible_runs_are_left_out_with_the_reason():

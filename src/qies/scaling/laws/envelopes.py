@@ -22,9 +22,9 @@ from scipy.optimize import minimize_scalar
 
 from qies.errors import UserError, nearest
 from qies.plotting import Figure
-from qies.scaling.fits import fit_surface
-from qies.scaling.intervals import relative, t_quantile
-from qies.scaling.table import Runs
+from qies.scaling.laws.intervals import relative, t_quantile
+from qies.scaling.laws.surface import fit_surface
+from qies.scaling.tables.runs import Runs
 
 Array = NDArray[np.float64]
 
@@ -104,7 +104,7 @@ class EnvelopeFit:
 
     def plot(self) -> Figure:
         """Best N and D against compute."""
-        from qies.scaling.curve_figures import envelope_figure
+        from qies.scaling.figures import envelope_figure
 
         return envelope_figure(self)
 

@@ -21,7 +21,7 @@ from scipy.signal import lfilter
 
 from qies.errors import UserError
 from qies.plotting import Figure
-from qies.scaling.intervals import (
+from qies.scaling.laws.intervals import (
     ILL_CONDITIONED,
     condition_number,
     huber_covariance,
@@ -79,7 +79,7 @@ class CurveFit:
 
     def plot(self) -> Figure:
         """The points and the curve."""
-        from qies.scaling.curve_figures import curve_figure
+        from qies.scaling.figures import curve_figure
 
         return curve_figure(self)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from qies.scaling.joint import crossings, join, make_law, multipliers
-from qies.scaling.views import POWER, power, surface
+from qies.scaling.comparison.gain_axes import POWER, power, surface
+from qies.scaling.comparison.joint_inference import crossings, join, make_law, multipliers
 
 U = np.log(np.geomspace(1e4, 1e7, 6))
 SAME = np.stack([np.arange(6)] * 2, axis=1)

@@ -5,9 +5,9 @@ import pytest
 from scipy.stats import linregress
 from two_arms import ALPHA, A, E, chinchilla, grid, ladder, noisy, runs_of, table
 
-from qies.scaling.matching import cells_of
-from qies.scaling.shared import shared_fit
-from qies.scaling.views import SHARED, make_views
+from qies.scaling.comparison.equality_test import shared_fit
+from qies.scaling.comparison.gain_axes import SHARED, make_views
+from qies.scaling.comparison.matching import cells_of
 
 
 def shared_test(runs):

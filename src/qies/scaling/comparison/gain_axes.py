@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qies.errors import UserError
-from qies.scaling.fits import COLLINEAR, fit_surface
-from qies.scaling.forms import surface_form
-from qies.scaling.frontier import Cost, fit_cost, optimum
-from qies.scaling.joint import Joint, Law, Path, join, make_law
-from qies.scaling.laws import fit_power
-from qies.scaling.matching import Cells, match
-from qies.scaling.table import Runs
+from qies.scaling.comparison.joint_inference import Joint, Law, Path, join, make_law
+from qies.scaling.comparison.matching import Cells, match
+from qies.scaling.laws.forms import surface_form
+from qies.scaling.laws.frontier import Cost, fit_cost, optimum
+from qies.scaling.laws.power_law import fit_power
+from qies.scaling.laws.surface import COLLINEAR, fit_surface
+from qies.scaling.tables.runs import Runs
 
 Array = NDArray[np.float64]
 Noise = tuple[Array, int] | None

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qies.config import INDUCTION_ONSET
-from qies.scaling.copying import Copying, before_onset, set_in
-from qies.scaling.matching import Paired
-from qies.scaling.planning import Plan
-from qies.scaling.power import Power
-from qies.scaling.shared import SharedFit
-from qies.scaling.table import Dropped
+from qies.scaling.comparison.copying import Copying, before_onset, set_in
+from qies.scaling.comparison.equality_test import SharedFit
+from qies.scaling.comparison.matching import Paired
+from qies.scaling.comparison.planning import Plan
+from qies.scaling.comparison.statistical_power import Power
+from qies.scaling.tables.runs import Dropped
 
 KEY = {"data": "tokens"}  # what x is called in JSON, where not as the gain
 UNIT = {"compute": "FLOPs", "params": "parameters", "data": "tokens", "time": "seconds"}

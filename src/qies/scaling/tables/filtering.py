@@ -7,8 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from qies.scaling.fits import fit_surface
-from qies.scaling.table import Dropped, Runs
+from qies.scaling.laws.surface import fit_surface
+from qies.scaling.tables.runs import Dropped, Runs
 
 Array = NDArray[np.float64]
 

@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from scipy.linalg import block_diag
 from scipy.special import stdtrit
 
-from qies.scaling.intervals import ROUNDING, reach
-from qies.scaling.noise import Strata, pseudo_inverse, strata
+from qies.scaling.comparison.noise import Strata, pseudo_inverse, strata
+from qies.scaling.laws.intervals import ROUNDING, reach
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
