@@ -1,4 +1,4 @@
-"""Axes: the range that data ask for, where a value lies in it, and ticks few enough to read."""
+"""Axis ranges and ticks, shared by both renderers: the range that the data need, and ticks few enough to read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MARGIN = 0.05
 
 @dataclass(frozen=True)
 class Scale:
-    """A resolved axis from `low` to `high`; `ticks` are values and their labels, in order."""
+    """A resolved axis from `low` to `high`; `ticks` maps values to labels, in order."""
 
     low: float
     high: float
@@ -20,7 +20,7 @@ class Scale:
     ticks: dict[float, str]
 
     def at(self, value: float) -> float:
-        """0 at the low end, 1 at the high end, beyond them outside; NaN for what a log axis cannot show."""
+        """Position of a value: 0 at the low end, 1 at the high end; NaN for what a log axis cannot show."""
         if not self.log:
             return (value - self.low) / (self.high - self.low)
         return math.log(value / self.low) / math.log(self.high / self.low) if value > 0 else math.nan
@@ -36,7 +36,7 @@ def make_scale(
 ) -> Scale:
     """The scale that holds every value it can show, with a margin; `low` and `high` fix an end as given.
 
-    `most` ticks at the most. Raises ValueError when neither the values nor the ends give a range.
+    It has at most `most` ticks. Raises ValueError when neither the values nor the ends give a range.
     """
     shown = [v for v in values if v is not None and math.isfinite(v) and (v > 0 or not log)]
     if not shown and (low is None or high is None):
@@ -59,38 +59,40 @@ def make_scale(
 
 
 def linear_ticks(low: float, high: float, most: int = 7) -> dict[float, str]:
-    """At most `most` (>= 2) multiples of a round step, with as many digits as the step needs."""
-    unit = 10.0 ** math.floor(math.log10((high - low) / most))
-    for factor in (1, 2, 5, 10, 20):
-        step = factor * unit
-        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-        if last - first + 1 <= most:
+    """At most `most` (>= 2) multiples of 1, 2 or 5 times a power of ten, with as many digits as their step needs."""
+    from matplotlib.ticker import MaxNLocator
+
+    for intervals in range(most + 1, 0, -1):
+        every = MaxNLocator(intervals, steps=[1, 2, 5, 10]).tick_values(low, high)
+        step = float(every[1] - every[0])
+        places = max(0, -math.floor(math.log10(step) + 1e-9))
+        near = 1e-9 * step
+        values = [round(float(v), places + 3) for v in every if low - near <= v <= high + near]
+        if len(values) <= most:
             break
-    places = max(0, -math.floor(math.log10(step) + 1e-9))
-    values = [round(i * step, 12 + places) for i in range(first, last + 1)]
     if max(map(abs, values), default=0.0) >= 1e4:
         return {v: si(v, 6) for v in values}
     return {v: f"{v:.{places}f}" for v in values}
 
 
 def log_ticks(low: float, high: float, most: int = 7) -> dict[float, str]:
-    """At most `most` ticks: even steps over a small range, else 1, 2, 5; 1, 3 or powers of ten in each decade."""
+    """At most `most` ticks: linear ones within a factor of 7; else 1, 2, 5 or 1, 3 in each decade, or powers of ten."""
+    from matplotlib.ticker import LogLocator
+
     if high < 7 * low:
         return linear_ticks(low, high, most)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    every = 1
-    for factors in ((1, 2, 5), (1, 3), (1,)):
-        values = [float(f"{f}e{p}") for p in powers for f in factors if low <= float(f"{f}e{p}") <= high]
+    decades = math.ceil(math.log10(high / low)) + 2
+    tries = [((1, 2, 5), decades), ((1, 3), decades), *(((1,), numticks) for numticks in range(decades, 0, -1))]
+    for subs, numticks in tries:
+        found = LogLocator(subs=subs, numticks=numticks).tick_values(low, high)
+        values = [v for v in (float(f"{v:.6g}") for v in found) if low <= v <= high]
         if len(values) <= most:
             break
-    while len(values) > most:
-        every += 1
-        values = [v for p in powers if p % every == 0 and low <= (v := float(f"1e{p}")) <= high]
     return {v: si(v, 6) for v in values}
 
 
 def si(value: float, significant: int = 3) -> str:
-    """50k, 2.4M, 1.2G, 3.1T: some digits and a letter; powers of ten beyond."""
+    """A number with an SI letter: 50k, 2.4M, 1.2G, 3.1T; powers of ten beyond."""
     value = float(f"{value:.{significant}g}")
     for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if 10**power <= abs(value) < 10 ** (power + 3):
