@@ -345,7 +345,7 @@ def _pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
 
 def _points(words: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
     """N,D pairs."""
-    from qies.scaling.tables.runs import parse_number
+    from qies.scaling.tables.numbers import parse_number
 
     points = []
     for word in words:
@@ -361,7 +361,7 @@ def _points(words: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
 
 def _flops(words: tuple[str, ...]) -> tuple[float, ...]:
     """FLOPs as in a table's cells."""
-    from qies.scaling.tables.runs import parse_number
+    from qies.scaling.tables.numbers import parse_number
 
     found = []
     for word in words:

@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike
 
 from qies.errors import UserError, nearest
 from qies.plotting import GREY, Axis, Band, Figure, Line, Note, Panel, Points, Style, style, styles
-from qies.plotting.figure import Mark
 from qies.plotting.axes import si
+from qies.plotting.figure import Mark
 
 LOSS = "validation loss (nats per token)"
 AXES = {"params": "parameters N", "tokens": "training tokens D", "flops": "training FLOPs C"}

@@ -15,13 +15,14 @@ from qies.errors import UserError, nearest
 from qies.plotting import Figure
 from qies.scaling import figures
 from qies.scaling.laws.curves import CURVE_COLUMNS, CurveFit, fit_annealing, fit_downstream
+from qies.scaling.laws.divergence import sound
 from qies.scaling.laws.envelopes import EnvelopeFit, fit_approach1, fit_approach2
 from qies.scaling.laws.forms import FORMS
 from qies.scaling.laws.intervals import reach
 from qies.scaling.laws.power_law import PowerLaw, fit_power
 from qies.scaling.laws.selection import Comparison, HeldOut, HeldOutRun, compare_forms, leave_largest_out
 from qies.scaling.laws.surface import Residual, SurfaceFit, fit_surface
-from qies.scaling.tables.filtering import best_per_cell, oddities, sound
+from qies.scaling.tables.filtering import best_per_cell, oddities
 from qies.scaling.tables.runs import Dropped, Runs, read_columns, read_runs
 
 POWERS = ("power", "power+floor")

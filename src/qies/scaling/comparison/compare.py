@@ -28,8 +28,9 @@ from qies.scaling.comparison.matching import Cells, Paired, cells_of, match, pai
 from qies.scaling.comparison.planning import make_plan
 from qies.scaling.comparison.result import Comparison, Crossing, FrontierPoint, Gain, plural
 from qies.scaling.comparison.statistical_power import TARGET, Power, cells_needed, detectable_effect, size_power
+from qies.scaling.laws.divergence import sound
 from qies.scaling.laws.intervals import t_quantile
-from qies.scaling.tables.filtering import best_per_cell, oddities, sound
+from qies.scaling.tables.filtering import best_per_cell, oddities
 from qies.scaling.tables.runs import Runs
 
 Array = NDArray[np.float64]
