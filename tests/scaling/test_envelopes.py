@@ -137,6 +137,6 @@ def test_the_envelope_holds_the_runs_that_nothing_cheaper_beats():
 
 
 def test_plots_name_their_axes():
-    figure = fit_approach2(isoflop(3)[0]).plot()
+    figure = fit_approach2(isoflop(3)[0]).figures()["approach2"]
     [panel] = figure.panels
     assert "FLOPs" in panel.x.title and len(panel.marks) == 4

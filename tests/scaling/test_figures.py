@@ -223,7 +223,7 @@ def test_power_law_plots_itself_and_its_bootstrap():
     x = np.geomspace(1e5, 1e8, 24)
     loss = 20 * x**-0.1 * np.exp(0.002 * np.random.default_rng(1).standard_normal(24))
     law = fit_power(x, loss)
-    shown = law.plot(x, loss, "parameters N")
+    shown = law.figures(x, loss, "parameters N")["law"]
     assert shown.panels[0].x == Axis("parameters N", log=True)
     assert len(marks(shown, Band)) == 1 and marks(shown, Points)[0].x == x.tolist()
     assert law.draws.shape == (400, 2)

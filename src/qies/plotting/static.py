@@ -159,29 +159,32 @@ def _draw(axes: Axes, mark: Points | Line | Band, scales: tuple[Scale, Scale], s
         for x, lo, hi in mark.segments(scales[1].low, scales[1].high):
             axes.fill([*x, *reversed(x)], [*hi, *reversed(lo)], facecolor=colour, alpha=0.16, linewidth=0)
         return
+    places = [_place(x, y, scales) for x, y in zip(mark.x, mark.y, strict=True)]
     if isinstance(mark, Line):
-        y = [v if _shown(x, v, scales) else math.nan for x, v in zip(mark.x, mark.y, strict=True)]
-        x = [math.nan if v is None else v for v in mark.x]
         width, alpha = (1.4, 0.55) if mark.faint else (2.0, 1.0)
-        axes.plot(x, y, color=colour, linewidth=width, alpha=alpha, linestyle=DASHES[mark.style.dash])
+        xs, ys = ([math.nan if at is None else at[i] for at in places] for i in (0, 1))  # broken at NaN
+        axes.plot(xs, ys, color=colour, linewidth=width, alpha=alpha, linestyle=DASHES[mark.style.dash])
     else:
         for x, lo, hi in zip(mark.x, mark.lo, mark.hi, strict=False):
-            if _shown(x, lo, scales) and _shown(x, hi, scales):
-                axes.plot([x, x], [lo, hi], color=colour, linewidth=1.4, marker="_", markersize=8)
+            ends = [at for at in (_place(x, lo, scales), _place(x, hi, scales)) if at is not None]
+            if len(ends) == 2:
+                axes.plot(*zip(*ends, strict=True), color=colour, linewidth=1.4, marker="_", markersize=8)
     if isinstance(mark, Points) or mark.markers:
         faint = isinstance(mark, Points) and mark.faint
-        inside = [
-            (x, y)
-            for x, y in zip(mark.x, mark.y, strict=True)
-            if _shown(x, y, scales) and all(-1e-3 <= s.at(v) <= 1 + 1e-3 for s, v in zip(scales, (x, y), strict=True))
-        ]
-        # Whole markers at the edge of the axes too.
-        axes.plot(*zip(*inside, strict=True), clip_on=False, **_marker(mark.style, size, faint)) if inside else None
+        inside = [at for at in places if at is not None and _inside(at, scales)]
+        if inside:  # markers at the edge of the axes are drawn whole
+            axes.plot(*zip(*inside, strict=True), clip_on=False, **_marker(mark.style, size, faint))
 
 
-def _shown(x: float | None, y: float | None, scales: tuple[Scale, Scale]) -> bool:
-    """Whether both values are known and the axes can show them."""
-    return all(v is not None and math.isfinite(s.at(v)) for v, s in zip((x, y), scales, strict=True))
+def _place(x: float | None, y: float | None, scales: tuple[Scale, Scale]) -> tuple[float, float] | None:
+    """The point, or None where a value is not known or an axis cannot show it."""
+    if x is None or y is None or not all(math.isfinite(s.at(v)) for s, v in zip(scales, (x, y), strict=True)):
+        return None
+    return x, y
+
+
+def _inside(at: tuple[float, float], scales: tuple[Scale, Scale]) -> bool:
+    return all(-1e-3 <= scale.at(value) <= 1 + 1e-3 for scale, value in zip(scales, at, strict=True))
 
 
 def _marker(look: Style, size: float, faint: bool) -> dict[str, Any]:
@@ -202,7 +205,7 @@ def _annotate(axes: Axes, notes: list[Note], scales: tuple[Scale, Scale], size: 
     """Notes on the side of their point with room, moved up or down where others stand already."""
     taken: list[Bbox] = []
     for note in notes:
-        if not all(0 <= s.at(v) <= 1 for s, v in zip(scales, (note.x, note.y), strict=True)):
+        if _place(note.x, note.y, scales) is None or not _inside((note.x, note.y), scales):
             continue
         x, y = axes.transData.transform((note.x, note.y))
         box = _extent(axes.get_figure(), note.text, size)

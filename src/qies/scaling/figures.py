@@ -17,6 +17,8 @@ from qies.errors import UserError, nearest
 from qies.plotting import GREY, Axis, Band, Figure, Line, Note, Panel, Points, Style, style, styles
 from qies.plotting.axes import si
 from qies.plotting.figure import Mark
+from qies.scaling.laws.forms import surface_form
+from qies.scaling.laws.frontier import SIX_ND, optimum
 
 LOSS = "validation loss (nats per token)"
 AXES = {"params": "parameters N", "tokens": "training tokens D", "flops": "training FLOPs C"}
@@ -353,8 +355,6 @@ def _columns(plain: Mapping[str, Any], runs: Any) -> tuple[np.ndarray, np.ndarra
 
 
 def _reducible(plain: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    from qies.scaling.laws.forms import surface_form
-
     return surface_form(plain["form"]).reducible(plain["params"])
 
 
@@ -366,12 +366,11 @@ def _predictor(plain: Mapping[str, Any]) -> Any:
 
 
 def _optimum(plain: Mapping[str, Any], compute: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """N and D [n] of least loss at C = 6ND, or None where the law does not fall with both."""
-    a, alpha, b, beta = _reducible(plain)
-    if min(a, alpha, b, beta) <= 0:
+    """N and D [n] of lowest loss at C = 6ND, or None where the law does not fall with both."""
+    try:
+        return tuple(np.exp(optimum(_reducible(plain), SIX_ND, np.log(compute))).T)
+    except ValueError:
         return None
-    log_n = (math.log(alpha * a / (beta * b)) + beta * np.log(compute / 6)) / (alpha + beta)
-    return np.exp(log_n), compute / 6 / np.exp(log_n)
 
 
 def _curve(band: tuple[Any, Any, Any]) -> dict[str, list[float | None]]:

@@ -20,8 +20,9 @@ from qies.scaling.laws.envelopes import EnvelopeFit, fit_approach1, fit_approach
 from qies.scaling.laws.forms import FORMS
 from qies.scaling.laws.intervals import reach
 from qies.scaling.laws.power_law import PowerLaw, fit_power
-from qies.scaling.laws.selection import Comparison, HeldOut, HeldOutRun, compare_forms, leave_largest_out
+from qies.scaling.laws.selection import FormComparison, HeldOut, HeldOutRun, compare_forms, leave_largest_out
 from qies.scaling.laws.surface import Residual, SurfaceFit, fit_surface
+from qies.scaling.result import Result, plain
 from qies.scaling.tables.filtering import best_per_cell, oddities
 from qies.scaling.tables.runs import Dropped, Runs, read_columns, read_runs
 
@@ -32,7 +33,7 @@ AXES = ("params", "tokens", "flops")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Result):
     """A fit with what the file's way to it adds: the runs used, those left out, tests beside the fit, predictions.
 
     `predictions` at given N and D and `optima` at given C hold their intervals (`lo`, ...) where there are any, and
@@ -44,7 +45,7 @@ class Outcome:
     dropped: tuple[Dropped, ...]
     warnings: tuple[str, ...] = ()
     held_out: HeldOut | None = None
-    comparison: Comparison | None = None
+    comparison: FormComparison | None = None
     predictions: tuple[dict[str, float], ...] = ()
     optima: tuple[dict[str, float], ...] = ()
     axis: str = "params"
@@ -52,32 +53,25 @@ class Outcome:
     def figures(self) -> dict[str, Figure]:
         """Every figure of this fit by a name for its file; `axis` is what a power law runs along."""
         if isinstance(self.fit, SurfaceFit):
-            shown = {f"loss-{axis}": figures.surface_figure(self.fit, self.runs, axis) for axis in AXES}
-            shown["residuals"] = figures.residual_figure(self.fit)
-        elif isinstance(self.fit, PowerLaw) and self.runs is not None:
-            x = getattr(self.runs, self.axis)
-            shown = {f"loss-{self.axis}": self.fit.plot(x, self.runs.loss, figures.AXES[self.axis])}
-        else:
-            shown = {self.fit.form: self.fit.plot()}
-        if isinstance(self.fit, SurfaceFit | PowerLaw) and len(self.fit.draws):
-            shown["bootstrap"] = figures.bootstrap_figure(self.fit)
-        return shown
+            return self.fit.figures(self.runs)
+        if isinstance(self.fit, PowerLaw) and self.runs is not None:
+            shown = self.fit.figures(getattr(self.runs, self.axis), self.runs.loss, figures.AXES[self.axis])
+            return {f"loss-{self.axis}": shown.pop("law"), **shown}
+        return self.fit.figures()
 
     def to_dict(self) -> dict[str, Any]:
         """The fit's own dictionary with `dropped`, `warnings` and the rest; `exponents` is {} where there are none."""
         own = self.fit.to_dict()
-        extra: dict[str, Any] = {"predictions": list(self.predictions), "optima": list(self.optima)}
-        if self.held_out is not None:
-            extra["held_out"] = self.held_out.to_dict()
-        if self.comparison is not None:
-            extra["comparison"] = self.comparison.to_dict()
+        beside = {"held_out": self.held_out, "comparison": self.comparison}
         return {
             "exponents": {},
             **own,
             "convention": None if self.runs is None else self.runs.convention,
-            "dropped": [vars(d) for d in self.dropped],
+            "dropped": plain(self.dropped),
             "warnings": [*self.warnings, *own["warnings"]],
-            **extra,
+            "predictions": list(self.predictions),
+            "optima": list(self.optima),
+            **{name: part.to_dict() for name, part in beside.items() if part is not None},
         }
 
     def tables(self) -> list[Table]:

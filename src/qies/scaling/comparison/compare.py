@@ -21,13 +21,19 @@ from numpy.typing import NDArray
 
 from qies.errors import UserError, nearest
 from qies.scaling.comparison.copying import Copying, before_onset
-from qies.scaling.comparison.equality_test import shared_fit
+from qies.scaling.comparison.equality_test import equality_test
 from qies.scaling.comparison.gain_axes import SHARED, View, Views, make_views
 from qies.scaling.comparison.joint_inference import LIMIT, Joint, bisect, crossings, multipliers
 from qies.scaling.comparison.matching import Cells, Paired, cells_of, match, paired_tests, seed_noise
 from qies.scaling.comparison.planning import make_plan
 from qies.scaling.comparison.result import Comparison, Crossing, FrontierPoint, Gain, plural
-from qies.scaling.comparison.statistical_power import TARGET, Power, cells_needed, detectable_effect, size_power
+from qies.scaling.comparison.statistical_power import (
+    TARGET,
+    StatisticalPower,
+    cells_needed,
+    detectable_effect,
+    size_power,
+)
 from qies.scaling.laws.divergence import sound
 from qies.scaling.laws.intervals import t_quantile
 from qies.scaling.tables.filtering import best_per_cell, oddities
@@ -84,7 +90,7 @@ def compare(
     crossed: tuple[Crossing, ...] = ()
     if view is not None:
         warnings += _band_warnings(view.joint)
-        shared = shared_fit(view.joint, SHARED[views.form], (candidate, baseline))
+        shared = equality_test(view.joint, SHARED[views.form], (candidate, baseline))
         crossed = _crossings(view, candidate, baseline)
         power = _power(view, ca, cb, paired)
     copied = _copying(a, b, ca, cb, (candidate, baseline))
@@ -279,8 +285,8 @@ def _points(cells: Cells) -> tuple[tuple[float, float, float, float], ...]:
     return tuple((float(c), float(n), float(d), float(loss)) for c, n, d, loss in zip(*columns, strict=True))
 
 
-def _power(view: View, ca: Cells, cb: Cells, paired: tuple[Paired, ...]) -> Power | None:
-    """Power of the test behind the verdict (the arms' losses at the largest shared compute), and of paired ones."""
+def _power(view: View, ca: Cells, cb: Cells, paired: tuple[Paired, ...]) -> StatisticalPower | None:
+    """Power of the test behind the verdict (the arms' losses at the largest shared compute), and of paired tests."""
     joint = view.joint
     if joint.dof == 0:
         return None
@@ -302,7 +308,7 @@ def _power(view: View, ca: Cells, cb: Cells, paired: tuple[Paired, ...]) -> Powe
         )
         detectable = _number(math.exp(moved[0]))
     needed = cells_needed(effect, error, cells, dof, level) if joint.measured and effect else None
-    return Power(TARGET, level, cells, needed, detectable, size_power(paired, scatter, level))
+    return StatisticalPower(TARGET, level, cells, needed, detectable, size_power(paired, scatter, level))
 
 
 def _verdict(

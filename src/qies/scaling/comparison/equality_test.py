@@ -9,17 +9,17 @@ otherwise as good as the law is near its optimum.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cholesky, solve_triangular
-from scipy.optimize import least_squares
 from scipy.stats import f as fisher
 
 from qies.scaling.comparison.joint_inference import Joint, covariance
 from qies.scaling.laws.intervals import ROUNDING
+from qies.scaling.laws.solver import minimise_residuals
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -29,7 +29,7 @@ ROUNDS = 3  # of estimating the arms' covariance again from the joint fit
 
 
 @dataclass(frozen=True)
-class SharedFit:
+class EqualityTest:
     """F test of the hypothesis that `shared` parameters are equal in both arms; `statistic`, `p` None without dof.
 
     `params`: the fit with them shared, per arm; `separate`: without. E, A and B in the loss's units.
@@ -43,12 +43,8 @@ class SharedFit:
     params: dict[str, dict[str, float]]
     separate: dict[str, dict[str, float]]
 
-    def to_dict(self) -> dict[str, Any]:
-        values = {k: getattr(self, k) for k in self.__dataclass_fields__}
-        return values | {"shared": list(self.shared)}
 
-
-def shared_fit(joint: Joint, shared: tuple[str, ...], arms: tuple[str, str]) -> SharedFit:
+def equality_test(joint: Joint, shared: tuple[str, ...], arms: tuple[str, str]) -> EqualityTest:
     """Test that both laws have the same `shared` parameters."""
     p = len(joint.a.theta)
     common = np.array([name.removeprefix("log ") in shared for name in joint.a.names])
@@ -74,7 +70,7 @@ def shared_fit(joint: Joint, shared: tuple[str, ...], arms: tuple[str, str]) -> 
     def named(theta: Array, places: tuple[Rows, Rows]) -> dict[str, dict[str, float]]:
         return {arm: joint.a.natural(theta[place]) for arm, place in zip(arms, places, strict=True)}
 
-    return SharedFit(
+    return EqualityTest(
         shared, statistic, probability, int(common.sum()), dof, named(one, together), named(separate, apart)
     )
 
@@ -106,18 +102,16 @@ def _fit(joint: Joint, places: tuple[Rows, Rows], start: Array, root: Array) -> 
     laws = (joint.a, joint.b)
     observed = np.concatenate([law.evaluate(law.theta, law.x)[0] + law.residual for law in laws])
 
-    def residual(theta: Array) -> Array:
-        fitted = [law.evaluate(theta[place], law.x)[0] for law, place in zip(laws, places, strict=True)]
-        return solve_triangular(root, np.concatenate(fitted) - observed, lower=True)
-
-    def jacobian(theta: Array) -> Array:
-        rows = []
+    def evaluate(theta: Array) -> tuple[Array, Array]:
+        fitted, blocks = [], []
         for law, place in zip(laws, places, strict=True):
-            block = np.zeros((len(law.residual), len(theta)))
-            block[:, place] = law.evaluate(theta[place], law.x)[1]
-            rows.append(block)
-        return solve_triangular(root, np.concatenate(rows), lower=True)
+            value, jacobian = law.evaluate(theta[place], law.x)
+            block = np.zeros((len(value), len(theta)))
+            block[:, place] = jacobian
+            fitted.append(value)
+            blocks.append(block)
+        parts = np.concatenate(fitted) - observed, np.concatenate(blocks)
+        return tuple(solve_triangular(root, part, lower=True) for part in parts)
 
-    tight = {"ftol": 1e-12, "xtol": 1e-12, "gtol": 1e-12, "max_nfev": 2000}
-    found = least_squares(residual, start, jacobian, x_scale="jac", **tight)
-    return found.x, 2 * float(found.cost)
+    theta, objective = minimise_residuals(evaluate, start, np.ones(len(observed)), math.inf)
+    return theta, 2 * objective

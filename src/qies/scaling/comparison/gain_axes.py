@@ -187,8 +187,8 @@ def _surface_law(cells: Cells, runs: Runs) -> Law:
 
 def frontier(law: Law, cost: Cost) -> Path:
     """log cost [n] -> (log N, log D) [n, 2] of least loss."""
-    params = law.natural(law.theta)
-    return lambda log_cost: optimum(params, cost, log_cost)
+    terms = APPROACH3.reducible(law.natural(law.theta))
+    return lambda log_cost: optimum(terms, cost, log_cost)
 
 
 def _column(x: Array) -> Array:

@@ -7,13 +7,14 @@ smallest of a group are the same level, over both arms together.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
+from qies.scaling.result import public_fields
 from qies.scaling.tables.runs import Runs
 
 Array = NDArray[np.float64]
@@ -69,7 +70,7 @@ class Paired:
     flops_ratio: float
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"interval": None if self.lo is None else [self.lo, self.hi]}
+        return public_fields(self) | {"interval": None if self.lo is None else [self.lo, self.hi]}
 
 
 def levels(x: Array) -> NDArray[np.int64]:

@@ -10,8 +10,7 @@ floors, where those were fitted), beyond the noise of seeds.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,9 +51,6 @@ class Plan:
     slope: float
     span: float
     studies: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def table(self) -> Table:
         title = (

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from qies.config import INDUCTION_ONSET
+from qies.plotting import Figure
+from qies.scaling import figures
 from qies.scaling.comparison.copying import Copying, before_onset, set_in
-from qies.scaling.comparison.equality_test import SharedFit
+from qies.scaling.comparison.equality_test import EqualityTest
 from qies.scaling.comparison.matching import Paired
 from qies.scaling.comparison.planning import Plan
-from qies.scaling.comparison.statistical_power import Power
+from qies.scaling.comparison.statistical_power import StatisticalPower
+from qies.scaling.result import Result, paragraph
 from qies.scaling.tables.runs import Dropped
 
 KEY = {"data": "tokens"}  # what x is called in JSON, where not as the gain
@@ -49,7 +52,8 @@ class Gain:
             return 1
         return -1 if self.hi is not None and self.hi < 1 - 1e-6 else 0
 
-    def to_dict(self, key: str) -> dict[str, float | None]:
+    def point(self, key: str) -> dict[str, float | None]:
+        """A point of a gain curve as JSON; `key` is the name of x."""
         return {key: self.x, "gain": self.gain, "lo": self.lo, "hi": self.hi, "reach": self.reach}
 
     def words(self) -> str:
@@ -88,7 +92,7 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Candidate against baseline; `compare` makes it. `verdict` is "<arm> wins" or "no difference", `reason` why.
 
     `copying`: each arm's induction scores and onsets at the largest matched size, {} where the runs have no score.
@@ -105,11 +109,11 @@ class Comparison:
     cells: dict[str, int]
     gain: dict[str, tuple[Gain, ...]]
     paired: tuple[Paired, ...]
-    shared_fit: SharedFit | None
+    shared_fit: EqualityTest | None
     crossings: tuple[Crossing, ...]
     frontier: dict[str, tuple[FrontierPoint, ...]]
     losses: dict[str, tuple[tuple[float, float, float, float], ...]]
-    power: Power | None
+    power: StatisticalPower | None
     regime: dict[str, Any]
     copying: dict[str, Copying]
     verdict: str
@@ -126,48 +130,19 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; what is not known is null."""
         curves = {
-            variable: [point.to_dict(KEY.get(variable, variable)) for point in points]
+            variable: [point.point(KEY.get(variable, variable)) for point in points]
             for variable, points in self.gain.items()
         }
-        largest = None if self.at_largest is None else self.at_largest.to_dict("compute")
+        largest = None if self.at_largest is None else self.at_largest.point("compute")
         compute = None if largest is None else largest["compute"]
         # every gain at the largest scale that both arms have, that in compute as a curve too
         gain: dict[str, Any] = {v: {"compute": compute, **curve[-1]} for v, curve in curves.items() if curve}
         gain |= {"compute": curves.get("compute", []), "at_largest": largest, "curves": curves}
-        return {
-            "candidate": self.candidate,
-            "baseline": self.baseline,
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "form": self.form,
-            "level": self.level,
-            "regime": self.regime,
-            "copying": self._copying_dict(),
-            "flops_convention": self.flops_convention,
-            "runs": self.runs,
-            "cells": self.cells,
-            "gain": gain,
-            "paired": [row.to_dict() for row in self.paired],
-            "shared_fit": None if self.shared_fit is None else self.shared_fit.to_dict(),
-            "crossings": [vars(c) for c in self.crossings],
-            "frontier": {arm: [vars(point) for point in points] for arm, points in self.frontier.items()},
-            "losses": {arm: [list(point) for point in points] for arm, points in self.losses.items()},
-            "power": None if self.power is None else self.power.to_dict(),
-            "plan": None if self.plan is None else self.plan.to_dict(),
-            "dropped": [asdict(run) for run in self.dropped],
-            "warnings": list(self.warnings),
-            "summary": self.summary(),
-        }
+        return super().to_dict() | {"gain": gain, "copying": self._copying_dict(), "summary": self.summary()}
 
-    def plot(self, kind: str = "compute") -> Any:
-        """The gain in "compute", "params", "data" or "time"; the "frontier"; the "paired" differences.
-
-        Raises UserError for another kind, or where nothing is known of it.
-        """
-        from qies.scaling import figures
-
-        others = {"frontier": figures.frontier_figure, "paired": figures.paired_figure}
-        return others[kind](self) if kind in others else figures.gain_figure(self, kind)
+    def figures(self) -> dict[str, Figure]:
+        """The gains, the frontier and the paired differences, where they are known."""
+        return figures.comparison_figures(self)
 
     def summary(self) -> str:
         """The verdict, the gains with their intervals, what they rest on and every warning, as one paragraph."""
@@ -186,8 +161,7 @@ class Comparison:
         said.append(f"FLOPs: {self.flops_convention}")
         if self.dropped:
             said.append(f"{plural(len(self.dropped), 'run')} left out, see dropped")
-        said += [w[0].upper() + w[1:] for w in self.warnings]
-        return ". ".join(said) + "."
+        return paragraph(said, self.warnings)
 
     def _regime(self) -> str:
         """Where the verdict holds: "4 sizes of 5e+04 to 4e+05 parameters, 10 to 82 tokens per parameter, 2 seeds"."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from scipy.stats import chi2, norm
 from scipy.stats import t as student
 
 from qies.scaling.comparison.matching import Paired
+from qies.scaling.result import plain, public_fields
 
 TARGET = 0.8
 MOST = 1000
@@ -42,7 +43,7 @@ class SizePower:
 
 
 @dataclass(frozen=True)
-class Power:
+class StatisticalPower:
     """`sizes`: what a paired test needs at each matched size. `cells` and `cells_needed`: matched (size, tokens)
     points at hand, and how many like them the gain's interval needs to exclude 1; None: over 1,000.
     `detectable`: the smallest gain (above 1) that the present runs would show at the largest shared compute.
@@ -63,7 +64,7 @@ class Power:
         return min(known, key=lambda size: size.need or 0, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"best": None if self.best is None else asdict(self.best)}
+        return public_fields(self) | {"best": plain(self.best)}
 
 
 def t_power(effect: float, error: float, dof: float, level: float) -> float:

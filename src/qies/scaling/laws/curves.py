@@ -12,23 +12,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import least_squares
 from scipy.signal import lfilter
 
 from qies.errors import UserError
 from qies.plotting import Figure
+from qies.scaling import figures
 from qies.scaling.laws.intervals import (
     ILL_CONDITIONED,
     condition_number,
     huber_covariance,
     relative,
-    scipy_loss,
     t_quantile,
 )
+from qies.scaling.laws.solver import minimise_residuals
+from qies.scaling.result import Result, paragraph
 
 Array = NDArray[np.float64]
 Evaluate = Callable[[Array], tuple[Array, Array]]
@@ -39,7 +39,7 @@ ANNEALING_DELTA = 1e-3
 
 
 @dataclass(frozen=True)
-class CurveFit:
+class CurveFit(Result):
     """A fitted curve: `params`, `ci` (Student's t), `objective` (the Huber sum of residuals of log L for annealing,
     half the sum of squares for downstream), `scatter` of the residuals, `condition` of the Jacobian, and the `curve`
     {x, observed, fitted}."""
@@ -60,13 +60,6 @@ class CurveFit:
         """Annealing: loss at every step of a schedule, from (step, lr). Downstream: accuracy from bits per byte."""
         return self._predict(*(np.asarray(v, np.float64) for v in x))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        public = {k: getattr(self, k) for k in self.__dataclass_fields__ if not k.startswith("_")}
-        ci = {k: None if v is None else list(v) for k, v in self.ci.items()}
-        condition = self.condition if math.isfinite(self.condition) else None
-        return {**public, "ci": ci, "condition": condition, "warnings": list(self.warnings)}
-
     def summary(self) -> str:
         """The curve, its intervals and every warning, as one paragraph."""
         values = []
@@ -75,13 +68,11 @@ class CurveFit:
             values.append(f"{name} {value:.5g}" + ("" if pair is None else f" ({pair[0]:.4g} to {pair[1]:.4g})"))
         scatter = "" if self.scatter is None else f"; scatter {self.scatter:.3g}"
         parts = [f"{self.form} through {self.n} points: {', '.join(values)}{scatter}"]
-        return ". ".join([*parts, *(w[0].upper() + w[1:] for w in self.warnings)]) + "."
+        return paragraph(parts, self.warnings)
 
-    def plot(self) -> Figure:
+    def figures(self) -> dict[str, Figure]:
         """The points and the curve."""
-        from qies.scaling.figures import curve_figure
-
-        return curve_figure(self)
+        return {self.form: figures.curve_figure(self)}
 
 
 def schedule_sums(step: Array, lr: Array, memory: float = MEMORY) -> tuple[Array, Array]:
@@ -238,25 +229,9 @@ def _best(
     evaluate: Evaluate, starts: list[Array], low: Array, delta: float, weight: Array, high: Array | float = np.inf
 ) -> tuple[Array, float]:
     """The lowest minimum of the weighted Huber sum (least squares where delta is infinite) over the starts."""
-    root = np.sqrt(weight)
-
-    def run(start: Array) -> Any:
-        return least_squares(
-            lambda theta: evaluate(theta)[0] * root,
-            np.clip(start, low + 1e-9, high - 1e-9),
-            lambda theta: evaluate(theta)[1] * root[:, None],
-            bounds=(low, high),
-            x_scale="jac",
-            ftol=1e-14,
-            xtol=1e-14,
-            gtol=1e-14,
-            max_nfev=500,
-            loss=scipy_loss(delta, weight),
-        )
-
-    found = [run(start) for start in starts]
-    best = min(found, key=lambda f: float(f.cost))
-    return best.x, float(best.cost)
+    inside = [np.clip(start, low + 1e-9, high - 1e-9) for start in starts]
+    found = [minimise_residuals(evaluate, start, weight, delta, low, high) for start in inside]
+    return min(found, key=lambda minimum: minimum[1])
 
 
 def _certainty(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,8 +21,10 @@ from scipy.optimize import minimize_scalar
 
 from qies.errors import UserError, nearest
 from qies.plotting import Figure
+from qies.scaling import figures
 from qies.scaling.laws.intervals import relative, t_quantile
 from qies.scaling.laws.surface import fit_surface
+from qies.scaling.result import Result, paragraph
 from qies.scaling.tables.runs import Runs
 
 Array = NDArray[np.float64]
@@ -48,7 +49,7 @@ class Optimum:
 
 
 @dataclass(frozen=True)
-class EnvelopeFit:
+class EnvelopeFit(Result):
     """N = k_N C^a and D = k_D C^b through `points`, with the FLOPs and tokens of the table.
 
     `params` {"k_N", "a", "k_D", "b"}; `exponents` {"a", "b"}; `ci` by Student's t over the points, or None;
@@ -84,13 +85,6 @@ class EnvelopeFit:
         n, d = (float(v) for v in self.optimum(compute))
         return (n * math.exp(-half["N"]), n * math.exp(half["N"])), (d * math.exp(-half["D"]), d * math.exp(half["D"]))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        ci = {k: None if v is None else list(v) for k, v in self.ci.items()}
-        points = [vars(p) for p in self.points]
-        public = {k: v for k, v in vars(self).items() if not k.startswith("_")}
-        return {**public, "ci": ci, "points": points, "bias": list(self.bias), "warnings": list(self.warnings)}
-
     def summary(self) -> str:
         """Exponents, what they rest on, and every warning, as one paragraph."""
         pair = self.ci["a"]
@@ -100,13 +94,11 @@ class EnvelopeFit:
             f"D ~ C^b with b {self.exponents['b']:.3f}, through {len(self.points)} optima of {self.n} runs "
             f"from {self.points[0].compute:.3g} to {self.points[-1].compute:.3g} FLOPs"
         ]
-        return ". ".join([*parts, *(w[0].upper() + w[1:] for w in self.warnings)]) + "."
+        return paragraph(parts, self.warnings)
 
-    def plot(self) -> Figure:
+    def figures(self) -> dict[str, Figure]:
         """Best N and D against compute."""
-        from qies.scaling.figures import envelope_figure
-
-        return envelope_figure(self)
+        return {self.form: figures.envelope_figure(self)}
 
 
 def fit_approach1(runs: Runs, *, level: float = 0.95) -> EnvelopeFit:

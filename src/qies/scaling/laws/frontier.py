@@ -39,15 +39,18 @@ def fit_cost(log_n: Array, log_d: Array, log_cost: Array) -> Cost:
     return Cost(float(log_k), float(p), float(q), math.sqrt(float(np.mean(residual**2))))
 
 
-def optimum(params: dict[str, float], cost: Cost, log_cost: Array) -> Array:
-    """[n, 2]: (log N, log D) of least loss at each log cost [n]; `params` A, B, alpha, beta of the surface.
+SIX_ND = Cost(math.log(6.0), 1.0, 1.0, 0.0)
+
+
+def optimum(terms: tuple[float, float, float, float], cost: Cost, log_cost: Array) -> Array:
+    """[n, 2]: (log N, log D) of the lowest loss at each log cost [n]; `terms` A, alpha, B, beta of the surface.
 
     Raises ValueError where p, q or an exponent is not positive: there the frontier has no interior optimum.
     """
-    alpha, beta = params["alpha"], params["beta"]
-    if min(alpha, beta, cost.p, cost.q, params["A"], params["B"]) <= 0:
+    a, alpha, b, beta = terms
+    if not min(*terms, cost.p, cost.q) > 0:
         raise ValueError("no interior optimum: the loss or the cost does not move with size or tokens")
     # N^(alpha + beta p / q) = (alpha A q) / (beta B p) (cost / k)^(beta / q)
-    ratio = math.log(alpha * params["A"] * cost.q / (beta * params["B"] * cost.p))
+    ratio = math.log(alpha) + math.log(a) + math.log(cost.q) - math.log(beta) - math.log(b) - math.log(cost.p)
     log_n = (ratio + beta / cost.q * (log_cost - cost.log_k)) / (alpha + beta * cost.p / cost.q)
     return np.stack([log_n, (log_cost - cost.log_k - cost.p * log_n) / cost.q], axis=1)

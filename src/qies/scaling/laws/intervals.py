@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,27 +52,6 @@ def huber_moments(residual: Array, delta: float, p: int) -> tuple[float, float]:
         window = WINDOW * spread
         inside = max(int((np.abs(residual) <= window).sum()) - p / 2, 1) / (n - p / 2) * delta / window
     return inside, float((np.clip(residual, -delta, delta) ** 2).sum()) / (n - p)
-
-
-def scipy_loss(delta: float, weight: Array) -> str | Callable[[Array], Array]:
-    """`loss` of scipy's least_squares by which residuals [n] scaled by sqrt(weight) sum up to weight times Huber's
-    loss of the residuals, and to least squares where delta is infinite."""
-    if math.isinf(delta):
-        return "linear"
-    edge = weight * delta**2
-
-    def rho(z: Array) -> Array:  # and its two derivatives, [3, n], at the squares of the scaled residuals
-        far = z > edge
-        beyond = np.where(far, z, 1.0)
-        return np.stack(
-            [
-                np.where(far, 2 * np.sqrt(edge * beyond) - edge, z),
-                np.where(far, np.sqrt(edge / beyond), 1.0),
-                np.where(far, -0.5 * np.sqrt(edge) * beyond**-1.5, 0.0),
-            ]
-        )
-
-    return rho
 
 
 def relative(weight: Array) -> Array:

@@ -30,20 +30,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import least_squares
 
 from qies.errors import UserError, nearest
 from qies.plotting import Figure
+from qies.scaling import figures
 from qies.scaling.laws.intervals import (
     ILL_CONDITIONED,
     bootstrap_tails,
     condition_number,
     huber_covariance,
     relative,
-    scipy_loss,
     t_quantile,
 )
-from qies.scaling.laws.solver import check_criterion, huber
+from qies.scaling.laws.solver import check_criterion, huber, minimise_residuals
+from qies.scaling.result import Result, paragraph, plain
 
 Array = NDArray[np.float64]
 
@@ -53,7 +53,7 @@ BOOTSTRAP_FROM = 20
 
 
 @dataclass(frozen=True)
-class PowerLaw:
+class PowerLaw(Result):
     """A fitted power law; `summary()` says it in words, `predict(x)` draws it, `to_dict()` stores it.
 
     `n` runs at `sizes` distinct x; `params` {"A", "alpha"} and with a floor "E"; `ci` the interval of each or
@@ -108,15 +108,11 @@ class PowerLaw:
         """The law and its band for charts, log-spaced from min(x) / 1.5 to `reach` times max(x)."""
         x = np.geomspace(self.x_range[0] / 1.5, self.x_range[1] * reach, points)
         parts = dict(zip(("loss", "lo", "hi"), self.predict(x), strict=True))
-        return {"x": x.tolist(), **{k: [_finite(v) for v in values] for k, values in parts.items()}}
+        return {"x": x.tolist(), **plain(parts)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values (no interval is null), with `curve` and `draws`, so that a page draws the law from them."""
-        public = {k: getattr(self, k) for k in self.__dataclass_fields__ if not k.startswith("_")}
-        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in public.items()}
-        ci = {name: None if pair is None else list(pair) for name, pair in self.ci.items()}
-        delta = self.delta if math.isfinite(self.delta) else None
-        return {**listed, "delta": delta, "ci": ci, "curve": self.curve(), "draws": self.draws.tolist()}
+        """As of every result, with `curve` and `draws`, from which a page draws the law."""
+        return super().to_dict() | {"curve": self.curve(), "draws": self.draws.tolist()}
 
     @property
     def draws(self) -> Array:
@@ -126,11 +122,10 @@ class PowerLaw:
         amplitude = np.exp(self._draws[:, :1] + self._draws[:, 1:2] * self._center)
         return np.concatenate([amplitude, self._draws[:, 1:]], axis=1)
 
-    def plot(self, x: ArrayLike = (), loss: ArrayLike = (), variable: str = "x") -> Figure:
-        """The law with its band, and the runs (x, loss) where they are given; `variable` names x with its unit."""
-        from qies.scaling.figures import power_figure
-
-        return power_figure(self, x, loss, variable)
+    def figures(self, x: ArrayLike = (), loss: ArrayLike = (), variable: str = "x") -> dict[str, Figure]:
+        """The law with its band and, where there are any, the runs (x, loss) and the bootstrap; `variable` names x."""
+        shown = {"law": figures.power_figure(self, x, loss, variable)}
+        return shown | ({"bootstrap": figures.bootstrap_figure(self)} if len(self.draws) else {})
 
     def summary(self) -> str:
         """The law, its interval, what the interval rests on, and every warning, as one paragraph."""
@@ -150,8 +145,7 @@ class PowerLaw:
             freedom = f"{self.dof} degree{'s' if self.dof > 1 else ''} of freedom"
             how = f"t with {freedom}" if self.interval == "t" else self.interval
             basis += f"; {100 * self.level:g}% CI by {how}; scatter {100 * self.scatter:.2g} %"
-        warnings = [w[0].upper() + w[1:] for w in self.warnings]
-        return ". ".join([f"{', '.join(parts)} ({basis})", *warnings]) + "."
+        return paragraph([f"{', '.join(parts)} ({basis})"], self.warnings)
 
 
 def fit_power(
@@ -288,14 +282,16 @@ def _fit(points: _Points, floor: bool, warm: Array | None = None) -> tuple[Array
     """Best (theta, Huber sum) over the starts, or from `warm` alone."""
     u, y = points.u, points.y
     slope = float((u - u.mean()) @ y / ((u - u.mean()) @ u))
-    best = _minimise(points, np.array([y.mean() - slope * u.mean(), -slope]))
+    best = minimise_residuals(
+        points.evaluate, np.array([y.mean() - slope * u.mean(), -slope]), points.weight, points.delta
+    )
     if not floor:
         return best
     # No floor is the edge of the parameter space, which an interior method only creeps up to, so it is offered.
     best = (np.append(best[0], 0.0), best[1])
     for start in _floor_starts(points) if warm is None else [warm]:
         # alpha >= 0: a law with a floor falls towards it; "E + a spike at the largest x" is no such law.
-        found = _minimise(points, start, lower=[-np.inf, 0.0, 0.0])
+        found = minimise_residuals(points.evaluate, start, points.weight, points.delta, [-np.inf, 0.0, 0.0])
         if found[1] < best[1] * (1 - 1e-9):
             best = found
     return best
@@ -318,24 +314,6 @@ def _floor_starts(points: _Points) -> list[Array]:
         scan.append((float(points.weight @ huber(residual, delta)), theta))
     costs = [math.inf, *(cost for cost, _ in scan), math.inf]
     return [theta for i, (cost, theta) in enumerate(scan) if cost <= min(costs[i], costs[i + 2])]
-
-
-def _minimise(points: _Points, start: Array, lower: list[float] | float = -np.inf) -> tuple[Array, float]:
-    """Minimise the weighted Huber sum of the residuals from one start."""
-    root = np.sqrt(points.weight)
-    found = least_squares(
-        lambda theta: points.evaluate(theta)[0] * root,
-        start,
-        lambda theta: points.evaluate(theta)[1] * root[:, None],
-        bounds=(lower, np.inf),
-        loss=scipy_loss(points.delta, points.weight),
-        x_scale="jac",
-        ftol=1e-15,
-        xtol=1e-15,
-        gtol=1e-15,
-        max_nfev=500,
-    )
-    return found.x, float(found.cost)
 
 
 def _bootstrap(points: _Points, theta: Array, draws: int, seed: int) -> Array:
@@ -425,7 +403,3 @@ def _check(
         )
     if not (delta > 0 and 0 < level < 1 and draws >= 2):
         raise UserError(f"delta > 0, 0 < level < 1 and draws >= 2 are needed; got {delta}, {level}, {draws}")
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -16,17 +16,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.stats import f as fisher
 
 from qies.errors import UserError
+from qies.plotting import Figure
+from qies.scaling import figures
 from qies.scaling.comparison.matching import levels
 from qies.scaling.laws.forms import surface_form
 from qies.scaling.laws.intervals import ROUNDING, huber_moments
 from qies.scaling.laws.surface import DELTA, SurfaceFit, fit_surface
+from qies.scaling.result import Result
 from qies.scaling.tables.runs import Runs
 
 # Which form is a special case of which: by gamma = 1, and by alpha = beta.
@@ -58,7 +60,7 @@ class RatioTest:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class FormComparison(Result):
     """Forms on the same runs and `criterion` (Huber sum on "log" L or the "loss" L), best AIC first, and tests of the
     nested ones."""
 
@@ -66,15 +68,6 @@ class Comparison:
     criterion: str
     scores: tuple[FormScore, ...]
     tests: tuple[RatioTest, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "n": self.n,
-            "criterion": self.criterion,
-            "scores": [vars(s) for s in self.scores],
-            "tests": [vars(t) for t in self.tests],
-        }
 
     def summary(self) -> str:
         """Which form the data prefer, in one sentence a fact."""
@@ -88,11 +81,9 @@ class Comparison:
         what = "log loss" if self.criterion == "log" else "loss"
         return f"Lowest AIC: {best.form} ({others}; residuals of {what}).{tests}"
 
-    def plot(self) -> Any:
-        """How far each form's AIC is above the lowest, against its number of parameters."""
-        from qies.scaling.figures import forms_figure
-
-        return forms_figure(self)
+    def figures(self) -> dict[str, Figure]:
+        """How far the AIC of each form is above the lowest, against its number of parameters."""
+        return {"forms": figures.forms_figure(self)}
 
 
 @dataclass(frozen=True)
@@ -108,7 +99,7 @@ class HeldOutRun:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOut(Result):
     """Prediction of the runs of the `k` largest models by a fit to the `n` others."""
 
     form: str
@@ -117,10 +108,6 @@ class HeldOut:
     runs: tuple[HeldOutRun, ...]
     mean_error: float
     worst_error: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**vars(self), "runs": [vars(r) for r in self.runs]}
 
     def summary(self) -> str:
         """How far the predictions lie off."""
@@ -131,12 +118,10 @@ class HeldOut:
             f"(N {worst.params:.3g}, D {worst.tokens:.3g}) at {100 * worst.error:+.2f} %."
         )
 
-    def plot(self) -> Any:
+    def figures(self) -> dict[str, Figure]:
         """How far each run lies from its prediction, in percent of the loss."""
-        from qies.scaling.figures import residuals_figure
-
         rows = [vars(r) | {"residual": math.log(r.loss / r.predicted), "outlier": False} for r in self.runs]
-        return residuals_figure({self.form: rows})
+        return {"held-out": figures.residuals_figure({self.form: rows})}
 
 
 def huber_log_likelihood(objective: float, n: float, delta: float) -> float:
@@ -156,7 +141,7 @@ def huber_log_likelihood(objective: float, n: float, delta: float) -> float:
 
 def compare_forms(
     runs: Runs, forms: tuple[str, ...], *, delta: float | None = None, criterion: str | None = None
-) -> Comparison:
+) -> FormComparison:
     """Fit every form to the same runs by one criterion and rank them: the Huber sum on log L (by default, with delta
     1e-3), or on L by criterion "loss" (least squares without a delta).
 
@@ -178,7 +163,7 @@ def compare_forms(
         aic = 2 * k - 2 * height + 2 * k * (k + 1) / (n - k - 1)
         scores.append(FormScore(form, k - 1, fit.objective, height, aic, k * math.log(n) - 2 * height))
     tests = [_ratio_test(fits[a], fits[b]) for a in fits for b in fits if (a, b) in NESTED]
-    return Comparison(n, criterion, tuple(sorted(scores, key=lambda s: s.aic)), tuple(tests))
+    return FormComparison(n, criterion, tuple(sorted(scores, key=lambda s: s.aic)), tuple(tests))
 
 
 def _average_seeds(runs: Runs) -> Runs:

@@ -10,8 +10,12 @@ Legend: S vectors theta at once, n runs, p parameters.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import least_squares
 
 from qies.errors import UserError, nearest
 from qies.scaling.laws.forms import Form
@@ -93,6 +97,35 @@ def best(form: Form, x: Array, loss: Array, weight: Array, delta: float, criteri
     return found, lowest
 
 
+def minimise_residuals(
+    evaluate: Callable[[Array], tuple[Array, Array]],
+    start: Array,
+    weight: Array,
+    delta: float,
+    low: ArrayLike = -np.inf,
+    high: ArrayLike = np.inf,
+) -> tuple[Array, float]:
+    """The local minimum (theta [p], weighted Huber sum) of any residuals from one start, by a trust region.
+
+    evaluate: theta -> residuals [n], Jacobian [n, p]; weight [n]; low, high: bounds of theta. Least squares where delta
+    is infinite.
+    """
+    root = np.sqrt(weight)
+    found = least_squares(
+        lambda theta: evaluate(theta)[0] * root,
+        start,
+        lambda theta: evaluate(theta)[1] * root[:, None],
+        bounds=(low, high),
+        loss=_scipy_loss(delta, weight),
+        x_scale="jac",
+        ftol=1e-15,
+        xtol=1e-15,
+        gtol=1e-15,
+        max_nfev=500,
+    )
+    return found.x, float(found.cost)
+
+
 def _standard_errors(form: Form, theta: Array, x: Array, loss: Array) -> Array:
     """Principal axes [p, p] of theta's uncertainty, as rows, each one standard error (at most FARTHEST) long."""
     log_loss, jacobian = (part[0] for part in form.evaluate(theta[None], x))
@@ -148,3 +181,24 @@ def _newton(
     size = np.abs(values) + 1e-14
     step = -(vectors @ (along / (size + damping[:, None]))[..., None])[..., 0] / scale
     return step, 0.5 * (along**2 / (size + 1e-9)).sum(axis=1)
+
+
+def _scipy_loss(delta: float, weight: Array) -> str | Callable[[Array], Array]:
+    """`loss` of scipy's least_squares by which residuals [n] scaled by sqrt(weight) sum up to weight times Huber's
+    loss of the residuals, and to least squares where delta is infinite."""
+    if math.isinf(delta):
+        return "linear"
+    edge = weight * delta**2
+
+    def rho(z: Array) -> Array:  # and its two derivatives, [3, n], at the squares of the scaled residuals
+        far = z > edge
+        beyond = np.where(far, z, 1.0)
+        return np.stack(
+            [
+                np.where(far, 2 * np.sqrt(edge * beyond) - edge, z),
+                np.where(far, np.sqrt(edge / beyond), 1.0),
+                np.where(far, -0.5 * np.sqrt(edge) * beyond**-1.5, 0.0),
+            ]
+        )
+
+    return rho

@@ -23,7 +23,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qies.errors import UserError, nearest
+from qies.plotting import Figure
+from qies.scaling import figures
 from qies.scaling.laws.forms import LEAST_FLOOR, STEEPEST, Form, surface_form
+from qies.scaling.laws.frontier import SIX_ND, optimum
 from qies.scaling.laws.intervals import (
     ILL_CONDITIONED,
     condition_number,
@@ -35,6 +38,7 @@ from qies.scaling.laws.intervals import (
     t_quantile,
 )
 from qies.scaling.laws.solver import best, check_criterion, minimise, residuals
+from qies.scaling.result import Result, paragraph
 from qies.scaling.tables.runs import Dropped, Runs
 
 Array = NDArray[np.float64]
@@ -64,7 +68,7 @@ class Residual:
 
 
 @dataclass(frozen=True)
-class SurfaceFit:
+class SurfaceFit(Result):
     """A fitted law of N and D; `summary()` says it in words, `predict` draws it, `to_dict()` stores it.
 
     `n` runs at `cells` distinct (N, D); `params` by the law's names; `objective` the Huber sum of residuals of log L
@@ -125,12 +129,11 @@ class SurfaceFit:
         return np.exp(log_loss).reshape(shape), np.exp(lo).reshape(shape), np.exp(hi).reshape(shape)
 
     def optimum(self, compute: float) -> tuple[float, float, float]:
-        """(N, D, loss) of the lowest loss at C = 6ND FLOPs; closed form, as the sum of two powers."""
-        a_amp, alpha, b_amp, beta = self._law.reducible(self.params)
-        if not (alpha > 0 and beta > 0 and compute > 0):
+        """(N, D, loss) of the lowest loss at C = 6ND FLOPs."""
+        log_n = self._log_optimum(self.params, compute) if compute > 0 else math.nan
+        if math.isnan(log_n):
             raise UserError("no optimum: the law does not fall with both N and D, or compute is not positive")
-        log_ratio = math.log(alpha) + math.log(a_amp) - math.log(beta) - math.log(b_amp)
-        n = math.exp((log_ratio + beta * math.log(compute / 6)) / (alpha + beta))
+        n = math.exp(log_n)
         d = compute / 6 / n
         return n, d, float(self.predict(n, d))
 
@@ -139,10 +142,7 @@ class SurfaceFit:
 
         def log_n(theta: Array) -> float:
             public = dict(zip(self._law.names, self._law.public(theta, self._center).tolist(), strict=True))
-            a_amp, alpha, b_amp, beta = self._law.reducible(public)
-            if not min(a_amp, alpha, b_amp, beta) > 0:
-                return math.nan
-            return (math.log(alpha * a_amp / (beta * b_amp)) + beta * math.log(compute / 6)) / (alpha + beta)
+            return self._log_optimum(public, compute)
 
         best = log_n(self._theta)
         if len(self._draws):
@@ -160,23 +160,21 @@ class SurfaceFit:
             return None
         return (math.exp(lo), math.exp(hi)), (compute / 6 / math.exp(hi), compute / 6 / math.exp(lo))
 
+    def _log_optimum(self, params: dict[str, float], compute: float) -> float:
+        """log N of the lowest loss at C = 6ND; NaN where the law does not fall with both N and D."""
+        try:
+            return float(optimum(self._law.reducible(params), SIX_ND, np.log([compute]))[0, 0])
+        except ValueError:
+            return math.nan
+
     def frontier(self, compute: ArrayLike) -> Array:
         """Lowest loss at each C = 6ND FLOPs."""
         values = np.asarray(compute, np.float64)
         return np.array([self.optimum(float(c))[2] for c in values.reshape(-1)]).reshape(values.shape)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; no interval is null, and so is the infinite delta of least squares."""
-        public = {k: getattr(self, k) for k in self.__dataclass_fields__ if not k.startswith("_")}
-        plain = {
-            "ci": {name: None if pair is None else list(pair) for name, pair in self.ci.items()},
-            "dropped": [vars(d) for d in self.dropped],
-            "warnings": list(self.warnings),
-            "residuals": [vars(r) for r in self.residuals],
-            "condition": self.condition if math.isfinite(self.condition) else None,
-            "delta": self.delta if math.isfinite(self.delta) else None,
-        }
-        return {**public, **plain, "bootstrap": len(self._draws)}
+        """As of every result, with the number of `bootstrap` draws."""
+        return super().to_dict() | {"bootstrap": len(self._draws)}
 
     def summary(self) -> str:
         """The law, its exponents and intervals, what they rest on, and every warning, as one paragraph."""
@@ -194,13 +192,13 @@ class SurfaceFit:
             + ("" if self.scatter is None else f"; scatter {100 * self.scatter:.2g} %"),
             f"FLOPs {self.convention}",
         ]
-        return ". ".join([*parts, *(w[0].upper() + w[1:] for w in self.warnings)]) + "."
+        return paragraph(parts, self.warnings)
 
-    def plot(self, runs: Runs | None = None, axis: str = "flops") -> Any:
-        """The runs and the law against `axis` ("params", "tokens" or "flops"); residuals where no runs are given."""
-        from qies.scaling import figures
-
-        return figures.residual_figure(self) if runs is None else figures.surface_figure(self, runs, axis)
+    def figures(self, runs: Runs | None = None) -> dict[str, Figure]:
+        """Loss against N, D and C with the runs (by default those of `residuals`), residuals, and the bootstrap."""
+        shown = {f"loss-{axis}": figures.surface_figure(self, runs, axis) for axis in figures.AXES}
+        shown["residuals"] = figures.residual_figure(self)
+        return shown | ({"bootstrap": figures.bootstrap_figure(self)} if len(self._draws) else {})
 
     def _logs(self, params: ArrayLike, tokens: ArrayLike, unique: ArrayLike | None) -> tuple[Array, tuple[int, ...]]:
         given = (params, tokens, tokens if unique is None else unique)
