@@ -6,15 +6,15 @@ from scipy.stats import linregress
 from two_arms import ALPHA, A, E, chinchilla, grid, ladder, noisy, runs_of, table
 
 from qies.scaling.comparison.equality_test import equality_test
-from qies.scaling.comparison.gain_axes import SHARED, make_views
+from qies.scaling.comparison.gain_axes import SHARED, fit_gain_axes
 from qies.scaling.comparison.matching import cells_of
 
 
 def shared_test(runs):
     a, b = runs.of_arm("q"), runs.of_arm("t")
     ca, cb = cells_of(a, b)
-    views = make_views(ca, cb, (a, b), "auto", 0.95, None)
-    return equality_test(views.of["compute"].joint, SHARED[views.form], ("q", "t"))
+    axes = fit_gain_axes(ca, cb, (a, b), "auto", 0.95, None)
+    return equality_test(axes.of["compute"].joint, SHARED[axes.form], ("q", "t"))
 
 
 def rejections(law, cells, count, seed, **noise):

@@ -198,8 +198,8 @@ def test_names_in_another_case_and_columns_in_another_unit(tmp_path):
     ("columns", "says"),
     [
         ({"params": "N*1e6"}, "no column 'N' for params"),
-        ({"params": "params*big"}, "multiplied by 'big', which is no positive number"),
-        ({"params": "params*-1"}, "no positive number"),
+        ({"params": "params*big"}, "multiplied by 'big', which is not a positive number"),
+        ({"params": "params*-1"}, "not a positive number"),
         ({"arm": "params*2"}, "no column 'params\\*2' for arm"),
     ],
 )
@@ -223,8 +223,8 @@ def test_flops_conventions(tmp_path):
         ("N,tokens,loss\n1,2,3\n", {}, "no column 'params'; name it with --columns params="),
         ("params,tokens,lss\n1,2,3\n", {}, "Did you mean 'lss'"),
         ("params,tokens,loss\n1,2,3\n", {"columns": {"params": "parms"}}, "Did you mean 'params'"),
-        ("params,tokens,loss\n1,2,3\n", {"columns": {"parms": "params"}}, "'parms' is no column of ours"),
-        ("params,tokens,loss\n1,2,three\n", {}, "row 1, column 'loss': 'three' is no number"),
+        ("params,tokens,loss\n1,2,3\n", {"columns": {"parms": "params"}}, "'parms' is not a column"),
+        ("params,tokens,loss\n1,2,three\n", {}, "row 1, column 'loss': 'three' is not a number"),
         ("Step,a - loss,a - loss__MIN,a - loss__MAX\n1,2,3,4\n", {}, "wide export of W&B.*'a - loss', without loss"),
         ("Step,a - loss\n1,2\n", {"columns": {"loss": "a - loss"}}, "wide export of W&B.*without params"),
         ("params,tokens,loss\n1,200,000,3\n", {}, "row 1 has 4 cells and the head 3; quote"),
@@ -244,7 +244,7 @@ def test_bad_tables_are_refused_in_one_line(tmp_path, text, options, says):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("t.xlsx", "", "no known kind"),
+        ("t.xlsx", "", "unknown suffix"),
         ("t.jsonl", "{", "not valid JSONL"),
         ("t.json", "3", "a list of runs"),
         ("t.json", "[3]", "an object"),

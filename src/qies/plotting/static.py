@@ -122,7 +122,7 @@ def _drawn(figure: Figure) -> Canvas:
         canvas.legend(
             handles, list(names.values()), loc="outside upper left", ncols=columns, frameon=False, fontsize=font,
             handlelength=2.3, handletextpad=0.5, columnspacing=1.0, labelspacing=ROW - 1.2, borderpad=0.1,
-            borderaxespad=0.1,
+            borderaxespad=0.3,
         )  # fmt: skip
     drawn = []
     for i, panel in enumerate(figure.panels):
@@ -156,8 +156,8 @@ def _axes(axes: Axes, panel: Panel, scales: tuple[Scale, Scale], font: float) ->
 def _draw(axes: Axes, mark: Points | Line | Band, scales: tuple[Scale, Scale], size: float) -> None:
     colour = mark.style.colour
     if isinstance(mark, Band):
-        for x, lo, hi in mark.segments(scales[1].low, scales[1].high):
-            axes.fill([*x, *reversed(x)], [*hi, *reversed(lo)], facecolor=colour, alpha=0.16, linewidth=0)
+        for x, lower, upper in mark.segments(scales[1].low, scales[1].high):
+            axes.fill([*x, *reversed(x)], [*upper, *reversed(lower)], facecolor=colour, alpha=0.16, linewidth=0)
         return
     places = [_place(x, y, scales) for x, y in zip(mark.x, mark.y, strict=True)]
     if isinstance(mark, Line):
@@ -165,8 +165,8 @@ def _draw(axes: Axes, mark: Points | Line | Band, scales: tuple[Scale, Scale], s
         xs, ys = ([math.nan if at is None else at[i] for at in places] for i in (0, 1))  # broken at NaN
         axes.plot(xs, ys, color=colour, linewidth=width, alpha=alpha, linestyle=DASHES[mark.style.dash])
     else:
-        for x, lo, hi in zip(mark.x, mark.lo, mark.hi, strict=False):
-            ends = [at for at in (_place(x, lo, scales), _place(x, hi, scales)) if at is not None]
+        for at, lo, hi in zip(mark.x, mark.lo, mark.hi, strict=False):
+            ends = [end for end in (_place(at, lo, scales), _place(at, hi, scales)) if end is not None]
             if len(ends) == 2:
                 axes.plot(*zip(*ends, strict=True), color=colour, linewidth=1.4, marker="_", markersize=8)
     if isinstance(mark, Points) or mark.markers:

@@ -1,4 +1,4 @@
-"""From a file to a fit of any form: read, leave out what is unsound, fit. What `qies fit` calls."""
+"""Fit a law of any form to a file of runs: read, filter, fit. The implementation of `qies fit`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ AXES = ("params", "tokens", "flops")
 
 @dataclass(frozen=True)
 class Outcome(Result):
-    """A fit with what the file's way to it adds: the runs used, those left out, tests beside the fit, predictions.
+    """A fit with the runs used and dropped, held-out predictions, other forms, predictions and optima.
 
     `predictions` at given N and D and `optima` at given C hold their intervals (`lo`, ...) where there are any, and
     `reach`, how many times beyond the runs they lie; 1 is inside.
@@ -111,7 +111,7 @@ class Outcome(Result):
         return tables
 
     def summary(self) -> str:
-        """The fit in words, with what was left out and what was tried beside it."""
+        """The fit, what was dropped, the held-out predictions and the other forms, as one paragraph."""
         parts = [self.fit.summary()]
         if self.runs is not None and not isinstance(self.fit, SurfaceFit):
             parts.append(f"FLOPs {self.runs.convention}.")
@@ -153,12 +153,11 @@ def fit_file(
     `fit_approach2`; `floor` and `ceiling` of `fit_downstream`, "free" where they are fitted (by default the floor is,
     and the ceiling 1). `at_compute`: FLOPs, counted as the table's, at which to give the best N and D.
 
-    With `drop_worst` the user says how many runs lie off, 0 for none, so the search for diverged runs against a fit is
-    left out; runs that did not finish or hold no number are left out always. `leave_largest`: also fit without the so
-    many largest model sizes and predict them. `beside`: other forms to compare this one with. `predict`: pairs of N and
-    D. `best`: of the rows of one arm, N and D take the lowest loss alone. `axis` is what `power` and `power+floor` run
-    along. Raises UserError for an unknown form or axis, and what the
-    parts raise.
+    `drop_worst`: the number of outliers to drop, 0 for none; it replaces the search for diverged runs against a fit,
+    but runs that did not finish or have no finite loss are always dropped. `leave_largest`: also fit without this many
+    of the largest sizes and predict them. `beside`: other forms to compare with. `predict`: pairs of N and D. `best`:
+    keep only the lowest loss of each arm, N and D. `axis`: the variable of `power` and `power+floor`. Raises UserError
+    for an unknown form or axis, an option that does not apply to the form, and what the parts raise.
     """
     if form not in ALL_FORMS:
         raise UserError(f"form '{form}' is unknown; choose from {', '.join(ALL_FORMS)}.{nearest(form, ALL_FORMS)}")

@@ -1,4 +1,4 @@
-"""What every result of this package offers: plain JSON, a summary in words, and figures."""
+"""The protocol of every result of this package: plain JSON, a summary, and figures."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ The rule of the verdict, the only one: an arm wins if the interval of the comput
 both arms have excludes 1 on its side, unless a paired test over seeds, at the largest matched size and at
 FLOPs equal to 10 %, speaks against it (p below 1 - level). Where no law in compute can be fitted (one size),
 that paired test decides. Otherwise: no difference. Under the null either test is wrong in 1 - level of cases.
-Where in-context copying had not set in in both arms (`copying`), the reason says so: the verdict is then no headline.
+Where in-context copying had not set in in both arms (`copying`), the reason names it, and the verdict is no headline.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from qies.errors import UserError, nearest
 from qies.scaling.comparison.copying import Copying, before_onset
 from qies.scaling.comparison.equality_test import equality_test
-from qies.scaling.comparison.gain_axes import SHARED, View, Views, make_views
-from qies.scaling.comparison.joint_inference import LIMIT, Joint, bisect, crossings, multipliers
+from qies.scaling.comparison.gain_axes import SHARED, GainAxes, GainAxis, fit_gain_axes
+from qies.scaling.comparison.joint_inference import LIMIT, JointFit, bisect, crossings, multipliers
 from qies.scaling.comparison.matching import Cells, Paired, cells_of, match, paired_tests, seed_noise
 from qies.scaling.comparison.planning import make_plan
 from qies.scaling.comparison.result import Comparison, Crossing, FrontierPoint, Gain, plural
@@ -82,17 +82,17 @@ def compare(
     paired = paired_tests(a, b, ca, cb, level)
     warnings = oddities(kept) + _data_warnings(a, b, ca, cb, paired)
     noise = seed_noise(a, b, ca, cb)
-    views = make_views(ca, cb, (a, b), form, level, noise)
-    warnings += views.warnings
-    gains = {variable: _curve(view, points) for variable, view in views.of.items()}
-    view = views.of.get("compute")
+    axes = fit_gain_axes(ca, cb, (a, b), form, level, noise)
+    warnings += axes.warnings
+    gains = {variable: _curve(axis, points) for variable, axis in axes.of.items()}
+    axis = axes.of.get("compute")
     shared, power = None, None
     crossed: tuple[Crossing, ...] = ()
-    if view is not None:
-        warnings += _band_warnings(view.joint)
-        shared = equality_test(view.joint, SHARED[views.form], (candidate, baseline))
-        crossed = _crossings(view, candidate, baseline)
-        power = _power(view, ca, cb, paired)
+    if axis is not None:
+        warnings += _band_warnings(axis.joint)
+        shared = equality_test(axis.joint, SHARED[axes.form], (candidate, baseline))
+        crossed = _crossings(axis, candidate, baseline)
+        power = _power(axis, ca, cb, paired)
     copied = _copying(a, b, ca, cb, (candidate, baseline))
     verdict, reason = _verdict(gains.get("compute", ()), paired, candidate, baseline, level)
     if before := before_onset(copied.values()):
@@ -100,7 +100,7 @@ def compare(
     return Comparison(
         candidate=candidate,
         baseline=baseline,
-        form=views.form,
+        form=axes.form,
         level=level,
         flops_convention=runs.convention,
         runs={candidate: len(a), baseline: len(b)},
@@ -109,10 +109,10 @@ def compare(
         paired=paired,
         shared_fit=shared,
         crossings=crossed,
-        frontier={} if view is None else _frontiers(view, views, candidate, baseline, points),
+        frontier={} if axis is None else _frontiers(axis, axes, candidate, baseline, points),
         losses={candidate: _points(ca), baseline: _points(cb)},
         power=power,
-        plan=make_plan(ca, cb, noise, None if view is None else view.joint, level) if plan else None,
+        plan=make_plan(ca, cb, noise, None if axis is None else axis.joint, level) if plan else None,
         regime=_regime(a, b, ca, cb),
         copying=copied,
         verdict=verdict,
@@ -156,7 +156,7 @@ def _data_warnings(a: Runs, b: Runs, ca: Cells, cb: Cells, paired: tuple[Paired,
     return said
 
 
-def _band_warnings(joint: Joint) -> list[str]:
+def _band_warnings(joint: JointFit) -> list[str]:
     if joint.basis == "none":
         return ["the laws pass through every point, so no interval can be given; train more sizes or seeds"]
     if joint.basis == "seeds":
@@ -229,42 +229,42 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _curve(view: View, points: int) -> tuple[Gain, ...]:
-    x = np.linspace(view.low, view.high, points)
-    g, lo, hi = multipliers(view.joint, view.path_a, view.path_b, x)
-    reach_a = view.joint.a.reach(view.path_a(x))
-    reach_b = view.joint.b.reach(view.path_b(x + np.log(np.where(np.isfinite(g), g, 1.0))))
+def _curve(axis: GainAxis, points: int) -> tuple[Gain, ...]:
+    x = np.linspace(axis.low, axis.high, points)
+    g, lo, hi = multipliers(axis.joint, axis.path_a, axis.path_b, x)
+    reach_a = axis.joint.a.reach(axis.path_a(x))
+    reach_b = axis.joint.b.reach(axis.path_b(x + np.log(np.where(np.isfinite(g), g, 1.0))))
     reach = np.maximum(reach_a, reach_b)
     return tuple(
         Gain(float(np.exp(x[i])), _number(g[i]), _number(lo[i]), _number(hi[i]), float(reach[i])) for i in range(points)
     )
 
 
-def _crossings(view: View, candidate: str, baseline: str) -> tuple[Crossing, ...]:
+def _crossings(axis: GainAxis, candidate: str, baseline: str) -> tuple[Crossing, ...]:
     margin = math.log(CROSSING_REACH)
-    found = crossings(view.joint, view.path_a, view.path_b, view.low - margin, view.high + margin)
+    found = crossings(axis.joint, axis.path_a, axis.path_b, axis.low - margin, axis.high + margin)
     out = []
     for x, lo, hi, sign in found:
         at = np.array([x])
-        reach = max(view.joint.a.reach(view.path_a(at))[0], view.joint.b.reach(view.path_b(at))[0])
+        reach = max(axis.joint.a.reach(axis.path_a(at))[0], axis.joint.b.reach(axis.path_b(at))[0])
         ends = [None if end is None else math.exp(end) for end in (lo, hi)]
         out.append(Crossing(math.exp(x), ends[0], ends[1], candidate if sign < 0 else baseline, float(reach)))
     return tuple(out)
 
 
 def _frontiers(
-    view: View, views: Views, candidate: str, baseline: str, points: int
+    axis: GainAxis, axes: GainAxes, candidate: str, baseline: str, points: int
 ) -> dict[str, tuple[FrontierPoint, ...]]:
     """Both arms' least loss over the shared compute and three times beyond."""
-    x = np.linspace(view.low, view.high + math.log(3.0), points)
+    x = np.linspace(axis.low, axis.high + math.log(3.0), points)
     out = {}
     for side, arm, law, path in (
-        ("a", candidate, view.joint.a, view.path_a),
-        ("b", baseline, view.joint.b, view.path_b),
+        ("a", candidate, axis.joint.a, axis.path_a),
+        ("b", baseline, axis.joint.b, axis.path_b),
     ):
         at = path(x)
-        loss, lo, hi = view.joint.band(side, at)
-        spent = np.exp(at) if views.form == "surface" else np.full((points, 2), np.nan)
+        loss, lo, hi = axis.joint.band(side, at)
+        spent = np.exp(at) if axes.form == "surface" else np.full((points, 2), np.nan)
         out[arm] = tuple(
             FrontierPoint(
                 compute=float(np.exp(x[i])),
@@ -285,14 +285,14 @@ def _points(cells: Cells) -> tuple[tuple[float, float, float, float], ...]:
     return tuple((float(c), float(n), float(d), float(loss)) for c, n, d, loss in zip(*columns, strict=True))
 
 
-def _power(view: View, ca: Cells, cb: Cells, paired: tuple[Paired, ...]) -> StatisticalPower | None:
+def _power(axis: GainAxis, ca: Cells, cb: Cells, paired: tuple[Paired, ...]) -> StatisticalPower | None:
     """Power of the test behind the verdict (the arms' losses at the largest shared compute), and of paired tests."""
-    joint = view.joint
+    joint = axis.joint
     if joint.dof == 0:
         return None
     level = joint.level
-    x = np.array([view.high])
-    effect, half, dof = (float(v[0]) for v in joint.difference(view.path_a(x), view.path_b(x)))
+    x = np.array([axis.high])
+    effect, half, dof = (float(v[0]) for v in joint.difference(axis.path_a(x), axis.path_b(x)))
     error = half / t_quantile(level, dof)
     cells = min(len(ca), len(cb))
     scatter = None
@@ -302,9 +302,9 @@ def _power(view: View, ca: Cells, cb: Cells, paired: tuple[Paired, ...]) -> Stat
     detectable = None
     if error > 0:
         # The compute by which the baseline's own loss falls as far as the smallest difference that shows.
-        goal = joint.b.evaluate(joint.b.theta, view.path_b(x))[0] - detectable_effect(error, dof, level)
+        goal = joint.b.evaluate(joint.b.theta, axis.path_b(x))[0] - detectable_effect(error, dof, level)
         moved = bisect(
-            lambda v: joint.b.evaluate(joint.b.theta, view.path_b(x + v))[0] - goal, np.zeros(1), np.full(1, LIMIT)
+            lambda v: joint.b.evaluate(joint.b.theta, axis.path_b(x + v))[0] - goal, np.zeros(1), np.full(1, LIMIT)
         )
         detectable = _number(math.exp(moved[0]))
     needed = cells_needed(effect, error, cells, dof, level) if joint.measured and effect else None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cholesky, solve_triangular
 from scipy.stats import f as fisher
 
-from qies.scaling.comparison.joint_inference import Joint, covariance
+from qies.scaling.comparison.joint_inference import JointFit, covariance
 from qies.scaling.laws.intervals import ROUNDING
 from qies.scaling.laws.solver import minimise_residuals
 
@@ -44,7 +44,7 @@ class EqualityTest:
     separate: dict[str, dict[str, float]]
 
 
-def equality_test(joint: Joint, shared: tuple[str, ...], arms: tuple[str, str]) -> EqualityTest:
+def equality_test(joint: JointFit, shared: tuple[str, ...], arms: tuple[str, str]) -> EqualityTest:
     """Test that both laws have the same `shared` parameters."""
     p = len(joint.a.theta)
     common = np.array([name.removeprefix("log ") in shared for name in joint.a.names])
@@ -75,7 +75,7 @@ def equality_test(joint: Joint, shared: tuple[str, ...], arms: tuple[str, str]) 
     )
 
 
-def _root(joint: Joint, cells: Array) -> Array:
+def _root(joint: JointFit, cells: Array) -> Array:
     """Lower Cholesky factor of the cell means' covariance, arm A's cells before arm B's; unit where it is unknown."""
     if not joint.measured:
         return np.eye(len(cells))
@@ -84,7 +84,7 @@ def _root(joint: Joint, cells: Array) -> Array:
     return cholesky(cells + (1 - CORRELATED) * own + ROUNDING**2 * np.eye(len(own)), lower=True)
 
 
-def _reweighted(joint: Joint, theta: Array) -> Array:
+def _reweighted(joint: JointFit, theta: Array) -> Array:
     """`joint.cells` with the noise that the laws theta [2p] leave: its size in each arm, and its correlation."""
     residual = [
         law.residual + law.evaluate(law.theta, law.x)[0] - law.evaluate(own, law.x)[0]
@@ -97,7 +97,7 @@ def _reweighted(joint: Joint, theta: Array) -> Array:
     return joint.cells * factor[arm[:, None], arm]
 
 
-def _fit(joint: Joint, places: tuple[Rows, Rows], start: Array, root: Array) -> tuple[Array, float]:
+def _fit(joint: JointFit, places: tuple[Rows, Rows], start: Array, root: Array) -> tuple[Array, float]:
     """Generalised least squares of both arms' cells; `places` index each arm's theta in the whole."""
     laws = (joint.a, joint.b)
     observed = np.concatenate([law.evaluate(law.theta, law.x)[0] + law.residual for law in laws])

@@ -1,9 +1,9 @@
-"""What two arms are compared in: compute, parameters, data, time; and the laws behind each view.
+"""What two arms are compared in: compute, parameters, data, time; and the laws behind each axis.
 
-Where both arms vary size and tokens apart from each other, one surface L(N, D) an arm serves every view: compute
+Where both arms vary size and tokens apart from each other, one surface L(N, D) an arm serves every axis: compute
 and time along each arm's own compute-optimal frontier, parameters at the largest token budget both arms have,
 data at the largest size both have. Where tokens follow size (one budget a size), a surface is not identified and
-each view has its own power law along the path that the runs took.
+each axis has its own power law along the path that the runs took.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qies.errors import UserError
-from qies.scaling.comparison.joint_inference import Joint, Law, Path, join, make_law
+from qies.scaling.comparison.joint_inference import JointFit, Law, Path, join, make_law
 from qies.scaling.comparison.matching import Cells, match
 from qies.scaling.laws.forms import surface_form
 from qies.scaling.laws.frontier import Cost, fit_cost, optimum
@@ -41,10 +41,10 @@ LOG_ZERO = -60.0
 
 
 @dataclass(frozen=True)
-class View:
+class GainAxis:
     """One variable: the laws, each arm's path from its log to a law's inputs, and the shared range of its log."""
 
-    joint: Joint
+    joint: JointFit
     path_a: Path
     path_b: Path
     low: float
@@ -52,11 +52,11 @@ class View:
 
 
 @dataclass(frozen=True)
-class Views:
-    """`form` "surface" or "power"; `of` the views by variable, compute first; `costs` of FLOPs (surfaces only)."""
+class GainAxes:
+    """`form` "surface" or "power"; `of` the axes by variable, compute first; `costs` of FLOPs (surfaces only)."""
 
     form: str
-    of: dict[str, View]
+    of: dict[str, GainAxis]
     costs: tuple[Cost, Cost] | None
     warnings: tuple[str, ...]
 
@@ -80,10 +80,10 @@ def tokens_follow_size(cells: Cells) -> bool:
     return abs(float(np.corrcoef(np.log(cells.params), np.log(cells.tokens))[0, 1])) > COLLINEAR
 
 
-def make_views(a: Cells, b: Cells, runs: tuple[Runs, Runs], form: str, level: float, noise: Noise) -> Views:
+def fit_gain_axes(a: Cells, b: Cells, runs: tuple[Runs, Runs], form: str, level: float, noise: Noise) -> GainAxes:
     """Fit both arms. `form` "auto" takes surfaces where both arms identify them; `noise` as for `join`.
 
-    Raises UserError where a form was asked for that the cells cannot carry.
+    Raises UserError for a requested form that the cells do not identify.
     """
     follows = [tokens_follow_size(cells) for cells in (a, b)]
     if form == "surface" and any(follows):
@@ -96,17 +96,17 @@ def make_views(a: Cells, b: Cells, runs: tuple[Runs, Runs], form: str, level: fl
             ()
             if form == "power"
             else (
-                "tokens follow size in these runs, so no surface L(N, D) is identified: each view has a power law "
+                "tokens follow size in these runs, so no surface L(N, D) is identified: each axis has a power law "
                 "along the path the runs took, and the gains in parameters and data move both together",
             )
         )
-        return _power_views(a, b, level, noise, said)
-    return _surface_views(a, b, runs, level, noise)
+        return _power_axes(a, b, level, noise, said)
+    return _surface_axes(a, b, runs, level, noise)
 
 
-def _power_views(a: Cells, b: Cells, level: float, noise: Noise, said: tuple[str, ...]) -> Views:
+def _power_axes(a: Cells, b: Cells, level: float, noise: Noise, said: tuple[str, ...]) -> GainAxes:
     columns = {"compute": "flops", "params": "params", "data": "tokens", "time": "seconds"}
-    of: dict[str, View] = {}
+    of: dict[str, GainAxis] = {}
     warnings = list(said)
     for variable, column in columns.items():
         xs = [np.log(getattr(cells, column)) for cells in (a, b)]
@@ -119,7 +119,7 @@ def _power_views(a: Cells, b: Cells, level: float, noise: Noise, said: tuple[str
         laws = [_power_law(x, cells.log_loss) for x, cells in zip(xs, (a, b), strict=True)]
         joint = join(laws[0], laws[1], match(a, b), level, noise, (a.sizes, b.sizes))
         _add(of, warnings, variable, joint, (_column, _column), xs)
-    return Views("power", of, None, tuple(warnings))
+    return GainAxes("power", of, None, tuple(warnings))
 
 
 def _power_law(x: Array, log_loss: Array) -> Law:
@@ -128,10 +128,10 @@ def _power_law(x: Array, log_loss: Array) -> Law:
     return make_law(power, POWER, theta, x[:, None], log_loss)
 
 
-def _surface_views(a: Cells, b: Cells, runs: tuple[Runs, Runs], level: float, noise: Noise) -> Views:
+def _surface_axes(a: Cells, b: Cells, runs: tuple[Runs, Runs], level: float, noise: Noise) -> GainAxes:
     laws = [_surface_law(cells, arm) for cells, arm in zip((a, b), runs, strict=True)]
     joint = join(laws[0], laws[1], match(a, b), level, noise, (a.sizes, b.sizes))
-    of: dict[str, View] = {}
+    of: dict[str, GainAxis] = {}
     warnings: list[str] = []
     flops: tuple[Cost, Cost] | None = None
     for variable, column in {"compute": "flops", "time": "seconds"}.items():
@@ -164,7 +164,7 @@ def _surface_views(a: Cells, b: Cells, runs: tuple[Runs, Runs], level: float, no
 
     _add(of, warnings, "params", joint, (sizes, sizes), [joint.a.x[:, 0], joint.b.x[:, 0]])
     _add(of, warnings, "data", joint, (budgets, budgets), [joint.a.x[:, 1], joint.b.x[:, 1]])
-    return Views("surface", of, flops, tuple(warnings))
+    return GainAxes("surface", of, flops, tuple(warnings))
 
 
 def _surface_law(cells: Cells, runs: Runs) -> Law:
@@ -204,11 +204,16 @@ def _unknown(variable: str, logs: list[Array]) -> list[str]:
 
 
 def _add(
-    of: dict[str, View], warnings: list[str], variable: str, joint: Joint, paths: tuple[Path, Path], logs: list[Array]
+    of: dict[str, GainAxis],
+    warnings: list[str],
+    variable: str,
+    joint: JointFit,
+    paths: tuple[Path, Path],
+    logs: list[Array],
 ) -> None:
-    """The view over the range both arms have, or a warning that they have none in common."""
+    """The axis over the range both arms have, or a warning that they have none in common."""
     low, high = max(x.min() for x in logs), min(x.max() for x in logs)
     if high <= low:
         warnings.append(f"no gain in {variable}: the arms' ranges do not overlap")
     else:
-        of[variable] = View(joint, paths[0], paths[1], float(low), float(high))
+        of[variable] = GainAxis(joint, paths[0], paths[1], float(low), float(high))

@@ -77,7 +77,7 @@ def make_law(evaluate: Evaluate, names: tuple[str, ...], theta: Array, x: Array,
 
 
 @dataclass(frozen=True)
-class Joint:
+class JointFit:
     """Both arms' laws and how well they are known.
 
     `covariance` [2p, 2p] of (theta_A, theta_B) is `by_cell`, from the cells' own scatter, plus what the deviations of
@@ -144,7 +144,7 @@ def join(
     level: float,
     seeds: tuple[Array, int] | None = None,
     sizes: tuple[Rows, Rows] | None = None,
-) -> Joint:
+) -> JointFit:
     """Both laws with their covariance. `matched` [m, 2] integer: row of a's cell, row of b's.
 
     `seeds`: (covariance 2 x 2 of cell means over seeds, its degrees of freedom). `sizes`: the number of each cell's
@@ -178,7 +178,7 @@ def join(
     else:
         sigma, dof, basis = np.full((2, 2), np.nan), 0, "none"
     cells, whole = propagate(sigma, levels.ratio)
-    return Joint(a, b, sigma, whole, propagate(sigma, 0.0)[1], cells, matched, levels, dof, level, basis, floor)
+    return JointFit(a, b, sigma, whole, propagate(sigma, 0.0)[1], cells, matched, levels, dof, level, basis, floor)
 
 
 def _paired(a: Law, b: Law, matched: Rows) -> bool:
@@ -228,7 +228,7 @@ def _variance(gradient: Array, covariance: Array) -> Array:
     return np.maximum(np.einsum("ni,ij,nj->n", gradient, covariance, gradient), 0.0)
 
 
-def multipliers(joint: Joint, path_a: Path, path_b: Path, x: Array) -> tuple[Array, Array, Array]:
+def multipliers(joint: JointFit, path_a: Path, path_b: Path, x: Array) -> tuple[Array, Array, Array]:
     """g with L_A(path_a(x)) = L_B(path_b(log g + x)) at log x [n], and its interval: (g, lo, hi).
 
     A path takes logs [n] to inputs [n, k]. g is NaN where none within 1e-4 to 1e4 does it: the baseline's floor lies
@@ -286,7 +286,7 @@ def _first_positive(f: Callable[[Array], Array], start: Array, step: float) -> A
 
 
 def crossings(
-    joint: Joint, path_a: Path, path_b: Path, low: float, high: float
+    joint: JointFit, path_a: Path, path_b: Path, low: float, high: float
 ) -> list[tuple[float, float | None, float | None, int]]:
     """Every log x in [low, high] where the arms' losses are equal: (x, lo, hi, sign).
 

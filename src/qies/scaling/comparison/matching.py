@@ -85,7 +85,7 @@ def levels(x: Array) -> NDArray[np.int64]:
 
 
 def cells_of(a: Runs, b: Runs) -> tuple[Cells, Cells]:
-    """The cells of both arms, numbered alike, in order of size and tokens. Runs of other unique tokens are others."""
+    """The cells of both arms, numbered alike, by size and tokens. Runs with other unique tokens are other cells."""
     columns = [np.concatenate(pair) for pair in ((a.params, b.params), (a.tokens, b.tokens), (_unique(a), _unique(b)))]
     key, n = np.stack([levels(column) for column in columns], axis=1), len(a.params)
     return _cells(a, key[:n]), _cells(b, key[n:])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from qies.errors import UserError
-from qies.scaling.comparison.joint_inference import Joint, join, make_law
+from qies.scaling.comparison.joint_inference import JointFit, join, make_law
 from qies.scaling.comparison.matching import Cells, match
 from qies.scaling.comparison.noise import pseudo_inverse
 
@@ -30,7 +30,7 @@ STUDIES = 400
 
 @dataclass(frozen=True)
 class PlanRow:
-    """`found` [gain]: shares of studies of so many sizes and seeds an arm whose interval lies above 1."""
+    """`found` [gain]: share of studies with `sizes` and `seeds` per arm whose interval lies above 1."""
 
     sizes: int
     seeds: int
@@ -65,7 +65,7 @@ class Plan:
 
 
 def make_plan(
-    a: Cells, b: Cells, noise: tuple[Array, int] | None, joint: Joint | None, level: float, seed: int = 0
+    a: Cells, b: Cells, noise: tuple[Array, int] | None, joint: JointFit | None, level: float, seed: int = 0
 ) -> Plan:
     """The plan by the noise of candidate `a` and baseline `b`; `noise` as for `join`, `joint` the fitted laws.
 

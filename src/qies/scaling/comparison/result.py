@@ -1,4 +1,4 @@
-"""What a comparison of two arms came to: a frozen result that says it in words, stores it and draws it."""
+"""The result of comparing two arms, with its summary and JSON."""
 
 from __future__ import annotations
 

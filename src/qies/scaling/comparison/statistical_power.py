@@ -1,4 +1,4 @@
-"""How many further runs would settle a comparison: power of the tests behind its verdict.
+"""Statistical power of the tests behind a verdict: how many further runs would detect the observed difference.
 
 The effect is taken to be as large as the one seen, and the noise too; both are estimates, so the answer is a
 plan, not a promise (a planned number of runs is not evidence about the arms).

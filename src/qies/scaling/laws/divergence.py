@@ -1,4 +1,4 @@
-"""Runs to trust: those that finished, hold finite numbers and did not diverge; the others with the reason.
+"""Valid runs: those that finished, have finite numbers and did not diverge.
 
 Divergence is sudden. Where loss rises over the grid (models too large for their tokens, data repeated too often), the
 neighbours of a point rise as well, and it is kept.
@@ -22,18 +22,17 @@ Array = NDArray[np.float64]
 DIVERGED_SIGMAS, DIVERGED_LEAST = 10.0, math.log(1.25)
 MOST_DIVERGED = 0.2  # of an arm's runs: where more stand out, that is their noise
 FEWEST_FOR_A_SURFACE, FEWEST_FOR_A_LINE = 10, 5
-# Divergence is sudden. Where loss rises over the grid (models too large for their tokens, data repeated too often) a
-# point's neighbours rise too, and it may rise by so many times as much.
+# Where the neighbours of a point rise as well, it may rise by this many times as much.
 STEEPER = 3.0
 NEIGHBOURS = 12  # nearest cells, of which two must share a rise: one could have diverged as well
-# What cells that rise together may rise by, besides the quarter (data repeated often, beside as many new tokens).
+# What cells that rise together may rise by, in addition to the quarter (data repeated often, against new tokens).
 TOGETHER = math.log(1.2)
 
 
 def sound(runs: Runs, *, against_fit: bool = True) -> tuple[Runs, list[Dropped]]:
-    """The runs to trust, and the others with the reason.
+    """The valid runs, and the excluded ones with the reason.
 
-    Left out are runs that did not finish (by `status`), whose N, D, C or L is not finite or not positive, and, with
+    Excluded are runs that did not finish (by `status`), whose N, D, C or L is not finite or not positive, and, with
     `against_fit`, diverged ones: loss 25 % above that of its seeds, or of runs of the arm with no more parameters
     and tokens; and log loss far above a robust fit of the rest (approach 3 from 10 cells on, a Theil-Sen line in log C
     from 5 runs on). "Far" is 10 scaled MADs of the residuals and at least 25 %. Runs whose neighbours in N and D rise

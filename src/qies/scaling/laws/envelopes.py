@@ -104,8 +104,8 @@ class EnvelopeFit(Result):
 def fit_approach1(runs: Runs, *, level: float = 0.95) -> EnvelopeFit:
     """The envelope of loss against compute; `runs` are final losses or points of training curves.
 
-    The cheapest and the last runs of the envelope are on it for want of rivals, which a warning says. Raises UserError
-    for fewer than three runs on it.
+    The cheapest and the last runs of the envelope have no competitors, which a warning reports. Raises UserError for
+    fewer than three runs on it.
     """
     order = np.argsort(runs.flops, kind="stable")
     lowest = np.minimum.accumulate(runs.loss[order])

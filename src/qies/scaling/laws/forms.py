@@ -266,7 +266,7 @@ class DataConstrained(Approach3):
         return low, high
 
     def starts(self, x: Array, loss: Array) -> Array:
-        """Those of approach 3 on D' for a grid of R_D, with N' = N, beside a grid of R_N."""
+        """Those of approach 3 on D' for a grid of R_D, with N' = N, times a grid of R_N."""
         alpha, beta = (g.reshape(-1) for g in np.meshgrid(EXPONENTS[1::2], EXPONENTS[1::2]))
         found = []
         for r_d in (1.0, 2.5, 4.5):
@@ -315,7 +315,7 @@ FORMS: dict[str, Form] = {
 def surface_form(name: str) -> Form:
     """The law of that name. Raises UserError for another."""
     if name not in FORMS:
-        raise UserError(f"form '{name}' is no law of N and D; choose from {', '.join(FORMS)}.{nearest(name, FORMS)}")
+        raise UserError(f"form '{name}' is not a law of N and D; choose from {', '.join(FORMS)}.{nearest(name, FORMS)}")
     return FORMS[name]
 
 

@@ -18,8 +18,8 @@ weights matter to the intervals.
   percentile", Hesterberg 2015, arXiv:1411.5279): the plain ones cover only about 88 % at 12 sizes.
 
 `auto` takes t below 20 distinct x and the bootstrap from there on. With as many parameters as sizes the law
-passes through every point and nothing is left to measure the scatter with: no interval then, and a warning
-says so.
+passes through every point and nothing is left to measure the scatter with: the fit then has no interval
+and a warning.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ BOOTSTRAP_FROM = 20
 
 @dataclass(frozen=True)
 class PowerLaw(Result):
-    """A fitted power law; `summary()` says it in words, `predict(x)` draws it, `to_dict()` stores it.
+    """A fitted power law; `predict(x)` evaluates it with its band.
 
     `n` runs at `sizes` distinct x; `params` {"A", "alpha"} and with a floor "E"; `ci` the interval of each or
     None; `objective` the Huber sum of residuals of log L (of L where `criterion` is "loss"); `scatter` the residual
@@ -86,7 +86,7 @@ class PowerLaw(Result):
     def predict(self, x: ArrayLike) -> tuple[Array, Array, Array]:
         """Loss at x (any shape, x > 0) and the band of the curve at the fit's level: (mean, lo, hi), float64.
 
-        The band holds the law's own uncertainty; a single new run scatters around it by `scatter` besides,
+        The band holds the law's own uncertainty; a single new run scatters around it by `scatter` as well,
         and outside `x_range` it is right only if the law goes on. NaN where the fit has no interval.
         """
         u = np.log(np.asarray(x, np.float64)) - self._center
@@ -166,7 +166,7 @@ def fit_power(
     x, loss: [n] positive; runs whose x or loss is not finite are left out, as `dropped` and `warnings` say.
     weight: [n] positive, of each run; 1 by default. criterion: residuals of "log" L or of the "loss" L.
     delta: residual beyond which a point counts linearly. The default on log L, 5 %, is far above what seeds do and
-    below what a broken run does: clean data give least squares and a broken run cannot drag the law along. On L
+    below what a broken run does: clean data give least squares and a broken run cannot move the law far. On L
     the default is least squares. level: coverage of the intervals. interval: "auto", "t" or "bootstrap" (`draws`
     resamples from `seed`). Raises UserError for unequal lengths, values <= 0, an unknown option, or fewer distinct x
     than parameters.
@@ -290,7 +290,7 @@ def _fit(points: _Points, floor: bool, warm: Array | None = None) -> tuple[Array
     # No floor is the edge of the parameter space, which an interior method only creeps up to, so it is offered.
     best = (np.append(best[0], 0.0), best[1])
     for start in _floor_starts(points) if warm is None else [warm]:
-        # alpha >= 0: a law with a floor falls towards it; "E + a spike at the largest x" is no such law.
+        # alpha >= 0: a law with a floor falls towards it; "E + a spike at the largest x" does not.
         found = minimise_residuals(points.evaluate, start, points.weight, points.delta, [-np.inf, 0.0, 0.0])
         if found[1] < best[1] * (1 - 1e-9):
             best = found
@@ -342,7 +342,7 @@ def _ends(
     else:
         return {name: None for name in ("A", "alpha", "E")[: len(theta)]}
     with np.errstate(over="ignore"):
-        pairs[0] = np.minimum(np.exp(pairs[0]), np.finfo(np.float64).max)  # infinity is no JSON number
+        pairs[0] = np.minimum(np.exp(pairs[0]), np.finfo(np.float64).max)  # JSON has no infinity
     pairs[2:] = np.maximum(pairs[2:], 0.0)
     return {name: (float(lo), float(hi)) for name, (lo, hi) in zip(("A", "alpha", "E"), pairs, strict=False)}
 

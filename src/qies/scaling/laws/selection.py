@@ -110,7 +110,7 @@ class HeldOut(Result):
     worst_error: float
 
     def summary(self) -> str:
-        """How far the predictions lie off."""
+        """The mean and the largest error of the predictions."""
         worst = max(self.runs, key=lambda r: abs(r.error))
         return (
             f"Without the {self.k} largest sizes, {self.form} through {self.n} runs predicts their "
@@ -194,7 +194,7 @@ def leave_largest_out(
     """Fit without the runs of the k largest N, and predict them: what an extrapolation is worth.
 
     Sizes within 2 % of each other are one (`matching.levels`), as embeddings and rounding make them differ. Raises
-    UserError when k sizes are not to be spared.
+    UserError unless at least one size remains.
     """
     size = levels(runs.params)
     sizes = int(size.max()) + 1

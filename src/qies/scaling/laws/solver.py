@@ -25,7 +25,7 @@ Array = NDArray[np.float64]
 CONVERGED = 1e-13  # a Newton step that promises less, relative to the objective, is the end
 PATIENCE = 300
 SCREENING, FINALISTS = 12, 24
-ROUNDS, IDLE = 20, 2  # of looking around: at most so many, and so many in a row that find nothing lower
+ROUNDS, IDLE = 20, 2  # of restarts around the best minimum: at most, and in a row without a lower one
 APART = 0.5  # in theta, whose entries are logarithms and exponents
 FARTHEST = 10.0  # in theta, along a direction that the runs hardly determine
 EXACT = 1e-20  # objective a run below which the law passes through the runs
@@ -74,9 +74,9 @@ def best(form: Form, x: Array, loss: Array, weight: Array, delta: float, criteri
     """The lowest minimum (theta [p], objective) over the law's own starts; weight [n].
 
     All starts take a few steps, and the most promising that lie apart go on to the end. The kinks of the Huber sum and
-    long curved valleys leave many minima beside each other, so copies of the best then look around until IDLE rounds
-    of them find nothing lower. Half are shifted in all directions alike, half by up to three standard errors: far
-    along a valley (of `approach3-gamma` from a sum to nearly the larger of two powers) and little across it.
+    long curved valleys leave many minima beside each other, so the search restarts from shifted copies of the best
+    until IDLE rounds find nothing lower. Half are shifted equally in all directions, half by up to three standard
+    errors: far along a valley (of `approach3-gamma` from a sum to nearly the larger of two powers), little across it.
     """
     theta, cost = minimise(form, form.starts(x, loss), x, loss, weight[None], delta, criterion, SCREENING)
     order = np.argsort(cost, kind="stable")

@@ -1,4 +1,4 @@
-"""Fit a law of the loss in parameters N and tokens D, and say how sure it is.
+"""Fit a law of the loss in parameters N and tokens D, with confidence intervals.
 
 The fit minimises a sum (not a mean) of Huber losses of the residuals of log L (Hoffmann et al. 2022,
 arXiv:2203.15556; why the sum: Besiroglu et al. 2024, arXiv:2404.10102), from a grid of starts, by `solver`.
@@ -47,7 +47,7 @@ DELTA = 1e-3
 RESAMPLE = ("runs", "seeds")
 OUTLIER_SIGMAS = 4.0  # robust standard deviations of log loss from which a run is named
 FEWEST_GROUPS = 5  # independent ones, below which a bootstrap says nothing
-# Without a number of draws: so many, from so many groups on, and the ratio of widths from which t is too narrow.
+# Default bootstrap: its draws, the groups it needs, and the ratio of widths from which Student's t is too narrow.
 AUTO_DRAWS, AUTO_GROUPS, TOO_NARROW = 200, 20, 1.5
 # |correlation| of log N and log D beyond which tokens follow size.
 COLLINEAR = 0.98
@@ -56,7 +56,7 @@ DRAWS_A_BATCH = 50  # between two calls of `progress`
 
 @dataclass(frozen=True)
 class Residual:
-    """A run beside the law: `residual` is log(loss / predicted)."""
+    """A run and what the law predicts for it: `residual` is log(loss / predicted)."""
 
     name: str
     params: float
@@ -69,7 +69,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class SurfaceFit(Result):
-    """A fitted law of N and D; `summary()` says it in words, `predict` draws it, `to_dict()` stores it.
+    """A fitted law of N and D; `predict` evaluates it, `predict_band` with its band.
 
     `n` runs at `cells` distinct (N, D); `params` by the law's names; `objective` the Huber sum of residuals of log L
     (of L where `criterion` is "loss"); `exponents` {"a", "b"} of the optimum N ~ C^a, D ~ C^b under C = 6ND;
@@ -107,7 +107,7 @@ class SurfaceFit(Result):
 
     def predict(self, params: ArrayLike, tokens: ArrayLike, unique: ArrayLike | None = None) -> Array:
         """Loss at N and D, which broadcast; float64. unique: distinct tokens among D, by default all, which
-        `data-constrained` alone heeds."""
+        only `data-constrained` uses."""
         x, shape = self._logs(params, tokens, unique)
         return np.exp(self._law.evaluate(self._theta[None], x)[0][0]).reshape(shape)
 
@@ -237,10 +237,10 @@ def fit_surface(
     `gadre`, as each was published. criterion: residuals of "log" L or the "loss" L; giving delta means log L.
     bootstrap: draws, of whole cells (`resample` "runs") or of seeds within cells ("seeds"), from `seed`; 0 takes
     Student's t, and None takes it unless 200 draws (from 20 independent cells or curves on) show it to be too narrow:
-    then the intervals are the bootstrap's, and `warnings` says so. level:
-    coverage of the intervals. drop_worst: leave out so many runs, each time the one with the largest residual of log
-    loss, and fit again; `dropped` lists them. progress: called with the number of draws done. Raises UserError for
-    runs that are not finite (pass them through `sound` first), an unknown option, or fewer cells than parameters.
+    then the intervals are the bootstrap's, with a warning. level: coverage of the intervals. drop_worst: number of runs
+    to leave out, each time the one with the largest residual of log loss, and fit again; `dropped` lists them.
+    progress: called with the number of draws done. Raises UserError for runs that are not finite (filter them by
+    `sound`), an unknown option, or fewer cells than parameters.
     """
     law = surface_form(form)
     if criterion is None:

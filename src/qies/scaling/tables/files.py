@@ -17,19 +17,19 @@ SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # the first line that Exc
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """One flat dictionary a row, nested names joined by dots. Raises UserError for what is no readable table."""
+    """One flat dictionary a row, nested names joined by dots. Raises UserError for an unreadable table."""
     if path.is_dir():
         from qies import runs  # the run record's own reader, which checks the schema
 
         records = [(p.parent, runs.read(p.parent)) for p in sorted(path.glob("**/run.json"))]
         if not records:
-            raise UserError(f"{path} holds no run record (run.json); give a table or a folder of runs.")
+            raise UserError(f"{path} has no run record (run.json); give a table or a directory of runs.")
         return [{**_flat(record or {}), "name": str(folder.relative_to(path))} for folder, record in records]
     if not path.is_file():
-        raise UserError(f"no table at {path}; give a file or a folder of run records.")
+        raise UserError(f"no table at {path}; give a file or a directory of run records.")
     kind = path.suffix.lower()
     if kind not in SUFFIXES:
-        raise UserError(f"{path} is of no known kind; give one of {', '.join(SUFFIXES)} or a folder of run records.")
+        raise UserError(f"{path} has an unknown suffix; give {', '.join(SUFFIXES)} or a directory of run records.")
     if kind == ".parquet":
         return _parquet(path)
     try:

@@ -67,7 +67,7 @@ LIKE_CURVES = 8
 
 
 def oddities(runs: Runs) -> list[str]:
-    """Plain sentences on what looks like a slip in the table, or like rows that are not independent of each other."""
+    """Warnings about likely errors in the table and about rows that are not independent."""
     if not len(runs):
         return []
     said = []

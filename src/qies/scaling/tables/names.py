@@ -35,7 +35,7 @@ def resolve(
     found = {}
     for ours, theirs in columns.items():
         if ours not in allowed:
-            raise UserError(f"'{ours}' is no column of ours; choose from {', '.join(allowed)}.{nearest(ours, allowed)}")
+            raise UserError(f"'{ours}' is not a column; choose from {', '.join(allowed)}.{nearest(ours, allowed)}")
         name, factor = _same(theirs, known), 1.0
         if name is None and "*" in theirs and ours not in TEXTS:
             theirs, _, times = (part.strip() for part in theirs.rpartition("*"))
@@ -74,7 +74,7 @@ def _factor(word: str, ours: str) -> float:
     except ValueError:
         factor = math.nan
     if not 0 < factor < math.inf:
-        raise UserError(f"{ours} is to be multiplied by '{word}', which is no positive number; give one, such as 1e9.")
+        raise UserError(f"{ours} is multiplied by '{word}', which is not a positive number; give one, such as 1e9.")
     return factor
 
 

@@ -46,7 +46,9 @@ def read_numbers(
             try:
                 values[i] = parse_number(row.get(column), decimal[column])
             except ValueError:
-                raise UserError(f"{path}: row {i + 1}, column '{column}': '{row.get(column)}' is no number.") from None
+                raise UserError(
+                    f"{path}: row {i + 1}, column '{column}': '{row.get(column)}' is not a number."
+                ) from None
         found[ours] = values * factor
     return found, notes
 

@@ -110,10 +110,10 @@ def read_runs(path: str | Path, columns: Mapping[str, str] | None = None, flops:
     {"tokens": "D (billions)*1e9"}; nested JSON is reached by dots ("metrics.val_loss"). Names differ by more than
     case. Needed are loss and two of params, tokens and flops: the third follows from C = 6ND.
     flops: None takes the table's FLOPs and 6ND where there are none; "6ND" or another multiple, such as "8ND" for
-    recomputed activations, counts all runs so; "given" insists on the table's. Numbers may read 1,200,000 or 1.2M or
+    recomputed activations, applies to all runs; "given" requires the table's. Numbers may read 1,200,000 or 1.2M or
     3.5 % (`parse_number`), and 0,05 in a column with decimal commas, which `notes` say. Values that are missing or not
     finite are kept as NaN, for `sound` to report. Raises UserError for an unreadable file, an unknown or missing
-    column, a cell that is no number, and commas of which the table does not show what they mark.
+    column, a cell that is not a number, and commas whose meaning the table does not determine.
     """
     path = Path(path)
     rows = read_rows(path)
