@@ -141,6 +141,14 @@ def test_text_of_any_kind_stays_text(tmp_path):
     assert text.count("<script") == text.count("</script>") and "alert" in text and '<script>alert("x")' not in text
 
 
+def test_characters_that_no_font_or_no_file_holds_are_drawn_without_a_word(recwarn):
+    odd = "\u6f22 \x1b[31m \ud800"
+    marks = Points([1, 2], [1, 2], odd), Line([1, 2], [1, 2], "law"), Note(1, 1, odd)
+    root = parsed(Figure(odd, [Panel(Axis(odd, ticks={1.0: odd}), Axis(odd), marks)]))
+    assert sum(e.text == "\u6f22 \ufffd[31m \ufffd" for e in root.iter()) == 6
+    assert not recwarn.list
+
+
 def test_an_svg_asks_for_nothing_and_names_its_colours():
     text = figure(Points([1], [1], "a")).svg()
     assert text.count("http") == 1 and "<script" not in text and "<style" not in text

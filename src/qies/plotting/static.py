@@ -7,9 +7,9 @@ figure alone: no date, no random identifier, no setting of a user's matplotlibrc
 from __future__ import annotations
 
 import io
-import logging
 import math
 import re
+import warnings
 from typing import Any
 from xml.etree import ElementTree
 from zlib import crc32
@@ -72,8 +72,8 @@ SETTINGS = {
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
 }
-# Of glyphs that DejaVu Sans lacks; a reader's font has them.
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+# Characters that XML does not allow, and halves of pairs, which have no encoding.
+ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def svg(figure: Figure) -> str:
@@ -81,19 +81,20 @@ def svg(figure: Figure) -> str:
 
     Raises ValueError when an axis has nothing to draw.
     """
-    salt = f"{crc32(figure.title.encode()):08x}"  # several figures may stand in one document
+    salt = f"{crc32(_legal(figure.title).encode()):08x}"  # several figures may stand in one document
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     out = io.StringIO()
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's font draws them
         _configure()
         matplotlib.rcParams["svg.hashsalt"] = salt
         FigureCanvasSVG(_drawn(figure)).print_svg(out, metadata=nothing)
-    return _clean(out.getvalue(), figure.title)
+    return _clean(out.getvalue(), _legal(figure.title))
 
 
 def pdf(figure: Figure) -> bytes:
     """The figure as PDF with embedded fonts. Raises ValueError when an axis has nothing to draw."""
-    metadata = {"Title": figure.title, "CreationDate": None, "Creator": None, "Producer": None}
+    metadata = {"Title": _legal(figure.title), "CreationDate": None, "Creator": None, "Producer": None}
     out = io.BytesIO()
     with matplotlib.rc_context():
         _configure()
@@ -111,7 +112,7 @@ def _drawn(figure: Figure) -> Canvas:
     width, height = SINGLE if alone else IN_A_GRID
     font = FONT if alone else FONT - 2
     rows, total = -(-len(figure.panels) // figure.columns), width * figure.columns
-    names = {name: name if len(name) <= NAME else name[: NAME - 1] + "…" for name in figure.legend()}
+    names = {name: _legal(name if len(name) <= NAME else name[: NAME - 1] + "…") for name in figure.legend()}
     canvas = Canvas(figsize=(1, 1))
     widest = max((_extent(canvas, text, font).width for text in names.values()), default=0.0)
     columns = max(1, min(len(names), int((total - 12) // (widest + HANDLE * font))))
@@ -147,8 +148,10 @@ def _axes(axes: Axes, panel: Panel, scales: tuple[Scale, Scale], font: float) ->
     for name, axis, scale in zip("xy", (panel.x, panel.y), scales, strict=True):
         getattr(axes, f"set_{name}scale")("log" if scale.log else "linear")
         getattr(axes, f"set_{name}lim")(scale.low, scale.high)
-        getattr(axes, f"set_{name}ticks")(list(scale.ticks), labels=list(scale.ticks.values()), fontsize=font)
-        getattr(axes, f"set_{name}label")(axis.title, fontsize=font)
+        getattr(axes, f"set_{name}ticks")(
+            list(scale.ticks), labels=[_legal(text) for text in scale.ticks.values()], fontsize=font
+        )
+        getattr(axes, f"set_{name}label")(_legal(axis.title), fontsize=font)
     axes.minorticks_off()
     axes.patch.set_visible(False)  # the figure is white already
 
@@ -208,7 +211,8 @@ def _annotate(axes: Axes, notes: list[Note], scales: tuple[Scale, Scale], size: 
         if _place(note.x, note.y, scales) is None or not _inside((note.x, note.y), scales):
             continue
         x, y = axes.transData.transform((note.x, note.y))
-        box = _extent(axes.get_figure(), note.text, size)
+        text = _legal(note.text)
+        box = _extent(axes.get_figure(), text, size)
         right = x + 8 + box.width < axes.bbox.x1
         left = x + 8 if right else x - 8 - box.width
         places = [y + step * size for step in (0, *(side * n for n in range(1, 12) for side in (-1, 1)))]
@@ -218,7 +222,7 @@ def _annotate(axes: Axes, notes: list[Note], scales: tuple[Scale, Scale], size: 
         taken.append(chosen)
         offset = (8 if right else -8, (chosen.y0 + chosen.y1) / 2 - y)
         axes.annotate(
-            note.text, (note.x, note.y), offset, textcoords="offset points", fontsize=size, va="center",
+            text, (note.x, note.y), offset, textcoords="offset points", fontsize=size, va="center",
             ha="left" if right else "right",
         )  # fmt: skip
 
@@ -226,6 +230,10 @@ def _annotate(axes: Axes, notes: list[Note], scales: tuple[Scale, Scale], size: 
 def _extent(canvas: Any, text: str, font: float) -> Bbox:
     """Size of a text in points."""
     return Text(0, 0, text, fontsize=font, figure=canvas).get_window_extent(dpi=72)
+
+
+def _legal(text: str) -> str:
+    return ILLEGAL.sub("\ufffd", text)
 
 
 def _clean(drawn: str, title: str) -> str:

@@ -1,7 +1,6 @@
 """Runs of two arms brought together: cells (one size, one token budget), matched cells, paired tests.
 
-Sizes of the arms differ by up to 1 % at the same nominal size, so sizes (and token budgets) within 2 % of the
-smallest of a group are the same level, over both arms together.
+Sizes and token budgets within 2 % are one level (`tables.levels`), over both arms together.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from qies.scaling.result import public_fields
+from qies.scaling.tables.levels import levels
 from qies.scaling.tables.runs import Runs
 
 Array = NDArray[np.float64]
-SAME = 0.02
 
 
 @dataclass(frozen=True)
@@ -71,17 +70,6 @@ class Paired:
 
     def to_dict(self) -> dict[str, Any]:
         return public_fields(self) | {"interval": None if self.lo is None else [self.lo, self.hi]}
-
-
-def levels(x: Array) -> NDArray[np.int64]:
-    """[n] number of each value's group; a group holds what is within 2 % of its smallest member."""
-    group = np.empty(len(x), np.int64)
-    start, number = -math.inf, -1
-    for i in np.argsort(x, kind="stable"):
-        if x[i] > start * (1 + SAME) or number < 0:
-            start, number = x[i], number + 1
-        group[i] = number
-    return group
 
 
 def cells_of(a: Runs, b: Runs) -> tuple[Cells, Cells]:

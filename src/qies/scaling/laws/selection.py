@@ -24,11 +24,11 @@ from scipy.stats import f as fisher
 from qies.errors import UserError
 from qies.plotting import Figure
 from qies.scaling import figures
-from qies.scaling.comparison.matching import levels
 from qies.scaling.laws.forms import surface_form
 from qies.scaling.laws.intervals import ROUNDING, huber_moments
 from qies.scaling.laws.surface import DELTA, SurfaceFit, fit_surface
 from qies.scaling.result import Result
+from qies.scaling.tables.levels import levels
 from qies.scaling.tables.runs import Runs
 
 # Which form is a special case of which: by gamma = 1, and by alpha = beta.
@@ -193,7 +193,7 @@ def leave_largest_out(
 ) -> HeldOut:
     """Fit without the runs of the k largest N, and predict them: what an extrapolation is worth.
 
-    Sizes within 2 % of each other are one (`matching.levels`), as embeddings and rounding make them differ. Raises
+    Sizes within 2 % of each other are one (`tables.levels`), as embeddings and rounding make them differ. Raises
     UserError unless at least one size remains.
     """
     size = levels(runs.params)
