@@ -96,7 +96,7 @@ def fit_gain_axes(a: Cells, b: Cells, runs: tuple[Runs, Runs], form: str, level:
             ()
             if form == "power"
             else (
-                "tokens follow size in these runs, so no surface L(N, D) is identified: each axis has a power law "
+                "tokens follow size in these runs, so no surface L(N, D) is identified: each gain has a power law "
                 "along the path the runs took, and the gains in parameters and data move both together",
             )
         )
