@@ -30,12 +30,17 @@ def write_text(path: Path, text: str) -> None:
     What is no regular file (a device, a pipe, a link such as /dev/stdout) is written to and never replaced. Raises
     OSError, with `path` as its file name.
     """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes as `write_text` writes text."""
     partial = _partial(path)
     try:
         if _in_place(path):
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(data)
         else:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(data)
             os.replace(partial, path)
     except OSError as error:  # of a full disk it names no file
         partial.unlink(missing_ok=True)

@@ -11,9 +11,9 @@ import pytest
 
 from qies.errors import UserError
 from qies.plotting import GREY, Axis, Band, Figure, Line, Note, Panel, Points, Style, style, styles
-from qies.plotting.scale import linear_ticks, log_ticks, make_scale, si
+from qies.plotting.axes import linear_ticks, log_ticks, make_scale, si
+from qies.plotting.static import DASHES, SYMBOLS
 from qies.plotting.style import KNOWN, PALETTE
-from qies.plotting.svg import DASHES, OUTLINES
 from qies.presets import ARMS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -30,13 +30,18 @@ def parsed(drawn):
 
 
 def moved(root):
-    """Centres of the markers below the legend, in order."""
-    found = [re.findall(r"-?[\d.]+", e.get("transform")) for e in root.iter(f"{SVG}path") if e.get("transform")]
-    return [(float(x), float(y)) for x, y, *_ in found]
+    """Centres of the markers, in order."""
+    return [(float(e.get("x")), float(e.get("y"))) for e in root.iter(f"{SVG}use")]
+
+
+def drawn_in(root, colour):
+    """The paths below the axes' clip that are drawn or filled in a colour."""
+    found = [e for e in root.iter(f"{SVG}path") if e.get("clip-path") and colour.lower() in e.get("style")]
+    return [[float(v) for v in re.findall(r"-?[\d.]+", e.get("d"))] for e in found], [e.get("d") for e in found]
 
 
 def area(root):
-    rect = root.find(f"{SVG}clipPath/{SVG}rect")
+    rect = root.find(f".//{SVG}clipPath/{SVG}rect")
     left, top, width, height = (float(rect.get(k)) for k in ("x", "y", "width", "height"))
     return left, top, left + width, top + height
 
@@ -53,7 +58,7 @@ def test_what_is_not_known_or_outside_is_not_drawn():
     marks = Points([None, 10, -1, 1e6, 10], [1, None, 1, 1, 99]), Line([1, 10, 100, 1e3], [1, 2, None, 3])
     root = parsed(figure(*marks))
     assert moved(root) == []
-    [line] = [e.get("d") for e in root.iter(f"{SVG}path") if e.get("clip-path")]
+    _, [line] = drawn_in(root, style(0).colour)
     assert line.count("M") == 2 and line.count("L") == 1  # broken at the gap
     assert "nan" not in figure(*marks).svg()
 
@@ -63,12 +68,11 @@ def test_a_band_is_closed_clipped_where_open_and_broken_at_a_gap():
     assert band.segments(1.0, 10.0) == [([1, 10], [2, 2], [3, 10.0]), ([1000, 1e4], [1.0, 4], [10.0, 5])]
     shown = figure(band, Line([1, 1e4], [1, 9]))
     left, top, right, bottom = area(parsed(shown))
-    first, second = (e for e in parsed(shown).iter(f"{SVG}path") if e.get("fill-opacity") == "0.16")
-    corners = [float(v) for v in re.findall(r"-?[\d.]+", first.get("d"))]
+    [corners, _], _ = drawn_in(parsed(shown), style(1).colour)
+    assert shown.svg().count("opacity: 0.16") == 2
     height, quarter = bottom - top, left + (right - left) / 4
     expected = [left, bottom - 0.3 * height, quarter, top, quarter, bottom - 0.2 * height, left, bottom - 0.2 * height]
     assert corners == pytest.approx(expected, abs=0.11)
-    assert second.get("fill") == style(1).colour
     [one, two] = [t for t in shown.plotly()["data"] if t.get("fill") == "toself"]
     assert one["x"] == [1, 10, 10, 1] and one["y"] == [3, 10.0, 2, 2]
     assert two["y"] == [10.0, 5, 4, 0]
@@ -77,9 +81,9 @@ def test_a_band_is_closed_clipped_where_open_and_broken_at_a_gap():
 def test_error_bars_reach_their_ends_in_both_renderers():
     shown = figure(Points([100], [5], lo=[2.5], hi=[7.5]))
     _, top, _, bottom = area(parsed(shown))
-    [bar] = [e.get("d") for e in parsed(shown).iter(f"{SVG}path") if "h8" in e.get("d")]
-    ends = float(re.search(r"M[\d.]+ ([\d.]+)V([\d.]+)", bar)[1]), float(re.search(r"V([\d.]+)", bar)[1])
-    assert ends == pytest.approx((bottom - (bottom - top) / 4, top + (bottom - top) / 4), abs=0.11)
+    [[_, low, _, high]], _ = drawn_in(parsed(shown), style(0).colour)
+    assert (low, high) == pytest.approx((bottom - (bottom - top) / 4, top + (bottom - top) / 4), abs=0.11)
+    assert [y for _, y in moved(parsed(shown))][:2] == pytest.approx([low, high])  # a cap at either end
     [trace] = shown.plotly()["data"]
     assert trace["error_y"]["array"] == trace["error_y"]["arrayminus"] == [2.5]
 
@@ -100,7 +104,10 @@ def test_plotly_gets_the_same_ranges_ticks_and_text():
 
 def test_markers_of_a_crowd_are_smaller():
     few, many = (figure(Points([10] * n, [5] * n)) for n in (3, 200))
-    assert "scale(" not in few.svg() and many.svg().count("scale(0.6)") == 200
+    assert len(moved(parsed(few))) == 3 and len(moved(parsed(many))) == 200
+    outlines = [root.find(f".//{SVG}path[@id]") for root in (parsed(few), parsed(many))]
+    wide = [max(float(v) for v in re.findall(r"[\d.]+", path.get("d"))) for path in outlines]
+    assert wide[1] == pytest.approx(0.6 * wide[0], rel=0.02)
     assert few.plotly()["data"][0]["marker"]["size"] > many.plotly()["data"][0]["marker"]["size"]
 
 
@@ -123,7 +130,9 @@ def test_text_of_any_kind_stays_text(tmp_path):
     marks = Points([1], [1], EVIL, hover=[EVIL]), Line([1, 2], [1, 2], EVIL), Note(1, 1, EVIL)
     shown = Figure(EVIL, [Panel(Axis(EVIL, ticks={1.0: EVIL}), Axis(EVIL), marks)])
     root = parsed(shown)
-    assert {e.tag.removeprefix(SVG) for e in root.iter()} <= {"svg", "title", "rect", "clipPath", "g", "path", "text"}
+    assert {e.tag.removeprefix(SVG) for e in root.iter()} <= {
+        "svg", "title", "rect", "clipPath", "g", "path", "text", "use", "defs",
+    }  # fmt: skip
     assert sum(e.text == EVIL for e in root.iter()) == 6  # title, two axes, a tick, the legend, the note
     assert "<" not in shown.json() and "&" not in shown.json()
     assert json.loads(shown.json()) == shown.plotly()
@@ -132,9 +141,33 @@ def test_text_of_any_kind_stays_text(tmp_path):
     assert text.count("<script") == text.count("</script>") and "alert" in text and '<script>alert("x")' not in text
 
 
+def test_characters_that_no_font_or_no_file_holds_are_drawn_without_a_word(recwarn):
+    odd = "\u6f22 \x1b[31m \ud800"
+    marks = Points([1, 2], [1, 2], odd), Line([1, 2], [1, 2], "law"), Note(1, 1, odd)
+    root = parsed(Figure(odd, [Panel(Axis(odd, ticks={1.0: odd}), Axis(odd), marks)]))
+    assert sum(e.text == "\u6f22 \ufffd[31m \ufffd" for e in root.iter()) == 6
+    assert not recwarn.list
+
+
 def test_an_svg_asks_for_nothing_and_names_its_colours():
     text = figure(Points([1], [1], "a")).svg()
-    assert text.count("http") == 1 and "href" not in text and "<script" not in text and "<style" not in text
+    assert text.count("http") == 1 and "<script" not in text and "<style" not in text
+    assert all(link.startswith("#") for link in re.findall('href="(.*?)"', text))
+    assert set(re.findall(r"url\((.)", text)) == {"#"} and style(0).colour.lower() in text
+
+
+def test_a_figure_is_drawn_alike_whatever_the_readers_settings_are():
+    import matplotlib
+
+    shown = figure(Points([1, 10], [1, 2], "a $x$"), Line([1, 100], [1, 9], "b"))
+    text, pdf = shown.svg(), shown.pdf()
+    with matplotlib.rc_context(
+        {"lines.linewidth": 9, "font.size": 30, "axes.facecolor": "black", "svg.fonttype": "path"}
+    ):
+        assert shown.svg() == text and shown.pdf() == pdf
+    assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf
+    other = Figure("another figure", shown.panels)
+    assert not set(re.findall('id="(.*?)"', text)) & set(re.findall('id="(.*?)"', other.svg()))  # both fit in one page
 
 
 def test_no_text_of_a_figure_is_cut_or_overlaps_on_an_axis():
@@ -146,8 +179,9 @@ def test_no_text_of_a_figure_is_cut_or_overlaps_on_an_axis():
     for e in root.iter(f"{SVG}text"):
         if e.get("x") is None or e.get("transform"):
             continue
-        x, y, wide = float(e.get("x")), float(e.get("y")), 0.56 * float(e.get("font-size", 14)) * len(e.text)
-        left = x - {"start": 0, "middle": wide / 2, "end": wide}[e.get("text-anchor", "start")]
+        size, anchor = re.search(r"font-size: ([\d.]+)px; text-anchor: (\w+)", e.get("style")).groups()
+        x, y, wide = float(e.get("x")), float(e.get("y")), 0.56 * float(size) * len(e.text)
+        left = x - {"start": 0, "middle": wide / 2, "end": wide}[anchor]
         assert left >= 0 and left + wide <= width and 0 < y < height, e.text
         boxes.append((left, left + wide, y))
     for i, a in enumerate(boxes):
@@ -165,7 +199,7 @@ def test_styles_differ_in_colour_marker_and_dash_and_arms_keep_theirs():
     looks = [style(i) for i in range(6)]
     for part in ("colour", "symbol", "dash"):
         assert len({getattr(look, part) for look in looks}) == 6
-    assert {look.symbol for look in looks} <= set(OUTLINES) and {look.dash for look in looks} <= set(DASHES)
+    assert {look.symbol for look in looks} <= set(SYMBOLS) and {look.dash for look in looks} <= set(DASHES)
     assert styles(["new", "qies"])["qies"] == styles(["qies"])["qies"] == style(KNOWN.index("qies"))
     assert GREY.colour not in PALETTE
     assert set(ARMS) == set(KNOWN) and len({styles(ARMS)[arm].colour for arm in ARMS}) == len(ARMS)
@@ -247,8 +281,9 @@ def test_nothing_to_draw_is_an_error_not_an_empty_picture():
 def test_save_refuses_what_it_cannot_write(tmp_path):
     shown = figure(Points([1], [1]))
     assert shown.save(tmp_path / "a.svg").read_text() == shown.svg()
-    with pytest.raises(UserError, match=r"neither \.svg nor \.html"):
+    assert shown.save(tmp_path / "a.pdf").read_bytes() == shown.pdf()
+    with pytest.raises(UserError, match=r"none of \.svg, \.pdf and \.html"):
         shown.save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="not a directory"):
         shown.save(tmp_path / "none" / "a.svg")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.svg"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pdf", "a.svg"]

@@ -13,6 +13,7 @@ from study_pages import Page, edit, make_study, page_of, runs_of
 
 from qies.analyses.records import read_study
 from qies.errors import UserError
+from qies.plotting import styles
 from qies.report import build_report, write_summary_svg
 from qies.report.verdict import verdict
 
@@ -383,9 +384,14 @@ def test_summary_figure_is_clean_svg(study, tmp_path):
     text = write_summary_svg(study, tmp_path / "loss.svg").read_text()
     root = ElementTree.fromstring(text)
     tags = [element.tag.split("}")[1] for element in root.iter()]
-    circles = [e for e in root.iter() if "A5 5" in e.get("d", "")]
+    [circle] = {
+        e.get("id")
+        for e in root.iter()
+        if styles(["transformer"])["transformer"].colour.lower() in e.get("style", "") and e.get("id")
+    }
+    circles = [e for e in root.iter() if e.get("href") == f"#{circle}"]
     assert len(circles) == 4 + 1  # the transformer's runs and its place in the legend
-    assert set(tags) <= {"svg", "title", "rect", "clipPath", "g", "path", "text"}
+    assert set(tags) <= {"svg", "title", "rect", "clipPath", "g", "path", "text", "use", "defs"}
     words = [element.text for element in root.iter() if element.tag.endswith("text")]
     for word in (
         "transformer",

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from two_arms import ALPHA, BETA, A, B, E, chinchilla, grid, ladder, table
 
-from qies.scaling import views
-from qies.scaling.joint import make_law
-from qies.scaling.matching import cells_of
+from qies.scaling.comparison import gain_axes
+from qies.scaling.comparison.joint_inference import make_law
+from qies.scaling.comparison.matching import cells_of
 
 STEPS = 12
 
@@ -19,14 +19,14 @@ def quick_fits(monkeypatch):
 
     def power_law(x, log_loss):
         theta = np.linalg.lstsq(np.stack([np.ones_like(x), -x], axis=1), log_loss, rcond=None)[0]
-        return make_law(views.power, views.POWER, theta, x[:, None], log_loss)
+        return make_law(gain_axes.power, gain_axes.POWER, theta, x[:, None], log_loss)
 
     def surface_law(cells, runs):
         x, theta = np.log(np.stack([cells.params, cells.tokens], axis=1)), truth
         for _ in range(STEPS):
-            value, jacobian = views.surface(theta, x)
+            value, jacobian = gain_axes.surface(theta, x)
             theta = theta + np.linalg.lstsq(jacobian, cells.log_loss - value, rcond=None)[0]
-        return make_law(views.surface, views.SURFACE, theta, x, cells.log_loss)
+        return make_law(gain_axes.surface, gain_axes.SURFACE, theta, x, cells.log_loss)
 
     def check(design, quick, real):
         noise = np.exp(0.002 * np.random.default_rng(0).standard_normal((len(design), 1)))
@@ -34,7 +34,9 @@ def quick_fits(monkeypatch):
         cells = cells_of(runs, runs)[0]
         np.testing.assert_allclose(quick(cells, runs).residual, real(cells, runs).residual, atol=1e-6)
 
-    check(ladder(), *(lambda c, _, law=law: law(np.log(c.flops), c.log_loss) for law in (power_law, views._power_law)))
-    check(grid(), surface_law, views._surface_law)
-    monkeypatch.setattr(views, "_power_law", power_law)
-    monkeypatch.setattr(views, "_surface_law", surface_law)
+    check(
+        ladder(), *(lambda c, _, law=law: law(np.log(c.flops), c.log_loss) for law in (power_law, gain_axes._power_law))
+    )
+    check(grid(), surface_law, gain_axes._surface_law)
+    monkeypatch.setattr(gain_axes, "_power_law", power_law)
+    monkeypatch.setattr(gain_axes, "_surface_law", surface_law)

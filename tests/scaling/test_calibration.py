@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from two_arms import chinchilla, grid, ladder, noisy, table
 
-from qies.scaling import views
-from qies.scaling.matching import cells_of, seed_noise
+from qies.scaling.comparison import gain_axes
+from qies.scaling.comparison.matching import cells_of, seed_noise
 
 NOISE = {"seed_sd": 0.003, "shared_sd": 0.003}
 THREE, FOUR, SIX = np.geomspace(1e6, 3e7, 3), np.geomspace(1e6, 3e7, 4), np.geomspace(1e6, 1e8, 6)
@@ -45,10 +45,10 @@ def simulate(cells, seeds, gain, deviations, count, kept=None, seed=0):
         if kept is not None:
             a, b = (r.select(np.isin(r.params, cells[kept[arm], 0])) for r, arm in ((a, "q"), (b, "t")))
         ca, cb = cells_of(a, b)
-        view = views.make_views(ca, cb, (a, b), "auto", 0.95, seed_noise(a, b, ca, cb)).of["compute"]
-        x = np.full(2, view.high)
+        axis = gain_axes.fit_gain_axes(ca, cb, (a, b), "auto", 0.95, seed_noise(a, b, ca, cb)).of["compute"]
+        x = np.full(2, axis.high)
         # g is inside the interval where L_A(x) and L_B(g x) do not differ significantly.
-        value, half, _ = view.joint.difference(view.path_a(x), view.path_b(x + np.log([1.0, gain])))
+        value, half, _ = axis.joint.difference(axis.path_a(x), axis.path_b(x + np.log([1.0, gain])))
         inside = np.abs(value) <= half
         none, covered = none + inside[0], covered + inside[1]
         widths.append(2 * half[0])

@@ -10,7 +10,7 @@ from two_arms import E, chinchilla, grid, ladder, noisy, runs_of, table
 
 from qies.cli import main
 from qies.errors import UserError
-from qies.scaling import compare, read_runs
+from qies.scaling import compare, figures, read_runs
 
 GRID, LADDER = grid(), ladder()
 QUICK = Path(__file__).parents[2] / "results" / "reference" / "small"
@@ -335,10 +335,12 @@ def test_the_verb_refuses_bad_columns(capsys):
 
 def test_every_figure_is_drawn():
     result = compare(read_runs(QUICK), "qies", "transformer")
-    for kind in ("compute", "params", "data", "time", "frontier", "paired"):
-        assert result.plot(kind).svg().startswith("<svg")
+    shown = result.figures()
+    assert set(shown) == {"gain-compute", "gain-params", "gain-data", "gain-time", "frontier", "paired"}
+    for figure in shown.values():
+        assert figure.svg().startswith("<svg")
     with pytest.raises(UserError, match="gain 'compite' is unknown"):
-        result.plot("compite")
+        figures.gain_figure(result, "compite")
 
 
 def test_the_regime_is_that_of_the_matched_runs_and_is_named():

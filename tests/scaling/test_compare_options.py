@@ -8,7 +8,7 @@ from scaling_tables import grid, law
 from two_arms import ladder, noisy
 
 from qies.cli import main
-from qies.scaling import planning
+from qies.scaling.comparison import planning
 
 
 def ends_well(words):

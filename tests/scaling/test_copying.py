@@ -7,7 +7,7 @@ import pytest
 from scaling_tables import make_runs
 
 from qies.scaling import compare, read_runs
-from qies.scaling.copying import Copying, before_onset, set_in
+from qies.scaling.comparison.copying import Copying, before_onset, set_in
 
 SIZES = np.geomspace(1e5, 8e5, 4)
 

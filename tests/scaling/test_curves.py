@@ -7,7 +7,7 @@ import pytest
 
 from qies.errors import UserError
 from qies.scaling import fit_annealing, fit_downstream
-from qies.scaling.curves import schedule_sums
+from qies.scaling.laws.curves import schedule_sums
 
 
 def wsd(steps=4000, decay=1000, peak=1e-3):
@@ -62,7 +62,7 @@ def test_a_known_sigmoid_is_recovered():
     known = fit_downstream(x, y, floor=0.25, ceiling=0.9)
     assert set(known.ci) == {"slope", "midpoint"} and known.params["slope"] == pytest.approx(9)
     json.dumps(known.to_dict(), allow_nan=False)
-    assert known.plot().panels[0].y.title == "accuracy"
+    assert known.figures()["downstream"].panels[0].y.title == "accuracy"
 
 
 def test_rows_of_no_weight_do_not_move_a_curve():

@@ -9,7 +9,7 @@ from scaling_tables import make_runs
 
 from qies.errors import UserError
 from qies.scaling import fit_approach1, fit_approach2
-from qies.scaling.envelopes import isoflop_groups
+from qies.scaling.laws.envelopes import isoflop_groups
 
 LAW = {"E": 1.7, "A": 400.0, "B": 900.0, "alpha": 0.34, "beta": 0.34}
 
@@ -137,6 +137,6 @@ def test_the_envelope_holds_the_runs_that_nothing_cheaper_beats():
 
 
 def test_plots_name_their_axes():
-    figure = fit_approach2(isoflop(3)[0]).plot()
+    figure = fit_approach2(isoflop(3)[0]).figures()["approach2"]
     [panel] = figure.panels
     assert "FLOPs" in panel.x.title and len(panel.marks) == 4

@@ -9,8 +9,8 @@ import pytest
 from qies.cli import main
 from qies.errors import UserError
 from qies.plotting import Axis, Band, Line, Note, Points, style
-from qies.scaling import curve_figures, figures, fit_power, fit_surface
-from qies.scaling.table import Runs
+from qies.scaling import figures, fit_power, fit_surface
+from qies.scaling.tables.runs import Runs
 
 
 def gain_points(key="compute", **changes):
@@ -223,7 +223,7 @@ def test_power_law_plots_itself_and_its_bootstrap():
     x = np.geomspace(1e5, 1e8, 24)
     loss = 20 * x**-0.1 * np.exp(0.002 * np.random.default_rng(1).standard_normal(24))
     law = fit_power(x, loss)
-    shown = law.plot(x, loss, "parameters N")
+    shown = law.figures(x, loss, "parameters N")["law"]
     assert shown.panels[0].x == Axis("parameters N", log=True)
     assert len(marks(shown, Band)) == 1 and marks(shown, Points)[0].x == x.tolist()
     assert law.draws.shape == (400, 2)
@@ -238,7 +238,7 @@ def test_power_law_plots_itself_and_its_bootstrap():
 def test_envelope_shows_the_optima_and_their_regressions():
     points = [{"compute": c, "params": 0.1 * c**0.5, "tokens": c**0.5 / 0.6, "loss": 3.0} for c in (1e16, 1e18, 1e20)]
     params = {"k_N": 0.1, "a": 0.5, "k_D": 1 / 0.6, "b": 0.5}
-    shown = curve_figures.envelope_figure({"form": "approach2", "points": points, "params": params})
+    shown = figures.envelope_figure({"form": "approach2", "points": points, "params": params})
     for key, name in (("params", "parameters N"), ("tokens", "tokens D")):
         [line], [dots] = marks(shown, Line, name), marks(shown, Points, name)
         assert dots.x == [1e16, 1e18, 1e20] and dots.y == [point[key] for point in points]
@@ -248,7 +248,7 @@ def test_envelope_shows_the_optima_and_their_regressions():
 
 def test_a_curve_is_joined_in_order_of_x():
     curve = {"x": [0.9, 0.7, 0.8], "observed": [0.3, 0.6, 0.4], "fitted": [0.31, 0.59, 0.42]}
-    shown = curve_figures.curve_figure({"form": "downstream", "curve": curve})
+    shown = figures.curve_figure({"form": "downstream", "curve": curve})
     [line], [dots] = marks(shown, Line), marks(shown, Points)
     assert (line.x, line.y) == ([0.7, 0.8, 0.9], [0.59, 0.42, 0.31])
     assert (dots.x, dots.y) == ([0.9, 0.7, 0.8], [0.3, 0.6, 0.4])

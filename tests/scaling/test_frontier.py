@@ -5,9 +5,9 @@ import pytest
 from scipy.optimize import minimize_scalar
 from two_arms import ALPHA, BETA, A, B, chinchilla
 
-from qies.scaling.frontier import Cost, fit_cost, optimum
+from qies.scaling.laws.frontier import SIX_ND, Cost, fit_cost, optimum
 
-PARAMS = {"A": A, "B": B, "alpha": ALPHA, "beta": BETA}
+TERMS = (A, ALPHA, B, BETA)
 
 
 def test_cost_is_recovered_from_runs():
@@ -17,9 +17,9 @@ def test_cost_is_recovered_from_runs():
     assert cost.scatter < 1e-9
 
 
-@pytest.mark.parametrize("cost", [Cost(np.log(6), 1, 1, 0), Cost(np.log(40), 0.8, 1.1, 0)])
+@pytest.mark.parametrize("cost", [SIX_ND, Cost(np.log(40), 0.8, 1.1, 0)])
 def test_optimum_is_the_least_loss_at_its_cost(cost):
-    (point,) = optimum(PARAMS, cost, np.array([np.log(1e19)]))
+    (point,) = optimum(TERMS, cost, np.array([np.log(1e19)]))
     assert cost.log(*point) == pytest.approx(np.log(1e19))
 
     def loss(log_n):
@@ -32,11 +32,11 @@ def test_optimum_is_the_least_loss_at_its_cost(cost):
 def test_of_6nd_is_hoffmanns_formula():
     c = 1e20
     g = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
-    ((log_n, log_d),) = optimum(PARAMS, Cost(np.log(6), 1, 1, 0), np.array([np.log(c)]))
+    ((log_n, log_d),) = optimum(TERMS, SIX_ND, np.array([np.log(c)]))
     assert np.exp(log_n) == pytest.approx(g * (c / 6) ** (BETA / (ALPHA + BETA)))
     assert np.exp(log_d) == pytest.approx((c / 6) ** (ALPHA / (ALPHA + BETA)) / g)
 
 
 def test_a_cost_that_does_not_grow_has_no_optimum():
     with pytest.raises(ValueError, match="no interior optimum"):
-        optimum(PARAMS, Cost(0, 0, 1, 0), np.array([1.0]))
+        optimum(TERMS, Cost(0, 0, 1, 0), np.array([1.0]))

@@ -5,9 +5,10 @@ import pytest
 from two_arms import chinchilla, grid, ladder, noisy, table
 
 from qies.errors import UserError
-from qies.scaling import compare, planning
-from qies.scaling.planning import power
-from qies.scaling.power import t_power
+from qies.scaling import compare
+from qies.scaling.comparison import planning
+from qies.scaling.comparison.planning import power
+from qies.scaling.comparison.statistical_power import t_power
 
 
 def test_power_without_seeds_is_that_of_a_t_test_of_the_line_of_differences():

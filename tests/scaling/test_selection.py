@@ -8,8 +8,8 @@ from scaling_tables import CHINCHILLA, grid, law, make_runs, noisy, published
 
 from qies.errors import UserError
 from qies.scaling import compare_forms, fit_surface, leave_largest_out, read_runs
+from qies.scaling.laws.selection import huber_log_likelihood
 from qies.scaling.pipeline import fit_file
-from qies.scaling.selection import huber_log_likelihood
 
 
 def test_likelihood_is_the_normal_one_inside_delta_and_the_laplace_one_beyond():
@@ -29,9 +29,9 @@ def test_the_wider_form_wins_where_it_is_the_truth_and_not_elsewhere():
     )
     found = compare_forms(unequal, ("gadre", "approach3"))
     assert found.scores[0].form == "approach3" and found.tests[0].p < 1e-6
-    points, *notes = found.plot().panels[0].marks
+    points, *notes = found.figures()["forms"].panels[0].marks
     assert points.y == [0.0, found.scores[1].aic - found.scores[0].aic] and points.x == [5, 4]
-    assert [note.text for note in notes] == ["approach3", "gadre"] and "<svg" in found.plot().svg()
+    assert [note.text for note in notes] == ["approach3", "gadre"] and "<svg" in found.figures()["forms"].svg()
     equal = {"E": 1.8, "A": 400.0, "B": 900.0, "alpha": 0.3, "beta": 0.3}
     found = compare_forms(make_runs(n, d, noisy(rng, law(n, d, equal), 0.003)), ("gadre", "approach3"))
     [test] = found.tests
@@ -89,9 +89,9 @@ def test_leaving_the_largest_out_predicts_what_the_fit_did_not_see():
     alone = fit_surface(runs.select(n < sizes[-2]))
     assert held.runs[0].predicted == pytest.approx(float(alone.predict(held.runs[0].params, held.runs[0].tokens)))
     assert held.worst_error < 0.02 and "Without the 2 largest sizes" in held.summary()
-    points = held.plot().panels[0].marks[1]
+    points = held.figures()["held-out"].panels[0].marks[1]
     assert points.y == pytest.approx([100 * (r.loss / r.predicted - 1) for r in held.runs])
-    assert list(points.x) == [r.predicted for r in held.runs] and "<svg" in held.plot().svg()
+    assert list(points.x) == [r.predicted for r in held.runs] and "<svg" in held.figures()["held-out"].svg()
     with pytest.raises(UserError, match="between 1 and 5 of the 6 sizes"):
         leave_largest_out(runs, "approach3", 6)
 

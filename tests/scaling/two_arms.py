@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from qies.scaling.table import Runs
+from qies.scaling.tables.runs import Runs
 
 E, A, B, ALPHA, BETA = 1.8, 60.0, 400.0, 0.30, 0.34
 SIZES = np.array([1e6, 3e6, 1e7, 3e7])

@@ -15,7 +15,7 @@ from qies.scaling.figures import bootstrap_figure, residuals_figure
 def compute(study: Finished) -> dict[str, Any]:
     """Fit power laws of the held-out loss in N and in FLOPs to each arm; None with fewer than three distinct values."""
     from qies.accounting.flops import CONVENTION
-    from qies.scaling.laws import fit_power
+    from qies.scaling.laws.power_law import fit_power
 
     arms: dict[str, Any] = {}
     for arm in study.config.arms:

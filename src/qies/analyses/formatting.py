@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from qies.plotting import scale
+from qies.plotting import axes
 
 NONE = "n/a"
 
@@ -54,7 +54,7 @@ def fixed(value: float, places: str = "#.3g") -> str:
 def si(value: Any, significant: int = 3) -> str:
     """50k, 2.4M, 1.2G, 3.1T."""
     n = number(value)
-    return NONE if n is None else scale.si(n, significant)
+    return NONE if n is None else axes.si(n, significant)
 
 
 def mebibytes(value: Any) -> str:

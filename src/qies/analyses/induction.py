@@ -12,7 +12,7 @@ from qies.analyses.records import Cell, Study
 from qies.config import INDUCTION_ONSET
 from qies.plotting import GREY, Axis, Band, Figure, Line, Panel, Style, styles
 from qies.plotting.figure import Mark
-from qies.scaling.copying import Copying
+from qies.scaling.comparison.copying import Copying
 
 
 def copying(study: Study, arm: str, cell: Cell) -> Copying:

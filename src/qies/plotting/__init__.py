@@ -1,4 +1,4 @@
-"""Figures as plain data, drawn by two renderers: SVG for papers, plotly for pages."""
+"""Figures as plain data, drawn by two renderers: matplotlib for papers and print, plotly for pages."""
 
 from qies.plotting.figure import Axis, Band, Figure, Line, Note, Panel, Points
 from qies.plotting.style import GREY, Style, style, styles

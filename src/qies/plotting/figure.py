@@ -1,7 +1,8 @@
 """What a figure shows, as frozen data: axes with units and the marks between them.
 
-One description, two renderers: `Figure.svg()` for papers and `Figure.plotly()` for pages. Text is plain text here;
-each renderer escapes it. A mark with a `name` stands in the legend; marks of one name share an entry.
+One description, two renderers: matplotlib for papers and print (`Figure.svg()`, `Figure.pdf()`) and plotly for pages
+(`Figure.plotly()`). Text is plain text here; each renderer escapes it. A mark with a `name` has an entry in the legend;
+marks of one name share it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from qies.errors import UserError
-from qies.plotting.scale import Scale, make_scale
+from qies.plotting.axes import Scale, make_scale
 from qies.plotting.style import FIRST, Style
-from qies.storage import write_text
+from qies.storage import write_bytes, write_text
 
 CROWD = 60
 # None stands for "not known" and leaves a gap.
@@ -158,9 +159,15 @@ class Figure:
 
     def svg(self) -> str:
         """A self-contained SVG on white, for a paper's column: no script, no font, no link; text is escaped."""
-        from qies.plotting.svg import render
+        from qies.plotting import static
 
-        return render(self)
+        return static.svg(self)
+
+    def pdf(self) -> bytes:
+        """The same as PDF, with embedded fonts."""
+        from qies.plotting import static
+
+        return static.pdf(self)
 
     def plotly(self) -> dict[str, Any]:
         """{"data", "layout"} as plotly takes them, without title, size, font and background, so that it fits a page,
@@ -175,14 +182,20 @@ class Figure:
         return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
     def save(self, path: str | Path) -> Path:
-        """Write .svg, or .html (interactive, asks the network for nothing). Raises UserError for another suffix."""
+        """Write .svg, .pdf, or .html (interactive, without any request to the network).
+
+        Raises UserError for another suffix, and where the directory does not exist.
+        """
         path = Path(path)
         kind = path.suffix.lower()
-        if kind not in (".svg", ".html"):
-            raise UserError(f"{path} is neither .svg nor .html; a figure is written as one of them.")
+        if kind not in (".svg", ".pdf", ".html"):
+            raise UserError(f"{path} is none of .svg, .pdf and .html; a figure is written as one of them.")
         if not path.parent.is_dir():
-            raise UserError(f"{path.parent} is no folder; make it first or write the figure elsewhere.")
-        write_text(path, self.svg() if kind == ".svg" else self._page())
+            raise UserError(f"{path.parent} is not a directory; create it first or write the figure elsewhere.")
+        if kind == ".pdf":
+            write_bytes(path, self.pdf())
+        else:
+            write_text(path, self.svg() if kind == ".svg" else self._page())
         return path
 
     def _page(self) -> str:

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from qies.plotting.axes import Scale
 from qies.plotting.figure import Band, Entry, Figure, Line, Mark, Note, Panel, Points
-from qies.plotting.scale import Scale
 from qies.plotting.style import Style
 
 GRID = "rgba(128,128,128,0.28)"

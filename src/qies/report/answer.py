@@ -10,8 +10,8 @@ from qies.analyses.formatting import estimate, fixed, number, si
 from qies.analyses.induction import copying, in_words
 from qies.analyses.records import Cell, Study, listed, mapping
 from qies.config import INDUCTION_ONSET
-from qies.scaling.comparison import plural
-from qies.scaling.copying import Copying, before_onset, set_in
+from qies.scaling.comparison.copying import Copying, before_onset, set_in
+from qies.scaling.comparison.result import plural
 from qies.scaling.figures import INSIDE
 
 Pair = dict[str, Any]

@@ -9,7 +9,7 @@ from typing import Any
 from qies.analyses.formatting import count, number, sentence
 from qies.analyses.induction import copying
 from qies.analyses.records import BASELINE, Cell, Study, listed, mapping
-from qies.scaling.copying import before_onset
+from qies.scaling.comparison.copying import before_onset
 from qies.scaling.figures import INSIDE
 
 

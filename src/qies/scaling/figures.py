@@ -15,11 +15,14 @@ from numpy.typing import ArrayLike
 
 from qies.errors import UserError, nearest
 from qies.plotting import GREY, Axis, Band, Figure, Line, Note, Panel, Points, Style, style, styles
+from qies.plotting.axes import si
 from qies.plotting.figure import Mark
-from qies.plotting.scale import si
+from qies.scaling.laws.forms import surface_form
+from qies.scaling.laws.frontier import SIX_ND, optimum
 
 LOSS = "validation loss (nats per token)"
 AXES = {"params": "parameters N", "tokens": "training tokens D", "flops": "training FLOPs C"}
+CURVE_AXES = {"annealing": ("training step", "loss (nats per token)"), "downstream": ("bits per byte", "accuracy")}
 # By kind of gain: the key of x, the axis of x, what is saved.
 GAINS = {
     "compute": ("compute", "training FLOPs of the candidate", "FLOPs"),
@@ -253,6 +256,47 @@ def comparison_figures(comparison: Result) -> dict[str, Figure]:
     return shown
 
 
+def envelope_figure(fit: Result) -> Figure:
+    """The best N and D at each compute, and the regressions N = k_N C^a, D = k_D C^b."""
+    plain = _plain(fit)
+    points, params = plain["points"], plain["params"]
+    compute = [point["compute"] for point in points]
+    grid = np.geomspace(min(compute), max(compute), 50)
+    marks: list[Mark] = []
+    for i, (key, k, exponent, name) in enumerate(
+        (("params", "k_N", "a", "parameters N"), ("tokens", "k_D", "b", "tokens D"))
+    ):
+        hover = [f"C = {si(point['compute'])}, loss {point['loss']:.4f}" for point in points]
+        marks.append(Line(grid.tolist(), (params[k] * grid ** params[exponent]).tolist(), name, style(i)))
+        marks.append(Points(compute, [point[key] for point in points], name, style(i), hover))
+    axes = Axis("training FLOPs C", log=True), Axis("best parameters N, tokens D", log=True)
+    return Figure(f"Compute-optimal size, {plain['form']}", [Panel(*axes, marks)])
+
+
+def forms_figure(comparison: Result) -> Figure:
+    """How far the AIC of each form is above the lowest, against the form's number of parameters."""
+    scores = _plain(comparison)["scores"]
+    count = [score["parameters"] for score in scores]
+    above = [score["aic"] - scores[0]["aic"] for score in scores]
+    hover = [f"{score['form']}: AIC {score['aic']:.1f}, BIC {score['bic']:.1f}" for score in scores]
+    names = [Note(x, y, score["form"]) for x, y, score in zip(count, above, scores, strict=True)]
+    axes = Axis("parameters of the form"), Axis("AIC above the lowest")
+    return Figure("Forms of the law", [Panel(*axes, [Points(count, above, "", style(0), hover), *names])])
+
+
+def curve_figure(fit: Result) -> Figure:
+    """The points of a curve and the law through them, in order of x."""
+    plain = _plain(fit)
+    x_title, y_title = CURVE_AXES[plain["form"]]
+    x, observed, fitted = (np.asarray(plain["curve"][k], np.float64) for k in ("x", "observed", "fitted"))
+    order = np.argsort(x, kind="stable")
+    marks: list[Mark] = [
+        Points(x.tolist(), observed.tolist(), "data", style(0), faint=len(x) > 60),
+        Line(x[order].tolist(), fitted[order].tolist(), plain["form"], style(1)),
+    ]
+    return Figure(f"Law of the curve, {plain['form']}", [Panel(Axis(x_title), Axis(y_title), marks)])
+
+
 def pair_name(pair: Mapping[str, Any], word: str = "over") -> str:
     return f"{pair['candidate']} {word} {pair['baseline']}"
 
@@ -311,8 +355,6 @@ def _columns(plain: Mapping[str, Any], runs: Any) -> tuple[np.ndarray, np.ndarra
 
 
 def _reducible(plain: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    from qies.scaling.forms import surface_form
-
     return surface_form(plain["form"]).reducible(plain["params"])
 
 
@@ -324,12 +366,11 @@ def _predictor(plain: Mapping[str, Any]) -> Any:
 
 
 def _optimum(plain: Mapping[str, Any], compute: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """N and D [n] of least loss at C = 6ND, or None where the law does not fall with both."""
-    a, alpha, b, beta = _reducible(plain)
-    if min(a, alpha, b, beta) <= 0:
+    """N and D [n] of lowest loss at C = 6ND, or None where the law does not fall with both."""
+    try:
+        return tuple(np.exp(optimum(_reducible(plain), SIX_ND, np.log(compute))).T)
+    except ValueError:
         return None
-    log_n = (math.log(alpha * a / (beta * b)) + beta * np.log(compute / 6)) / (alpha + beta)
-    return np.exp(log_n), compute / 6 / np.exp(log_n)
 
 
 def _curve(band: tuple[Any, Any, Any]) -> dict[str, list[float | None]]:

@@ -1,4 +1,4 @@
-"""From a file to a fit of any form: read, leave out what is unsound, fit. What `qies fit` calls."""
+"""Fit a law of any form to a file of runs: read, filter, fit. The implementation of `qies fit`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from rich.table import Table
 from qies.errors import UserError, nearest
 from qies.plotting import Figure
 from qies.scaling import figures
-from qies.scaling.curves import CURVE_COLUMNS, CurveFit, fit_annealing, fit_downstream
-from qies.scaling.envelopes import EnvelopeFit, fit_approach1, fit_approach2
-from qies.scaling.fits import fit_surface
-from qies.scaling.forms import FORMS
-from qies.scaling.intervals import reach
-from qies.scaling.laws import PowerLaw, fit_power
-from qies.scaling.selection import Comparison, HeldOut, HeldOutRun, compare_forms, leave_largest_out
-from qies.scaling.soundness import best_per_cell, oddities, sound
-from qies.scaling.surface import Residual, SurfaceFit
-from qies.scaling.table import Dropped, Runs, read_columns, read_runs
+from qies.scaling.laws.curves import CURVE_COLUMNS, CurveFit, fit_annealing, fit_downstream
+from qies.scaling.laws.divergence import sound
+from qies.scaling.laws.envelopes import EnvelopeFit, fit_approach1, fit_approach2
+from qies.scaling.laws.forms import FORMS
+from qies.scaling.laws.intervals import reach
+from qies.scaling.laws.power_law import PowerLaw, fit_power
+from qies.scaling.laws.selection import FormComparison, HeldOut, HeldOutRun, compare_forms, leave_largest_out
+from qies.scaling.laws.surface import Residual, SurfaceFit, fit_surface
+from qies.scaling.result import Result, plain
+from qies.scaling.tables.filtering import best_per_cell, oddities
+from qies.scaling.tables.runs import Dropped, Runs, read_columns, read_runs
 
 POWERS = ("power", "power+floor")
 ENVELOPES = ("approach1", "approach2")
@@ -32,8 +33,8 @@ AXES = ("params", "tokens", "flops")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A fit with what the file's way to it adds: the runs used, those left out, tests beside the fit, predictions.
+class Outcome(Result):
+    """A fit with the runs used and dropped, held-out predictions, other forms, predictions and optima.
 
     `predictions` at given N and D and `optima` at given C hold their intervals (`lo`, ...) where there are any, and
     `reach`, how many times beyond the runs they lie; 1 is inside.
@@ -44,7 +45,7 @@ class Outcome:
     dropped: tuple[Dropped, ...]
     warnings: tuple[str, ...] = ()
     held_out: HeldOut | None = None
-    comparison: Comparison | None = None
+    comparison: FormComparison | None = None
     predictions: tuple[dict[str, float], ...] = ()
     optima: tuple[dict[str, float], ...] = ()
     axis: str = "params"
@@ -52,32 +53,25 @@ class Outcome:
     def figures(self) -> dict[str, Figure]:
         """Every figure of this fit by a name for its file; `axis` is what a power law runs along."""
         if isinstance(self.fit, SurfaceFit):
-            shown = {f"loss-{axis}": figures.surface_figure(self.fit, self.runs, axis) for axis in AXES}
-            shown["residuals"] = figures.residual_figure(self.fit)
-        elif isinstance(self.fit, PowerLaw) and self.runs is not None:
-            x = getattr(self.runs, self.axis)
-            shown = {f"loss-{self.axis}": self.fit.plot(x, self.runs.loss, figures.AXES[self.axis])}
-        else:
-            shown = {self.fit.form: self.fit.plot()}
-        if isinstance(self.fit, SurfaceFit | PowerLaw) and len(self.fit.draws):
-            shown["bootstrap"] = figures.bootstrap_figure(self.fit)
-        return shown
+            return self.fit.figures(self.runs)
+        if isinstance(self.fit, PowerLaw) and self.runs is not None:
+            shown = self.fit.figures(getattr(self.runs, self.axis), self.runs.loss, figures.AXES[self.axis])
+            return {f"loss-{self.axis}": shown.pop("law"), **shown}
+        return self.fit.figures()
 
     def to_dict(self) -> dict[str, Any]:
         """The fit's own dictionary with `dropped`, `warnings` and the rest; `exponents` is {} where there are none."""
         own = self.fit.to_dict()
-        extra: dict[str, Any] = {"predictions": list(self.predictions), "optima": list(self.optima)}
-        if self.held_out is not None:
-            extra["held_out"] = self.held_out.to_dict()
-        if self.comparison is not None:
-            extra["comparison"] = self.comparison.to_dict()
+        beside = {"held_out": self.held_out, "comparison": self.comparison}
         return {
             "exponents": {},
             **own,
             "convention": None if self.runs is None else self.runs.convention,
-            "dropped": [vars(d) for d in self.dropped],
+            "dropped": plain(self.dropped),
             "warnings": [*self.warnings, *own["warnings"]],
-            **extra,
+            "predictions": list(self.predictions),
+            "optima": list(self.optima),
+            **{name: part.to_dict() for name, part in beside.items() if part is not None},
         }
 
     def tables(self) -> list[Table]:
@@ -117,7 +111,7 @@ class Outcome:
         return tables
 
     def summary(self) -> str:
-        """The fit in words, with what was left out and what was tried beside it."""
+        """The fit, what was dropped, the held-out predictions and the other forms, as one paragraph."""
         parts = [self.fit.summary()]
         if self.runs is not None and not isinstance(self.fit, SurfaceFit):
             parts.append(f"FLOPs {self.runs.convention}.")
@@ -159,12 +153,11 @@ def fit_file(
     `fit_approach2`; `floor` and `ceiling` of `fit_downstream`, "free" where they are fitted (by default the floor is,
     and the ceiling 1). `at_compute`: FLOPs, counted as the table's, at which to give the best N and D.
 
-    With `drop_worst` the user says how many runs lie off, 0 for none, so the search for diverged runs against a fit is
-    left out; runs that did not finish or hold no number are left out always. `leave_largest`: also fit without the so
-    many largest model sizes and predict them. `beside`: other forms to compare this one with. `predict`: pairs of N and
-    D. `best`: of the rows of one arm, N and D take the lowest loss alone. `axis` is what `power` and `power+floor` run
-    along. Raises UserError for an unknown form or axis, and what the
-    parts raise.
+    `drop_worst`: the number of outliers to drop, 0 for none; it replaces the search for diverged runs against a fit,
+    but runs that did not finish or have no finite loss are always dropped. `leave_largest`: also fit without this many
+    of the largest sizes and predict them. `beside`: other forms to compare with. `predict`: pairs of N and D. `best`:
+    keep only the lowest loss of each arm, N and D. `axis`: the variable of `power` and `power+floor`. Raises UserError
+    for an unknown form or axis, an option that does not apply to the form, and what the parts raise.
     """
     if form not in ALL_FORMS:
         raise UserError(f"form '{form}' is unknown; choose from {', '.join(ALL_FORMS)}.{nearest(form, ALL_FORMS)}")

@@ -1,0 +1,1 @@
+"""Comparison of two arms: matched cells, joint inference on both laws, gains, tests, statistical power, verdict."""

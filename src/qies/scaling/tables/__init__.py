@@ -1,0 +1,1 @@
+"""Tables of runs: read any file or folder of run records, resolve column names and units, filter the rows."""
