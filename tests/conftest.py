@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from faults.lab import write_corpus
 from qies.config import DataConfig, TrainConfig
-from qies.faults.lab import write_corpus
 
 torch.set_num_threads(1)
 

@@ -15,10 +15,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from qies import config as configs
-from qies import ladder, runs
+from qies import ladder, records, storage
 from qies.config import RunConfig, StudyConfig
 from qies.errors import Stopped, UserError, nearest
 from qies.presets import parse_size
+from qies.records import RunRecord
 from qies.report.records import BASELINE, PROPOSAL
 
 PRESETS = Path(__file__).parent / "studies"
@@ -61,8 +62,8 @@ def claim(study: StudyConfig, folder: Path) -> StudyConfig:
         source = study.data.source if known.data.hash else known.data.source
         data = dataclasses.replace(study.data, source=source, hash=known.data.hash)
         return dataclasses.replace(study, data=data, **_union(known, study))
-    runs.refuse_file(folder)
-    if folder.exists() and any(folder.iterdir()):
+    storage.refuse_file(folder)
+    if folder.exists() and any(not storage.is_temporary(path.name) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; give another --out.")
     return study
 
@@ -87,11 +88,10 @@ def plan_table(study: StudyConfig) -> Table:
     for column in ("run", "arm", "size", "seed", "N", "tokens", "FLOPs", "time"):
         table.add_column(column, justify="left" if column in ("run", "arm") else "right", no_wrap=True)
     for config, seconds in zip(study.runs(), estimate(study), strict=True):
-        record = runs.plan(config, study.data.vocab_size)
-        n, tokens = record["params"]["non_embedding"], record["tokens"]
+        record = records.plan(config, study.data.vocab_size)
         table.add_row(
-            record["config_hash"][:8], config.arm, config.size, str(config.seed), f"{n:,}", f"{tokens / 1e6:.2f}M",
-            f"{record['flops']:.2e}", clock(seconds),
+            record.config_hash[:8], config.arm, config.size, str(config.seed), f"{record.non_embedding:,}",
+            f"{record.tokens / 1e6:.2f}M", f"{record.flops:.2e}", clock(seconds),
         )  # fmt: skip
     table.caption = "N: parameters without embedding and head; time: estimated"
     return table
@@ -104,8 +104,8 @@ def estimate(study: StudyConfig) -> list[float]:
     """
     out = []
     for config in study.runs():
-        record = runs.plan(config, study.data.vocab_size)
-        out.append(record["tokens"] * (SECONDS_PER_TOKEN + record["flops_per_token"] * SECONDS_PER_FLOP))
+        record = records.plan(config, study.data.vocab_size)
+        out.append(record.tokens * (SECONDS_PER_TOKEN + record.flops_per_token * SECONDS_PER_FLOP))
     return out
 
 
@@ -132,12 +132,12 @@ def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
 
     study = claim(study, folder)
     for config in study.runs():  # every bad setting shows before anything is spent
-        runs.plan(config, study.data.vocab_size)
+        records.plan(config, study.data.vocab_size)
     data = data_folder(study, folder)
     path = folder / "study.yaml"
     before = path.read_text(encoding="utf-8") if path.is_file() else None
     if before is None:  # before anything else, so that a study killed while it reads its corpus is known again
-        runs.make_folder(folder)
+        storage.make_writable_folder(folder)
         configs.save(study, path)
     try:
         if data == folder / "data":
@@ -158,7 +158,7 @@ def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
     return data
 
 
-def run_all(study: StudyConfig, folder: Path, console: Console, **how: Any) -> list[dict[str, Any]]:
+def run_all(study: StudyConfig, folder: Path, console: Console, **how: Any) -> list[RunRecord]:
     """Every run of the study, with a progress bar; `how` goes to `ladder.execute`. Returns the records."""
     study = claim(study, folder)
     data, root, planned = prepare(study, folder, console), folder / "runs", longest_first(study)
@@ -169,12 +169,12 @@ def run_all(study: StudyConfig, folder: Path, console: Console, **how: Any) -> l
         how.setdefault("workers", study.workers or ladder.cores())
         with _Watch(study, todo, how["workers"], console) as watch:
             ladder.execute(planned, root, data, event=watch.event, **how)
-    return [r for c in study.runs() if (r := runs.read(ladder.run_folder(root, c))) is not None]
+    return [r for c in study.runs() if (r := records.read(ladder.run_folder(root, c))) is not None]
 
 
-def require_done(records: list[dict[str, Any]], folder: Path) -> None:
+def require_done(found: list[RunRecord], folder: Path) -> None:
     """Raise Stopped, naming the attempts below the study's `folder`, when runs have failed."""
-    failed = [str(folder / "runs" / r["config_hash"] / "attempts") for r in records if r["status"] == "failed"]
+    failed = [str(folder / "runs" / r.config_hash / "attempts") for r in found if r.status == "failed"]
     if failed:
         raise Stopped(f"{len(failed)} runs failed; see {', '.join(failed)}")
 
@@ -185,7 +185,7 @@ def longest_first(study: StudyConfig) -> list[RunConfig]:
     return [config for config, _ in sorted(pairs, key=lambda pair: -pair[1])]
 
 
-def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[str, Any]]:
+def run_study(study: StudyConfig, folder: Path, console: Console) -> list[RunRecord]:
     """Everything the study asks for, into `folder`. What is done already is not done again. Returns the records.
 
     Raises UserError for a sweep (`variants`): its runs differ in more than arm, size and seed, which every analysis
@@ -194,9 +194,9 @@ def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[s
     if study.variants:
         raise UserError("A study with variants is a sweep: use qies ladder run and then qies ladder sweep.")
     study = claim(study, folder)
-    records = run_all(study, folder, console, retry_failed=True)
-    analyse(study, folder, records, console)
-    return records
+    found = run_all(study, folder, console, retry_failed=True)
+    analyse(study, folder, found, console)
+    return found
 
 
 def data_folder(study: StudyConfig, folder: Path) -> Path:
@@ -205,15 +205,15 @@ def data_folder(study: StudyConfig, folder: Path) -> Path:
     return source if (source / "manifest.json").is_file() else folder / "data"
 
 
-def analyse(study: StudyConfig, folder: Path, records: list[dict[str, Any]], console: Console) -> None:
+def analyse(study: StudyConfig, folder: Path, found: list[RunRecord], console: Console) -> None:
     """Fits, comparisons, entanglement and samples, each into its own JSON file.
 
     One that fails costs neither the others nor the page: its file then holds the reason under `error`, in one line
     (`require_analysed`), and the next call tries it again.
     """
-    done = [r for r in records if r["status"] == "done"]
+    done = [r for r in found if r.status == "done"]
     prompts = list(study.prompts)
-    asked = {"runs": sorted(r["config_hash"] for r in done)}
+    asked = {"runs": sorted(r.config_hash for r in done)}
     for name, make, same in (
         ("fits", lambda: fit_arms(study, done), None),
         ("comparison", lambda: compare_arms(study, folder), None),
@@ -225,12 +225,12 @@ def analyse(study: StudyConfig, folder: Path, records: list[dict[str, Any]], con
             if same and _holds(path, same):
                 continue
             try:
-                runs.write_json(path, make() | (asked if same else {}))
+                storage.write_json(path, make() | (asked if same else {}))
             except (UserError, Stopped) as e:
-                runs.write_json(path, {"schema": 1, "error": " ".join(str(e).split())})
+                storage.write_json(path, {"schema": 1, "error": " ".join(str(e).split())})
             except Exception as e:  # whatever it is, the runs are done and the page shall be written
                 traceback.print_exc()
-                runs.write_json(path, {"schema": 1, "error": " ".join(f"{type(e).__name__}: {e}".split())})
+                storage.write_json(path, {"schema": 1, "error": " ".join(f"{type(e).__name__}: {e}".split())})
     for pair in _read(folder / "comparison.json").get("pairs", []):
         console.print(f"{pair['candidate']} against {pair['baseline']}: {pair['verdict']}; {pair['reason']}.")
 
@@ -257,18 +257,18 @@ def _holds(path: Path, values: dict[str, Any]) -> bool:
     return all(part.get(key) == value for key, value in values.items())
 
 
-def fit_arms(study: StudyConfig, done: list[dict[str, Any]]) -> dict[str, Any]:
+def fit_arms(study: StudyConfig, done: list[RunRecord]) -> dict[str, Any]:
     """A power law of held-out loss in N and in FLOPs through each arm's points; None where there are too few."""
     from qies.accounting.flops import CONVENTION
     from qies.scaling.laws import fit_power
 
     arms: dict[str, Any] = {}
     for arm in study.arms:
-        own = [r for r in done if r["arm"] == arm]
-        most = {size: max(r["tokens"] for r in own if r["size"] == size) for size in {r["size"] for r in own}}
-        own = [r for r in own if r["tokens"] == most[r["size"]]]  # of several budgets the largest
-        axes = {"params": [r["params"]["non_embedding"] for r in own], "flops": [r["flops"] for r in own]}
-        losses = [r["metrics"]["val_loss"] for r in own]
+        own = [r for r in done if r.arm == arm]
+        most = {size: max(r.tokens for r in own if r.size == size) for size in {r.size for r in own}}
+        own = [r for r in own if r.tokens == most[r.size]]  # of several budgets the largest
+        axes: dict[str, list[float]] = {"params": [r.non_embedding for r in own], "flops": [r.flops for r in own]}
+        losses = [r.val_loss for r in own]
         arms[arm] = {k: fit_power(x, losses).to_dict() if len(set(x)) >= 3 else None for k, x in axes.items()}
     return {"schema": 1, "flops_convention": CONVENTION, "arms": arms}
 
@@ -293,13 +293,13 @@ def compare_arms(study: StudyConfig, folder: Path) -> dict[str, Any]:
     return {"schema": 1, "pairs": pairs, "not_compared": refused}
 
 
-def largest(study: StudyConfig, done: list[dict[str, Any]], arm: str) -> dict[str, Any] | None:
+def largest(study: StudyConfig, done: list[RunRecord], arm: str) -> RunRecord | None:
     """The arm's finished run of the largest size and first seed."""
-    own = [r for r in done if r["arm"] == arm]
-    return max(own, key=lambda r: (parse_size(r["size"]), r["tokens"], -study.seeds.index(r["seed"])), default=None)
+    own = [r for r in done if r.arm == arm]
+    return max(own, key=lambda r: (parse_size(r.size), r.tokens, -study.seeds.index(r.seed)), default=None)
 
 
-def entanglement_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]) -> dict[str, Any]:
+def entanglement_of(study: StudyConfig, folder: Path, done: list[RunRecord]) -> dict[str, Any]:
     """Entropies of the states of each entangled arm's largest model on held-out text."""
     import numpy as np
     import torch
@@ -319,16 +319,16 @@ def entanglement_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]
     arms: dict[str, Any] = {}
     for arm in study.arms:
         record = largest(study, done, arm)
-        if record is None or "linear_attention" not in record["model"]["layer_types"]:
+        if record is None or "linear_attention" not in record.model["layer_types"]:
             continue
-        model, _ = load_model(folder / "runs" / record["config_hash"])
+        model, _ = load_model(folder / "runs" / record.config_hash)
         states = capture(model, torch.from_numpy(ids), positions)
-        arms[arm] = {record["size"]: entropies(states, positions)}
+        arms[arm] = {record.size: entropies(states, positions)}
     text = {"source": f"{shards.manifest.corpus}, validation", "tokens": int(ids.size)}
     return {"schema": 1, "text": text, "arms": arms}
 
 
-def samples_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]) -> dict[str, Any]:
+def samples_of(study: StudyConfig, folder: Path, done: list[RunRecord]) -> dict[str, Any]:
     """Sampled continuations of the study's prompts by each arm's largest model."""
     from qies.decoding import continue_text, load_model, room
 
@@ -336,7 +336,7 @@ def samples_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]) -> 
     for arm in study.arms:
         record = largest(study, done, arm)
         if record is not None:
-            model, tokenizer = load_model(folder / "runs" / record["config_hash"])
+            model, tokenizer = load_model(folder / "runs" / record.config_hash)
             texts = []
             for prompt in study.prompts:
                 left = room(model, tokenizer, prompt)
@@ -345,11 +345,11 @@ def samples_of(study: StudyConfig, folder: Path, done: list[dict[str, Any]]) -> 
                     continue
                 length = 48 if left is None else min(48, left)
                 texts += continue_text(model, tokenizer, [prompt], max_new_tokens=length, decoding="sample")
-            arms[arm] = {"size": record["size"], "continuations": texts}
+            arms[arm] = {"size": record.size, "continuations": texts}
     return {"schema": 1, "prompts": list(study.prompts), "arms": arms}
 
 
-def result_table(study: StudyConfig, records: list[dict[str, Any]]) -> Table:
+def result_table(study: StudyConfig, found: list[RunRecord]) -> Table:
     """Held-out bits a byte by arm, size and budget, with throughput and peak memory: the terminal's summary.
 
     Each is the mean over the seeds.
@@ -362,20 +362,20 @@ def result_table(study: StudyConfig, records: list[dict[str, Any]]) -> Table:
     for column in (*names, "tokens/s", "MiB"):
         table.add_column(column, justify="right")
     for arm in study.arms:
-        own = [r for r in records if r["arm"] == arm]
+        own = [r for r in found if r.arm == arm]
         cells = []
         for point in points:
-            here = [r for r in own if (r["size"], r["config"]["tokens"]) == point]
-            done = [r["metrics"] for r in here if r["status"] == "done"]
+            here = [r for r in own if (r.size, r.config["tokens"]) == point]
+            done = [r.metrics for r in here if r.status == "done"]
             if done:
                 mean = {k: sum(m[k] for m in done) / len(done) for k in ("val_bpb", "val_loss")}
                 clean = [m["val_loss_clean"] for m in done if "val_loss_clean" in m]
                 beside = f"; {sum(clean) / len(clean):.3f}" if clean else ""
                 cells.append(f"{mean['val_bpb']:.4f} ({mean['val_loss']:.3f}{beside})")
             else:
-                cells.append(", ".join(sorted({r["status"] for r in here})) or "-")
-        rates = [r["tokens_per_second"] for r in own if r["tokens_per_second"]]
-        memory = [r["peak_memory_bytes"] for r in own if r["peak_memory_bytes"]]
+                cells.append(", ".join(sorted({r.status for r in here})) or "-")
+        rates = [r.tokens_per_second for r in own if r.tokens_per_second]
+        memory = [r.peak_memory_bytes for r in own if r.peak_memory_bytes]
         rate = f"{sum(rates) / len(rates):,.0f}" if rates else "-"
         table.add_row(arm, *cells, rate, f"{max(memory) / 2**20:,.0f}" if memory else "-")
     return table

@@ -150,7 +150,6 @@ def test_short_text_holds_a_document_out(tmp_path: Path) -> None:
 SLOW = (pytest.mark.slow, pytest.mark.timeout(1200))
 KILLED = (
     "import sys, json, os, signal; from qies.config import DataConfig; from qies.data.shards import build_shards\n"
-    "import qies.data.files as files\n"
     "real, left = os.replace, int(sys.argv[4])\n"
     "def until(a, b):\n"
     "    global left\n"

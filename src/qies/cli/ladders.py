@@ -62,8 +62,9 @@ def ladder(
         watch: Refresh the status until every run has ended.
         json: Print JSON.
     """
-    from qies import config, runs
+    from qies import config
     from qies import ladder as ladders
+    from qies import records as run_records
     from qies import study as studies
     from qies.data.locate import locate
     from qies.ladder.jobs import check
@@ -95,8 +96,8 @@ def ladder(
     folder = out or Path("results") / chosen.name
     console = Console(stderr=json)
     if action == "plan":
-        records = [runs.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
-        show(json, records, lambda: console.print(studies.plan_table(chosen)))
+        records = [run_records.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
+        show(json, [r.to_dict() for r in records], lambda: console.print(studies.plan_table(chosen)))
     elif action == "run":
         chosen = studies.claim(chosen, folder)
         here = max(1, ladders.cores() // threads) if submit is None else 1
@@ -120,7 +121,7 @@ def ladder(
         if sbatch:
             raise UserError("--sbatch belongs to --submit slurm; give both.")
         records = studies.run_all(chosen, folder, console, **how)
-        show(json, records, lambda: console.print(studies.result_table(chosen, records)))
+        show(json, [r.to_dict() for r in records], lambda: console.print(studies.result_table(chosen, records)))
         studies.require_done(records, folder)
     else:
         planned, estimates = chosen.runs(), studies.estimate(chosen)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import Progress
 from tyro.conf import Positional
 
-from qies.errors import Stopped, UserError
+from qies.errors import UserError
 from qies.plotting import Figure
-from qies.storage import require_writable, write_text
+from qies.storage import require_writable, write_json
 from qies.terminal import show
 
 
@@ -40,26 +40,19 @@ def report(folder: Positional[Path], /, svg: Path | None = None) -> None:
 
 
 def bench(
-    what: Positional[Literal["op", "train", "threads", "faults"]],
+    what: Positional[Literal["op", "train", "threads"]],
     /,
     rounds: int = 5,
     threads: int = 1,
     cases: tuple[str, ...] = (),
-    quick: bool = False,
-    seed: int = 0,
     out: Path | None = None,
-    markdown: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Benchmark speed against reference implementations, or inject faults and count what holds.
-
-    Speed: medians, and ratios round by round.
+    """Benchmark speed against reference implementations: medians, and ratios round by round.
 
     `op`: the entanglement op, forward and backward, against transformers' gated delta rule and causal SDPA.
     `train`: whole training steps of the arms against GPT-2 and Qwen3-Next of transformers.
     `threads`: the same training steps with many runs of one thread, one run of many threads, and many of many.
-    `faults`: kills, damaged checkpoints, full disks and more, injected into small training runs; the
-    exit code is 1 if a requirement is violated.
 
     For example:
 
@@ -67,78 +60,36 @@ def bench(
         qies bench op --cases 8x2048x4x64x64 --rounds 9
         qies bench train --cases 400k:512 6m:512 --out bench.json
         qies bench threads --rounds 3 --out threads.json
-        qies bench faults --quick
-        qies bench faults --cases kill disk --seed 1
 
     Args:
-        what: op, train, threads or faults.
+        what: op, train or threads.
         rounds: Timed rounds, after one warm-up round.
         threads: CPU threads of op and train.
-        cases: BxTxHxKxV for op, SIZE:T for train, RUNSxTHREADS for threads, by default a few of each; names of rows for
-            faults, by default all.
-        quick: Inject each fault only a few times.
-        seed: Seed of the random moments at which faults are injected.
-        out: Also write the JSON to this file; its rows of faults that are not injected now are kept.
-        markdown: Also write the table of faults to this file.
+        cases: BxTxHxKxV for op, SIZE:T for train, RUNSxTHREADS for threads; by default a few of each.
+        out: Also write the JSON to this file.
         json: Print JSON.
     """
     import torch
 
-    from qies import runs
-
     if rounds < 1 or threads < 1:
         raise UserError("--rounds and --threads must be at least 1.")
-    _check_outputs(None, out=out, markdown=markdown)
-    if what == "faults":
-        _bench_faults(cases, quick, seed, out, markdown, json)
-        return
-    if quick or markdown is not None:
-        raise UserError("--quick and --markdown are for qies bench faults.")
+    _check_outputs(None, out=out)
     from qies.bench import rivals
     from qies.bench.threads import bench_threads
+    from qies.records import code_version, environment
 
     torch.set_num_threads(threads)
     results = bench_threads(cases, rounds=rounds) if what == "threads" else rivals.run(what, cases, rounds)
-    measured = {"threads": None if what == "threads" else threads, "cases": [r.to_dict() for r in results]}
-    value = _measured(what) | measured
+    value = {
+        "what": what,
+        "environment": environment(),
+        "code_version": code_version(),
+        "threads": None if what == "threads" else threads,
+        "cases": [r.to_dict() for r in results],
+    }
     if out is not None:
-        runs.write_json(out, value)
+        write_json(out, value)
     show(json, value, lambda: Console().print(rivals.comparison_table(f"bench {what}", results)))
-
-
-def _bench_faults(
-    cases: tuple[str, ...], quick: bool, seed: int, out: Path | None, markdown: Path | None, json: bool
-) -> None:
-    from qies import faults, runs
-
-    todo = faults.chosen(cases)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True) as bar:
-        console.print(f"moments are drawn from seed {seed}")
-        tasks = {f.name: bar.add_task(f.name, total=faults.total(f, quick)) for f in todo}
-
-        def tell(fault: faults.Fault, outcome: faults.Outcome) -> None:
-            bar.update(tasks[fault.name], advance=1)
-            if outcome.wrong:
-                console.print(f"{fault.name}: {outcome.what}: {outcome.wrong}", highlight=False, markup=False)
-
-        rows = faults.run(todo, seed, quick=quick, tell=tell)
-    measured = _measured("faults")
-    added = [row.to_dict() | {"seed": seed, "code_version": measured["code_version"]} for row in rows]
-    value = measured | {"faults": faults.joined(out, added)}
-    if out is not None:
-        runs.write_json(out, value)
-    if markdown is not None:
-        write_text(markdown, faults.page(value))
-    show(json, value, lambda: Console().print(faults.table(rows, seed)))
-    if any(row.held < row.injections for row in rows):
-        raise Stopped("a requirement was violated; see the lines above.")
-
-
-def _measured(what: str) -> dict[str, Any]:
-    from qies import runs
-
-    return {"what": what, "environment": runs.environment(), "code_version": runs.code_version()}
 
 
 def fit(
@@ -212,7 +163,6 @@ def fit(
         json: Write the result to this JSON file.
         figures: Write SVG figures to this folder: loss against N, D and C, residuals, bootstrap.
     """
-    from qies import runs as records
     from qies.scaling.fits import AUTO_DRAWS
     from qies.scaling.pipeline import fit_file
 
@@ -235,7 +185,7 @@ def fit(
         if bar.live.is_started:  # stopping one that was not prints an empty line
             bar.stop()
     if json is not None:
-        records.write_json(json, outcome.to_dict())
+        write_json(json, outcome.to_dict())
     if figures is not None:
         _save(outcome.figures(), figures)
     console = Console()
@@ -281,7 +231,6 @@ def compare(
         power: Also print the power of studies of 3 to 8 sizes and 1 to 8 seeds, with the noise of these runs, to detect
             a gain of 1.1, 1.2 or 1.3; `plan` in the JSON.
     """
-    from qies import runs as records
     from qies.scaling import compare as compare_arms
     from qies.scaling import read_runs
     from qies.scaling.figures import comparison_figures
@@ -297,7 +246,7 @@ def compare(
         plan=power,
     )
     if json is not None:
-        records.write_json(json, result.to_dict())
+        write_json(json, result.to_dict())
     if figures is not None:
         _save(comparison_figures(result), figures)
     if result.dropped:

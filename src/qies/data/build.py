@@ -28,11 +28,11 @@ from qies.config import differences
 from qies.data import tokenizer as bpe
 from qies.data.contamination import Count, Pack
 from qies.data.corpora import Document, text_key
-from qies.data.files import replacing
 from qies.data.manifest import SPLITS, Counts, Dropped, Run, Shard
 from qies.data.progress import Progress, Step
 from qies.data.streams import Stream
 from qies.errors import Stopped, UserError
+from qies.storage import replacing
 
 PROGRESS = "progress.json"
 TOKENIZER = "tokenizer"

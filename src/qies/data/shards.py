@@ -9,7 +9,6 @@ off goes on by calling it again (`build`).
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from qies.config import DataConfig, differences, to_dict
 from qies.data import tokenizer as bpe
 from qies.data.build import PROGRESS, SEEN, TOKENIZER, Plan, State, Writer, hash_of, load_state
 from qies.data.contamination import Pack
-from qies.data.files import exclusive, replacing, sync
 from qies.data.manifest import (
     MANIFEST,
     SCHEMA,
@@ -45,6 +43,7 @@ from qies.data.progress import Progress, Step
 from qies.data.sources import is_below
 from qies.data.streams import Stream, open_stream
 from qies.errors import UserError
+from qies.storage import exclusive, publish, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -55,7 +54,7 @@ _PROBED = 1_000_000  # characters of those that a given tokenizer encodes before
 _SURVEY = 10_000_000  # characters looked at where no tokenizer is trained
 _MARKER = ".building"  # there while a build is on or was cut off; its lock makes a second build wait
 _OWN = re.compile(
-    r"(train|val)-\d{5}\.bin(\.tmp)?|tokenizer(\.tmp)?|manifest\.json\.tmp|progress\.json(\.tmp)?|seen\.bin"
+    r"(train|val)-\d{5}\.bin|tokenizer|progress\.json|seen\.bin|.*\.tmp"
 )
 
 
@@ -408,7 +407,4 @@ def _clear(out: Path, kept: set[str]) -> None:
 def _save_tokenizer(tokenizer: Tokenizer, out: Path, end: str = bpe.END) -> None:
     temporary = out / f"{TOKENIZER}.tmp"
     bpe.save_tokenizer(tokenizer, temporary, end)
-    for path in (*temporary.iterdir(), temporary):
-        sync(path)
-    os.replace(temporary, out / TOKENIZER)
-    sync(out)
+    publish(temporary, out / TOKENIZER)

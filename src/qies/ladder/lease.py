@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qies import runs
+from qies import records, storage
 
 STALE_SECONDS = 60.0  # without a heartbeat, a lease of another host is abandoned
 OVER = ("done", "diverged", "refused")  # outcomes after which there is nothing to try
@@ -94,15 +94,15 @@ class Lease:
     def end(self, outcome: str, reason: str) -> None:
         """Close the attempt and say why it ended."""
         self.facts |= {"outcome": outcome, "reason": reason, "ended": time.time()}
-        runs.write_json(self.path, self.facts)
+        storage.write_json(self.path, self.facts)
 
 
 def acquire(folder: Path, owner: str, *, stale: float = STALE_SECONDS, retries: int = 2) -> Lease | None:
     """The next attempt at the run in `folder`, or None when it is held, or not to be tried again."""
     history = attempts(folder)
     last = history[-1] if history else None
-    record = runs.read(folder)  # after the history: a run that ended in between is seen as finished here
-    if record is not None and record["status"] in ("done", "diverged"):
+    record = records.read(folder)  # after the history: a run that ended in between is seen as finished here
+    if record is not None and record.finished:
         return None
     if exhausted(history, retries) or (last and last.outcome is None and not last.abandoned(stale)):
         return None
@@ -111,7 +111,7 @@ def acquire(folder: Path, owner: str, *, stale: float = STALE_SECONDS, retries: 
     if last and last.outcome is None:
         facts["took_over"] = f"attempt {last.number}, whose controller {last.facts.get('owner')} is gone"
     lease = Lease(folder, number, facts)
-    return lease if _create(lease.path, facts, owner) else None
+    return lease if storage.create(lease.path, json.dumps(facts)) else None
 
 
 def reset(folder: Path, owner: str, retries: int) -> None:
@@ -119,21 +119,7 @@ def reset(folder: Path, owner: str, retries: int) -> None:
     history = attempts(folder)
     if exhausted(history, retries):
         path = folder / "attempts" / f"{history[-1].number + 1:04d}.json"
-        _create(path, {"owner": owner, "at": time.time(), "outcome": "reset"}, owner)
-
-
-def _create(path: Path, facts: dict[str, Any], owner: str) -> bool:
-    """Write `path` whole unless it exists; whether this call made it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{owner}")
-    partial.write_text(json.dumps(facts))
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        return False
-    finally:
-        partial.unlink()
-    return True
+        storage.create(path, json.dumps({"owner": owner, "at": time.time(), "outcome": "reset"}))
 
 
 @cache

@@ -1,4 +1,10 @@
-"""The processes of one run: one, or one for each of its GPUs, which find each other as torchrun's do."""
+"""The processes of one run: one, or one per GPU, with the environment that torchrun would set.
+
+torchrun itself is not used, because a controller decides by what its agent hides. The agent exits with 1 whatever the
+exit code of a worker, so that bad input (2, never retried) and a run that saved after a signal (143, not a failure)
+could not be told from a failure. And a worker stops when its parent is gone; below an agent, which outlives a killed
+controller, it would go on while another controller takes the run over.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-class Ranks:
+class ProcessGroup:
     """`count` processes of one command, as far as a controller wants to know of them: like one `Popen`.
 
     When one dies the others end by themselves within seconds (`qies.train.distributed`).

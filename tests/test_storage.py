@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from qies import runs
 from qies.config import RunConfig
-from qies.data.files import exclusive, replacing
 from qies.errors import UserError
+from qies.storage import exclusive, make_writable_folder, replacing
 from qies.train.checkpoint import _partial
 from qies.train.loop import _Run, build_model
 from qies.train.run_directory import CHECKPOINTS, claim
@@ -42,7 +41,7 @@ def test_no_folder_that_a_run_makes_can_be_written_by_everyone(tmp_path: Path) -
     """Or the run refuses it when it goes on."""
     before = os.umask(0)
     try:
-        runs.make_folder(tmp_path / "a" / "run")
+        make_writable_folder(tmp_path / "a" / "run")
         _partial(tmp_path / "a" / "run" / CHECKPOINTS, 1)
         with exclusive(tmp_path / "b" / "run" / "data", ".building"):
             pass
