@@ -1,11 +1,19 @@
+"""Files are complete or as they were, also after a failure; one process makes a file, and one holds a lock."""
+
+import errno
 import fcntl
 import os
 import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import Timeout
 
+from qies import storage
 from qies.config import RunConfig
 from qies.errors import UserError
 from qies.storage import exclusive, make_writable_folder, replacing
@@ -63,3 +71,95 @@ def test_weights_follow_the_umask(mask: int, mode: int, shards, tmp_path: Path) 
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run" / "model").iterdir()}
     assert modes["model.safetensors"] == modes["config.json"] == mode
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "file"
+    storage.write_text(path, "old")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (storage.write_text, storage.create):
+        with pytest.raises(OSError, match="No space left"):
+            write(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("write", [storage.write_text, storage.create])
+def test_content_is_on_disk_before_it_has_its_name(write, tmp_path: Path, monkeypatch) -> None:
+    calls = []
+    for name in ("fsync", "replace", "link"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a)))
+    write(tmp_path / "file", "text")
+    assert calls in (["fsync", "replace", "fsync"], ["fsync", "link", "fsync"])
+    assert (tmp_path / "file").read_text() == "text" and len(os.listdir(tmp_path)) == 1
+
+
+def test_of_many_processes_that_create_a_file_one_succeeds(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: storage.create(tmp_path / "a" / "file", str(i) * 1000), range(32)))
+    assert sum(made) == 1 and (tmp_path / "a" / "file").read_text() == str(made.index(True)) * 1000
+    assert os.listdir(tmp_path / "a") == ["file"]
+
+
+def test_a_directory_is_published_with_its_content(tmp_path: Path) -> None:
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "a").write_text("a")
+    storage.publish(tmp_path / "new.partial", tmp_path / "new")
+    assert (tmp_path / "new" / "a").read_text() == "a" and os.listdir(tmp_path) == ["new"]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(OSError):  # not over what is there
+        storage.publish(tmp_path / "other", tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("[0, 1]", None), ("[" + "0," * 20 + "0]", "larger than 20 bytes"), ("[0", "not valid JSON"), (None, "missing")],
+)
+def test_reads_are_bounded(content, words, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    if words is None:
+        assert storage.read_json(path, 20) == [0, 1]
+    else:
+        with pytest.raises(ValueError, match=f"x.json is {words}"):
+            storage.read_json(path, 20)
+
+
+def test_no_link_and_no_pipe_is_read(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("[]")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("link", "a symbolic link"), ("pipe", "not a regular file")):
+        with pytest.raises(ValueError, match=words):
+            storage.read_json(tmp_path / name, 20)
+
+
+def test_a_lock_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib; from qies.storage import file_lock\n"
+        f"file_lock(pathlib.Path({str(tmp_path / 'lock')!r})).acquire(); print('held', flush=True); os.read(0, 1)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(Timeout):
+        storage.file_lock(tmp_path / "lock").acquire(timeout=0.1)
+    holder.kill()
+    holder.wait()
+    with storage.file_lock(tmp_path / "lock").acquire(timeout=10):
+        pass
+
+
+def test_a_file_system_without_locks_is_an_error(tmp_path: Path, monkeypatch) -> None:
+    """A lock file, to which filelock would fall back, outlives a process that is killed."""
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with pytest.raises(OSError, match="not implemented"):
+        storage.file_lock(tmp_path / "lock").acquire()
