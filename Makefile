@@ -28,7 +28,7 @@ test: $(TEST)  ## the test suite
 test-all: $(EVAL) $(SDIST)  ## the test suite with the slow checks, and the tests that transformers runs on its models
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope -m ""
 
-faults: $(TEST)  ## inject faults into real runs, write docs/faults.md (half an hour; make faults FAULTS=--quick prints a short table)
+faults: $(TEST)  ## inject faults into real runs, write docs/faults.md (make faults FAULTS=--quick: a few of each)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests .venv/bin/python -m faults $(FAULTS)
 
 check: $(DEV)  ## ruff and mypy

@@ -68,7 +68,8 @@ def test_a_planned_record_comes_back_equal_and_is_created_once(tmp_path):
 def test_records_and_the_tables_of_scaling_need_no_torch():
     code = (
         "import sys; from pathlib import Path; from qies import records; from qies.scaling import read_runs\n"
-        f"read_runs(Path({str(COMMITTED[0])!r})); records.plan(records.read(Path({str(COMMITTED[0])!r})).run_config, 400)\n"
+        f"folder = Path({str(COMMITTED[0])!r}); read_runs(folder)\n"
+        "records.plan(records.read(folder).run_config, 400)\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -142,7 +142,8 @@ def test_no_link_and_no_pipe_is_read(tmp_path: Path) -> None:
 def test_a_lock_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
     code = (
         "import os, pathlib; from qies.storage import file_lock\n"
-        f"file_lock(pathlib.Path({str(tmp_path / 'lock')!r})).acquire(); print('held', flush=True); os.read(0, 1)"
+        f"held = file_lock(pathlib.Path({str(tmp_path / 'lock')!r})); held.acquire(); print('held', flush=True)\n"
+        "os.read(0, 1)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
