@@ -232,9 +232,7 @@ def test_optimizer_state_survives_a_round_trip(config, shards):
 
 def test_a_locked_folder_is_not_trained_twice(tmp_path):
     with records.lock(tmp_path):
-        code = (
-            f"from qies import records\nfrom pathlib import Path\nwith records.lock(Path({str(tmp_path)!r}), 0.1): pass"
-        )
+        code = f"import pathlib\nfrom qies.records import lock\nwith lock(pathlib.Path({str(tmp_path)!r}), 0.1): pass"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert result.returncode == 1 and "in use by another process" in result.stderr
 
