@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qies import presets, records
+from qies import presets, records, storage
 from qies.config import RunConfig, content_hash, from_dict
 from qies.errors import UserError
 from qies.train import loop, run_directory
@@ -256,3 +256,14 @@ def test_who_branches_holds_the_folder(trunk, tmp_path, monkeypatch):
         run_directory.branch(
             dataclasses.replace(changed(config, branches=()), tokens=STEP * 10), out, tmp_path / "branch"
         )
+
+
+def test_what_a_killed_write_left_behind_is_no_other_file(config, tmp_path):
+    """A write that was killed before its rename leaves its temporary file."""
+    (tmp_path / "run").mkdir()
+    left = storage._temporary(tmp_path / "run" / "run.json")
+    left.write_text('{"schema"')
+    assert run_directory.claim(config, tmp_path / "run") is None
+    (tmp_path / "run" / "other").touch()
+    with pytest.raises(UserError, match=r"other files \(other\)"):
+        run_directory.claim(config, tmp_path / "run")

@@ -1,8 +1,8 @@
-"""Who may run a run now: a chain of attempts, `attempts/0001.json`, 0002 and so on, the last of which is the lease.
+"""Leases on runs: a chain of attempts, `attempts/0001.json`, 0002 and so on, the last of which is the lease.
 
-Attempt n + 1 is made with link(2), which fails where the name exists: of any number of controllers that find attempt
-n over or abandoned, one gets the next. Only its maker ever writes an attempt's file, so nobody's lease can be removed
-by mistake, and the chain is also the record of what was tried and how it ended.
+Attempt n + 1 is created with link(2), which fails if the name exists: of any number of controllers that find attempt
+n ended or abandoned, one gets the next. Only its creator writes an attempt's file, so no lease can be removed by
+mistake, and the chain is also the log of what was tried and how it ended.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Lease:
         return True
 
     def end(self, outcome: str, reason: str) -> None:
-        """Close the attempt and say why it ended."""
+        """Close the attempt and record why it ended."""
         self.facts |= {"outcome": outcome, "reason": reason, "ended": time.time()}
         storage.write_json(self.path, self.facts)
 
@@ -115,7 +115,7 @@ def acquire(folder: Path, owner: str, *, stale: float = STALE_SECONDS, retries: 
 
 
 def reset(folder: Path, owner: str, retries: int) -> None:
-    """Let a run that was given up be tried again."""
+    """Allow further attempts at a run that has no retries left."""
     history = attempts(folder)
     if exhausted(history, retries):
         path = folder / "attempts" / f"{history[-1].number + 1:04d}.json"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 class ProcessGroup:
-    """`count` processes of one command, as far as a controller wants to know of them: like one `Popen`.
+    """`count` processes of one command, with the part of the interface of `Popen` that a controller uses.
 
     When one dies the others end by themselves within seconds (`qies.train.distributed`).
     """
@@ -40,13 +40,13 @@ class ProcessGroup:
 
     @property
     def returncode(self) -> int:
-        """Of the ended processes: 0 if all ended well; else that of one a signal ended, or else of the first that did
-        not: what the others end with is its consequence."""
+        """The exit code of the ended processes: 0 if all succeeded, else that of one that a signal ended, else the
+        first non-zero one; the codes of the others are consequences."""
         return next((code for code in self.codes if code < 0), self.codes[0] if self.codes else 0)
 
     @property
     def codes(self) -> list[int]:
-        """Of the processes that did not end well, in the order of ranks."""
+        """The non-zero exit codes, in the order of ranks."""
         return [p.returncode for p in self.processes if p.returncode]
 
     def terminate(self) -> None:

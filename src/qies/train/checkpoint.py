@@ -1,4 +1,4 @@
-"""Resumable checkpoints: written aside, fsynced, sealed with a sha256 of each file, then renamed.
+"""Resumable checkpoints: written to a temporary directory, sealed with the sha256 of each file, flushed, then renamed.
 
 Tensors are stored by torch.distributed.checkpoint in its safetensors format, a file a process, so that any number of
 processes reads what any other wrote. DCP's default storage keeps its index (`.metadata`) as a pickle; it is not used,
@@ -80,16 +80,16 @@ def save(
 
 
 def newest(folder: Path, upto: int | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """Path and meta of the newest checkpoint whose seal holds, or None; names decide nothing.
+    """Path and metadata of the newest intact checkpoint, or None. The step is read from the metadata, not the name.
 
-    `upto` leaves out those of later steps. A broken one is named and passed over.
+    `upto` excludes later steps. A broken checkpoint is logged and skipped.
     """
     found = []
     for path in _entries(folder):
         try:
             found.append((_meta(path)["step"], path))
         except ValueError as e:
-            log.warning("checkpoint %s: %s; it is passed over", path, e)
+            log.warning("checkpoint %s: %s; it is skipped", path, e)
     for step, path in sorted(found, reverse=True):
         if upto is not None and step > upto:
             continue
@@ -118,7 +118,7 @@ def remove(folder: Path, milestones: Collection[int] = ()) -> None:
 
 
 def copy(path: Path, folder: Path) -> None:
-    """Put a copy of the checkpoint at `path` below `folder`, whole or not at all."""
+    """Copy the checkpoint at `path` to below `folder`, atomically."""
     partial = _partial(folder, _meta(path)["step"])
     for name in [SEAL, *_sealed(path)]:
         shutil.copyfile(path / name, partial / name, follow_symlinks=False)
@@ -154,7 +154,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _partial(folder: Path, step: int) -> Path:
-    """An empty folder to write into; what a killed save left is dropped."""
+    """An empty directory to write to; the remains of a killed save are deleted."""
     storage.make_folder(folder)
     for stale in folder.glob(f"{PREFIX}*.partial"):
         shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()

@@ -189,9 +189,9 @@ def _integer(name: str, default: int, least: int, below: int | None = None) -> i
 
 
 class _PeerWatch:
-    """Notices a process that died. Each holds a lock on a file of its own for as long as it lives; the kernel lets go
-    of it however it dies, and the others, who try it twice a second, see that. On several machines the run's folder
-    must be on a file system that locks across them."""
+    """Detects a process of the group that died. Each holds a lock on a file of its own while it lives; the kernel
+    releases it however the process ends, and the others, which try it twice a second, find it free. On several
+    machines the run directory must be on a file system that locks across them."""
 
     def __init__(self, folder: Path, rank: int, size: int) -> None:
         storage.make_writable_folder(folder)

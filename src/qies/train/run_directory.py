@@ -1,4 +1,4 @@
-"""Whose a run's folder is, and what must hold before training starts in it."""
+"""Validate and claim a run directory before training starts in it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CHECKPOINTS = "checkpoints"
 # What decides the shape of the model, the text or its order: a resumed run cannot have another.
 FIXED = ("arm", "size", "seed", "model.", "data.", "train.seq_len", "train.batch_size")
 CHANGEABLE = ("config", "config_hash", "learning_rates", "tokens", "steps", "flops")  # of a record, by a resumed run
-OURS = {".lock", "data", "error.log", RANKS}  # what a folder may hold before its record is written
+OURS = {".lock", "data", "error.log", RANKS}  # what a run directory may hold before its record is written
 log = logging.getLogger(__name__)
 
 
 def claim(config: RunConfig, folder: Path) -> RunRecord | None:
-    """The record in `folder` if it can go on with `config`, None if the folder is free.
+    """The record in `folder` if the run of `config` can resume from it, or None if the directory is free.
 
-    Raises UserError, with the differences, when it holds anything else, so that nothing of another's is overwritten;
-    and for a folder that anyone may write, since a checkpoint there may be anyone's.
+    Raises UserError with the differences if it holds anything else, so that no other run is overwritten, and for a
+    directory that anyone may write, because a checkpoint there may come from anyone.
     """
     storage.refuse_file(folder)
     for path in (folder, folder / CHECKPOINTS):
@@ -53,9 +53,9 @@ def claim(config: RunConfig, folder: Path) -> RunRecord | None:
 
 
 def open_run(config: RunConfig, shards: Shards, folder: Path) -> RunRecord:
-    """The record in `folder` if it is this run's, or a new one. Raises UserError when it is another's.
+    """The record of this run in `folder`, or a new one. Raises UserError if the directory holds another run.
 
-    A change that a resumed run may have is shown, and logged in the record under `config_changes`.
+    A change of configuration that a resumed run may have is logged, and recorded under `config_changes`.
     """
     record = claim(config, folder)
     if record is None:

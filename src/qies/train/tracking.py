@@ -104,7 +104,7 @@ def parse(text: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def tracking(names: Sequence[str], folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields what takes each row of the run in `folder` once it is in metrics.jsonl; at the end the results follow."""
+    """Yields a function that takes each row of the run in `folder` once it is in metrics.jsonl; the results follow."""
     opened: list[Tracker] = []
 
     def fill(step: int) -> None:
