@@ -43,10 +43,11 @@ def test_given_shards_that_are_not_there_are_not_built(config, tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_what_cannot_train_is_refused_before_anything_is_written(config, tmp_path):
-    odd = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=4, accumulate=3))
-    with pytest.raises(UserError, match=r"train\.accumulate"):
-        run(odd, tmp_path / "run")
+def test_what_cannot_train_is_refused_before_anything_is_written(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="must be a multiple of 3 processes"):
+        for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+            patch.setenv(name, value)
+        run(config, tmp_path / "run")
     positions = dataclasses.replace(config, arm="gpt2", model={"max_position_embeddings": 16})
     with pytest.raises(UserError, match="beyond the 16 positions"):
         run(positions, tmp_path / "run")

@@ -53,9 +53,7 @@ SHARD_TOKENS = 1 << 27  # tokens in a full shard: 256 MB in uint16
 _PROBED = 1_000_000  # characters of those that a given tokenizer encodes before the build starts
 _SURVEY = 10_000_000  # characters looked at where no tokenizer is trained
 _MARKER = ".building"  # there while a build is on or was cut off; its lock makes a second build wait
-_OWN = re.compile(
-    r"(train|val)-\d{5}\.bin|tokenizer|progress\.json|seen\.bin|.*\.tmp"
-)
+_OWN = re.compile(r"(train|val)-\d{5}\.bin|tokenizer(\.tmp)?|progress\.json|seen\.bin|\..*\.tmp")
 
 
 class Tokens:
