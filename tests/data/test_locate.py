@@ -120,7 +120,7 @@ def test_a_run_goes_on_from_wherever_its_text_is(here: Path, capsys, monkeypatch
             records.write(folder, replace(record, status="done"))
         return records.read(folder)
 
-    monkeypatch.setattr("qies.train.loop.train", finish)
+    monkeypatch.setattr("qies.train.run.train", finish)
     words = ["train", "--size", "50k", "--tokens", "96", "--out", "run", "--json", "train.seq_len=8"]
     words += ["train.batch_size=2", "data.vocab_size=400", "data.val_fraction=0.2"]
     assert run(VERBS, [*words, "--data", "d"], "") == 0
