@@ -173,7 +173,7 @@ def test_ranks_part_before_a_tracker_closes(monkeypatch, tmp_path, shard_folder,
 
     monkeypatch.setattr(distributed, "start", logged("group", distributed.Group()))
     monkeypatch.setattr(trackers, "tracking", logged("tracker", lambda row: None))
-    monkeypatch.setattr("qies.train.loop.train", lambda *_, **__: None)
+    monkeypatch.setattr("qies.train.run.train", lambda *_, **__: None)
     records.write(tmp_path, records.plan(RunConfig("qies", "50k", 128, 0, data_config, tiny), 300))
     assert worker.main(tmp_path, shard_folder, 1) == 0
     assert order == ["group", "tracker"]
