@@ -158,8 +158,7 @@ def test_ranks_part_before_a_tracker_closes(monkeypatch, tmp_path, shard_folder,
 
     from qies.config import RunConfig
     from qies.ladder import worker
-    from qies.train import distributed
-    from qies.train import tracking as trackers
+    from qies.train import distributed, run
 
     order = []
 
@@ -171,9 +170,9 @@ def test_ranks_part_before_a_tracker_closes(monkeypatch, tmp_path, shard_folder,
 
         return context
 
-    monkeypatch.setattr(distributed, "start", logged("group", distributed.Group()))
-    monkeypatch.setattr(trackers, "tracking", logged("tracker", lambda row: None))
-    monkeypatch.setattr("qies.train.run.train", lambda *_, **__: None)
+    monkeypatch.setattr(run, "start", logged("group", distributed.Group()))
+    monkeypatch.setattr(run, "tracking", logged("tracker", lambda row: None))
+    monkeypatch.setattr(run, "train", lambda *_, **__: None)
     records.write(tmp_path, records.plan(RunConfig("qies", "50k", 128, 0, data_config, tiny), 300))
     assert worker.main(tmp_path, shard_folder, 1) == 0
     assert order == ["group", "tracker"]
