@@ -4,13 +4,14 @@ PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt --editable
+FAULTS := --out results/reference/bench/faults.json --markdown docs/faults.md
 CORE := .venv/.core
 TEST := .venv/.test
 DEV := .venv/.dev
 EVAL := .venv/.eval
 SDIST := .venv/.sdist
 
-.PHONY: help env study test test-all check clean
+.PHONY: help env study test test-all faults check clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -26,6 +27,9 @@ test: $(TEST)  ## the test suite
 
 test-all: $(EVAL) $(SDIST)  ## the test suite with the slow checks, and the tests that transformers runs on its models
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope -m ""
+
+faults: $(TEST)  ## inject faults into real runs, write docs/faults.md (make faults FAULTS=--quick: a few of each)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests .venv/bin/python -m faults $(FAULTS)
 
 check: $(DEV)  ## ruff and mypy
 	.venv/bin/ruff check src tests

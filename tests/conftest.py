@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from faults.lab import write_corpus
 from qies import mixers, plugins, presets
 from qies.config import DataConfig, TrainConfig
-from qies.faults.lab import write_corpus
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qies import runs
+from qies import records
 from qies.config import StudyConfig, load
 from qies.scaling import compare, read_runs
 
@@ -24,9 +24,9 @@ def words(path: str) -> str:
 def test_the_readmes_losses(arm):
     means = []
     for size in SIZES:
-        found = runs.query(SMALL, arm=arm, size=size, status="done")
+        found = records.query(SMALL, arm=arm, size=size, status="done")
         assert len(found) == 3
-        means.append(np.mean([record["metrics"]["val_bpb"] for record in found]))
+        means.append(np.mean([record.metrics["val_bpb"] for record in found]))
     name = "no_phase (control)" if arm == "no_phase" else arm
     assert f"| {name} | {' | '.join(f'{mean:.4f}' for mean in means)} |" in words("README.md")
 
@@ -45,7 +45,7 @@ def test_the_verdicts(document, baseline):
      ("no_phase", "no_phase (control)")],
 )  # fmt: skip
 def test_the_readmes_table_of_the_fair_comparison(arm, name):
-    found = [record["metrics"] for record in runs.query(FAIR, arm=arm, status="done")]
+    found = [record.metrics for record in records.query(FAIR, arm=arm, status="done")]
     assert len(found) == 5
     loss, induction = (np.mean([metrics[key] for metrics in found]) for key in ("val_loss", "induction"))
     against = ""
@@ -58,7 +58,7 @@ def test_the_readmes_table_of_the_fair_comparison(arm, name):
 def test_the_readmes_comparison_at_twice_the_tokens():
     folder = FAIR.parent / "fair-200k-4m"
     means = {
-        arm: np.mean([r["metrics"]["val_loss"] for r in runs.query(folder, arm=arm)]) for arm in ("transformer", "qies")
+        arm: np.mean([r.metrics["val_loss"] for r in records.query(folder, arm=arm)]) for arm in ("transformer", "qies")
     }
     [pair] = compare(read_runs(folder), "qies", "transformer").to_dict()["paired"]
     said = (
@@ -72,9 +72,9 @@ def test_the_readmes_losses_of_the_quick_study(arm):
     study = load(StudyConfig, QUICK / "study.yaml")
     means = []
     for size in study.sizes:
-        found = runs.query(QUICK, arm=arm, size=size, status="done")
-        assert {record["seed"] for record in found} == set(study.seeds)
-        means.append(np.mean([record["metrics"]["val_bpb"] for record in found]))
+        found = records.query(QUICK, arm=arm, size=size, status="done")
+        assert {record.seed for record in found} == set(study.seeds)
+        means.append(np.mean([record.metrics["val_bpb"] for record in found]))
     assert f"| {arm} | {' | '.join(f'{mean:.4f}' for mean in means)} |" in words("README.md")
 
 

@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from qies import ladder, runs
+from qies import ladder, records
 from qies.config import RunConfig, StudyConfig, content_hash, from_dict, to_dict
 from qies.errors import UserError
 from qies.ladder import lease as leases
 from qies.ladder.lease import acquire, attempts
-from qies.ladder.ranks import Ranks
+from qies.ladder.process_group import ProcessGroup
 
 # Counts its starts, takes the run's lock as the training loop does, writes three rows once, and is done.
 FAKE = """
@@ -56,7 +56,7 @@ def grid(data_config, tiny):
 
 def planned(tmp_path):
     folder = tmp_path / "run"
-    runs.write(folder, {"schema": 1, "status": "planned"})
+    records.write(folder, records.plan(RunConfig("qies", "50k"), 400))
     return folder
 
 
@@ -74,8 +74,8 @@ def controller(grid, root, data, command, **how):
 def done_once(root, grid):
     for config in grid:
         folder = root / content_hash(config)
-        assert runs.read(folder)["status"] == "done"
-        assert [r["step"] for r in runs.steps(folder)] == [0, 1, 2]
+        assert records.read(folder).status == "done"
+        assert [r["step"] for r in records.steps(folder)] == [0, 1, 2]
 
 
 def test_two_controllers_share_the_work_and_do_each_run_once(grid, shard_folder, fake, tmp_path):
@@ -105,17 +105,17 @@ def test_a_killed_controller_loses_no_run(grid, shard_folder, fake, tmp_path):
 def test_a_run_that_fails_twice_then_works(grid, shard_folder, fake, tmp_path):
     [record] = ladder.execute(grid[:1], tmp_path, shard_folder, workers=1, command=fake(2))
     history = attempts(tmp_path / content_hash(grid[0]))
-    assert record["status"] == "done" and [a.outcome for a in history] == ["failed", "failed", "done"]
+    assert record.status == "done" and [a.outcome for a in history] == ["failed", "failed", "done"]
     assert history[0].facts["reason"] == "its process ended with code 1: broken by design"
 
 
 def test_failures_are_bounded_and_others_go_on_and_can_be_tried_again(grid, shard_folder, fake, tmp_path):
     call = dict(workers=1, retries=1, command=fake(2))
-    records = ladder.execute(grid[:2], tmp_path, shard_folder, **call)
-    assert [r["status"] for r in records] == ["failed", "failed"] and "broken by design" in records[0]["error"]
-    assert ladder.execute(grid[:2], tmp_path, shard_folder, **call) == records
-    records = ladder.execute(grid[:2], tmp_path, shard_folder, retry_failed=True, **call)
-    assert [r["status"] for r in records] == ["done", "done"]
+    found = ladder.execute(grid[:2], tmp_path, shard_folder, **call)
+    assert [r.status for r in found] == ["failed", "failed"] and "broken by design" in found[0].error
+    assert ladder.execute(grid[:2], tmp_path, shard_folder, **call) == found
+    found = ladder.execute(grid[:2], tmp_path, shard_folder, retry_failed=True, **call)
+    assert [r.status for r in found] == ["done", "done"]
 
 
 def test_a_run_that_a_signal_ends_is_not_tried_for_ever(grid, shard_folder, fake, tmp_path):
@@ -123,7 +123,7 @@ def test_a_run_that_a_signal_ends_is_not_tried_for_ever(grid, shard_folder, fake
     call = dict(workers=1, retries=1)
     [record] = ladder.execute(grid[:1], tmp_path, shard_folder, command=fake(9, 143), **call)
     history = attempts(tmp_path / content_hash(grid[0]))
-    assert record["status"] == "failed" and [a.outcome for a in history] == ["failed", "failed"]
+    assert record.status == "failed" and [a.outcome for a in history] == ["failed", "failed"]
 
 
 def test_a_stopped_controller_uses_up_no_retry(grid, shard_folder, fake, tmp_path):
@@ -137,12 +137,12 @@ def test_a_stopped_controller_uses_up_no_retry(grid, shard_folder, fake, tmp_pat
     folder = tmp_path / content_hash(grid[0])
     assert [a.outcome for a in attempts(folder)] == ["interrupted"]
     [record] = ladder.execute(grid[:1], tmp_path, shard_folder, **call)
-    assert record["status"] == "done" and [a.outcome for a in attempts(folder)] == ["interrupted", "done"]
+    assert record.status == "done" and [a.outcome for a in attempts(folder)] == ["interrupted", "done"]
 
 
 def test_bad_input_is_not_tried_again(grid, shard_folder, fake, tmp_path):
     [record] = ladder.execute(grid[:1], tmp_path, shard_folder, workers=1, command=fake(1, 2))
-    assert record["status"] == "failed" and len(attempts(tmp_path / content_hash(grid[0]))) == 1
+    assert record.status == "failed" and len(attempts(tmp_path / content_hash(grid[0]))) == 1
 
 
 def test_one_of_many_gets_an_abandoned_lease(tmp_path):
@@ -199,22 +199,22 @@ def test_status_reads_folders_alone(grid, shard_folder, fake, tmp_path):
     assert found["runs"][0]["attempts"] == 1 and found["seconds_left"] == 24.0
 
 
-def test_a_worker_trains_on_the_device_it_finds_and_ends_with_its_controller(shard_folder, tmp_path, monkeypatch):
+def test_a_worker_trains_on_the_device_it_finds_and_ends_with_its_controller(grid, shard_folder, tmp_path, monkeypatch):
     from qies.ladder import worker
-    from qies.train import distributed, loop
+    from qies.train import distributed, run
 
-    config = RunConfig("qies", "50k")
-    runs.write(tmp_path, {"schema": 1, "status": "planned", "config": to_dict(config)})
+    config = dataclasses.replace(grid[0], data=dataclasses.replace(grid[0].data, source=str(shard_folder)))
+    records.write(tmp_path, records.plan(config, 400))
     own, seen = distributed.Group(), {}
-    monkeypatch.setattr(distributed, "start", lambda folder: contextlib.nullcontext(own))
-    monkeypatch.setattr(loop, "train", lambda config, *rest, **how: seen.update(how, config=config))
+    monkeypatch.setattr(run, "start", lambda folder: contextlib.nullcontext(own))
+    monkeypatch.setattr(run, "train", lambda config, *rest, **how: seen.update(how, config=config))
     assert worker.main(tmp_path, shard_folder, 1) == 0
     assert seen["group"] is own and seen["parent"] == os.getppid() and seen["config"] == config
 
 
 def shell(tmp_path, script, count):
     """Ranks of a shell script, once they have ended, and what they printed."""
-    ranks = Ranks(["sh", "-c", script], dict(os.environ), tmp_path / "log", count)
+    ranks = ProcessGroup(["sh", "-c", script], dict(os.environ), tmp_path / "log", count)
     code = ranks.wait(20)
     assert ranks.poll() == ranks.returncode == code
     return code, sorted((tmp_path / "log").read_text().split())
@@ -265,7 +265,7 @@ def test_devices_that_are_not_there_are_no_devices(monkeypatch):
 def test_an_attempt_is_interrupted_when_a_rank_was(codes, stopping, outcome, tmp_path):
     folder = planned(tmp_path)
     held = acquire(folder, "me", stale=60, retries=0)
-    ranks = Ranks(["sh", "-c", f"set -- {codes}; shift $RANK; exit $1"], dict(os.environ), held.log, 2)
+    ranks = ProcessGroup(["sh", "-c", f"set -- {codes}; shift $RANK; exit $1"], dict(os.environ), held.log, 2)
     ranks.wait(20)
     ladder.controller._settle(ladder.Slot(None, folder, ranks, held), 0, stopping)
     assert attempts(folder)[-1].outcome == outcome
@@ -275,14 +275,14 @@ def test_the_reason_of_a_failure_is_what_took_the_rank_not_that_it_is_missed(tmp
     folder = planned(tmp_path)
     held = acquire(folder, "me", stale=60, retries=0)
     script = "test $RANK = 0 && sleep 0.3 && echo rank 1 of 2 is gone '(killed, or failed by itself)' || echo no memory"
-    ranks = Ranks(["sh", "-c", f"{script}; exit 1"], dict(os.environ), held.log, 2)
+    ranks = ProcessGroup(["sh", "-c", f"{script}; exit 1"], dict(os.environ), held.log, 2)
     ranks.wait(20)
     ladder.controller._settle(ladder.Slot(None, folder, ranks, held), 0)
-    assert runs.read(folder)["error"] == "its process ended with code 1: no memory"
+    assert records.read(folder).error == "its process ended with code 1: no memory"
 
 
 def test_every_process_of_a_run_is_stopped(tmp_path):
-    ranks = Ranks(["sleep", "60"], dict(os.environ), tmp_path / "log", 2)
+    ranks = ProcessGroup(["sleep", "60"], dict(os.environ), tmp_path / "log", 2)
     assert ranks.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         ranks.wait(0.05)
@@ -298,9 +298,9 @@ def test_a_run_on_two_devices_equals_that_on_one(grid, shard_folder, tmp_path, m
     (alone,) = ladder.execute([config], tmp_path / "one", shard_folder, workers=1)
     monkeypatch.setattr(ladder.controller, "devices", lambda workers, gpus: ["0,1"])
     (both,) = ladder.execute([config], tmp_path / "two", shard_folder, workers=1, gpus=2)
-    assert (alone["processes"], both["processes"], both["status"]) == (1, 2, "done")
+    assert (alone.processes, both.processes, both.status) == (1, 2, "done")
     folders = [tmp_path / name / content_hash(config) for name in ("one", "two")]
-    losses = [[row["loss"] for row in runs.steps(folder)] for folder in folders]
+    losses = [[row["loss"] for row in records.steps(folder)] for folder in folders]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert len(attempts(folders[1])) == 1
 
@@ -318,10 +318,10 @@ def test_a_record_of_another_model_or_text_is_no_run_of_this_ladder(
     change, words, status, grid, shard_folder, fake, tmp_path
 ):
     """Neither found finished nor resumed."""
-    record = runs.plan(grid[1], 400) | {"status": status}
+    record = dataclasses.replace(records.plan(grid[1], 400), status=status)
     for part, values in change.items():
-        record[part] = record.get(part, {}) | values
-    runs.write(ladder.run_folder(tmp_path, grid[1]), record)
+        record = dataclasses.replace(record, **{part: (getattr(record, part) or {}) | values})
+    records.write(ladder.run_folder(tmp_path, grid[1]), record)
     with pytest.raises(UserError, match=words):
         ladder.execute(grid[:2], tmp_path, shard_folder, workers=1, command=fake())
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [content_hash(grid[1])]

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from ladder_workers import quick
-from qies import cli, ladder, runs
+from qies import cli, ladder, records
 from qies.cli.ladder import status_table
 from qies.config import StudyConfig, content_hash, save
 from qies.data.locate import locate
@@ -209,9 +209,9 @@ def test_a_submitted_ladder_trains(file, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["jobs"]) == 1
     assert call("ladder", "status", "--out", out, "--watch") == 0
-    records = [runs.read(p.parent) for p in out.glob("runs/*/run.json")]
-    assert [r["status"] for r in records] == ["done"] * 4
-    assert all(list((out / "runs" / r["config_hash"] / "tensorboard").glob("events*")) for r in records)
+    found = [records.read(p.parent) for p in out.glob("runs/*/run.json")]
+    assert [r.status for r in found] == ["done"] * 4
+    assert all(list((out / "runs" / r.config_hash / "tensorboard").glob("events*")) for r in found)
 
 
 @pytest.mark.parametrize(

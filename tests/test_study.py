@@ -1,6 +1,5 @@
 """The main job on a small corpus: done once, resumed after a kill, refused where another study lives."""
 
-import dataclasses
 import io
 import json
 import os
@@ -9,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from qies import config as configs
-from qies import ladder, presets, runs, study
+from qies import ladder, presets, records, study
 from qies.analyses import Finished, comparison, samples
 from qies.cli import VERBS
 from qies.config import DataConfig, RunConfig, StudyConfig
@@ -41,14 +41,17 @@ def finished(settings, tmp_path_factory):
 
 def facts(record):
     """What must not depend on how often a run was interrupted."""
-    return {k: record[k] for k in ("config_hash", "status", "metrics", "tokens", "flops", "params", "skipped_steps")}
+    return {
+        k: getattr(record, k)
+        for k in ("config_hash", "status", "metrics", "tokens", "flops", "params", "skipped_steps")
+    }
 
 
 def test_every_run_is_done_and_recorded(finished, settings):
     folder, records = finished
-    assert [r["config_hash"] for r in records] == [configs.content_hash(c) for c in settings.runs()]
-    assert {r["status"] for r in records} == {"done"}
-    assert len({r["data"]["hash"] for r in records}) == 1
+    assert [r.config_hash for r in records] == [configs.content_hash(c) for c in settings.runs()]
+    assert {r.status for r in records} == {"done"}
+    assert len({r.data["hash"] for r in records}) == 1
     fits = json.loads((folder / "fits.json").read_text())
     assert set(fits["arms"]) == {"transformer", "qies"}
     assert all(fit["params"]["alpha"] == fit["params"]["alpha"] for a in fits["arms"].values() for fit in a.values())
@@ -71,28 +74,28 @@ def test_the_page_is_made_of_the_records(finished):
     folder, records = finished
     page = build_report(folder).read_text()
     for record in records:
-        assert record["config_hash"] in page or record["config_hash"][:8] in page
-    assert f"{records[0]['metrics']['val_bpb']:.4f}" in page or f"{records[0]['metrics']['val_bpb']:.3f}" in page
+        assert record.config_hash in page or record.config_hash[:8] in page
+    assert f"{records[0].metrics['val_bpb']:.4f}" in page or f"{records[0].metrics['val_bpb']:.3f}" in page
 
 
 def test_the_table_has_the_loss_on_the_clean_part_where_it_was_measured(finished, settings):
     text = io.StringIO()
-    records = [r | {"metrics": r["metrics"] | {"val_loss_clean": 7.125}} for r in finished[1] if r["arm"] == "qies"]
-    older = [r | {"metrics": {k: v for k, v in r["metrics"].items() if "clean" not in k}} for r in finished[1]]
-    older = [r for r in older if r["arm"] == "transformer"]
-    Console(file=text, width=200).print(result_table(settings, [*records, *older]))
+    measured = [replace(r, metrics=r.metrics | {"val_loss_clean": 7.125}) for r in finished[1] if r.arm == "qies"]
+    older = [r for r in finished[1] if r.arm == "transformer"]
+    older = [replace(r, metrics={k: v for k, v in r.metrics.items() if "clean" not in k}) for r in older]
+    Console(file=text, width=200).print(result_table(settings, [*measured, *older]))
     rows = {line.split()[0]: line for line in text.getvalue().splitlines() if line.strip()}
     assert rows["qies"].count("; 7.125)") == 3
-    assert f"({older[0]['metrics']['val_loss']:.3f})" in rows["transformer"]
+    assert f"({older[0].val_loss:.3f})" in rows["transformer"]
 
 
 def test_every_arm_is_compared_with_the_baseline_and_the_model_with_its_controls(finished, settings, tmp_path):
-    _, records = finished
+    _, found = finished
     arms = ["qies", "transformer", "no_phase", "gpt2"]
     everything = configs.from_dict(StudyConfig, configs.to_dict(settings) | {"arms": arms})
-    for record in records:
-        for arm in {"qies": ("qies", "no_phase"), "transformer": ("transformer",)}[record["arm"]]:
-            runs.write(tmp_path / "runs" / f"{arm}{record['size']}", record | {"arm": arm})
+    for record in found:
+        for arm in {"qies": ("qies", "no_phase"), "transformer": ("transformer",)}[record.arm]:
+            records.write(tmp_path / "runs" / f"{arm}{record.size}", replace(record, arm=arm))
     compared = comparison.compute(Finished(everything, tmp_path, []))
     pairs = [(pair["candidate"], pair["baseline"]) for pair in compared["pairs"]]
     assert pairs == [("qies", "transformer"), ("no_phase", "transformer"), ("qies", "no_phase")]
@@ -137,10 +140,10 @@ def test_samples_end_with_the_positions_that_a_model_has_learned(settings, shard
     from qies.model import QiesConfig, QiesForCausalLM
 
     tokenizer = open_shards(shard_folder).tokenizer()
-    few = dataclasses.replace(settings, arms=("gpt2",), prompts=("Ada", "Ada " * 20))
-    [record, *_] = [runs.plan(c, 400) | {"status": "done"} for c in few.runs()]
-    values = presets.settings("gpt2", record["size"], 400, max_position_embeddings=16)
-    model = tmp_path / "runs" / record["config_hash"] / "model"
+    few = replace(settings, arms=("gpt2",), prompts=("Ada", "Ada " * 20))
+    [record, *_] = [replace(records.plan(c, 400), status="done") for c in few.runs()]
+    values = presets.settings("gpt2", record.size, 400, max_position_embeddings=16)
+    model = tmp_path / "runs" / record.config_hash / "model"
     QiesForCausalLM(QiesConfig(**values, eos_token_id=tokenizer.eos_token_id)).save_pretrained(model)
     tokenizer.save_pretrained(model)
     short, long = samples.compute(Finished(few, tmp_path, [record]))["arms"]["gpt2"]["continuations"]
@@ -188,10 +191,10 @@ def test_a_claimed_grid_has_what_was_there_and_what_is_added(settings, tmp_path)
 def test_a_finished_study_grows_and_keeps_its_runs(finished, settings, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "grown")
     before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/**/*") if p.is_file()}
-    more = dataclasses.replace(settings, arms=("no_phase",), sizes=("50k",))
+    more = replace(settings, arms=("no_phase",), sizes=("50k",))
     records = study.run_study(more, folder, Console(quiet=True))
-    assert {r["arm"] for r in records} == {"transformer", "qies", "no_phase"} and len(records) == 9
-    assert {r["status"] for r in records} == {"done"}
+    assert {r.arm for r in records} == {"transformer", "qies", "no_phase"} and len(records) == 9
+    assert {r.status for r in records} == {"done"}
     assert all(p.stat().st_mtime_ns == at for p, at in before.items())
     known = configs.load(StudyConfig, folder / "study.yaml")
     assert known.arms == ("transformer", "qies", "no_phase") and known.sizes == settings.sizes
@@ -208,10 +211,10 @@ def test_a_study_whose_arm_was_defined_anew_is_refused(finished, settings, tmp_p
     folder = shutil.copytree(finished[0], tmp_path / "old")
     config = next(c for c in settings.runs() if c.arm == "qies")
     own = ladder.run_folder(folder / "runs", config)
-    record = runs.read(own)
-    runs.write(own, record | {"model": record["model"] | {"register_heads": 2}})
+    record = records.read(own)
+    records.write(own, replace(record, model=record.model | {"register_heads": 2}))
     before = (folder / "study.yaml").read_text()
-    more = dataclasses.replace(settings, seeds=(0, 1))
+    more = replace(settings, seeds=(0, 1))
     with pytest.raises(UserError, match=r"model.register_heads: 2 -> 4\); give another --out"):
         study.run_study(more, folder, Console(quiet=True))
     assert (folder / "study.yaml").read_text() == before
@@ -231,11 +234,11 @@ def test_a_study_killed_in_the_middle_ends_as_the_undisturbed_one(finished, sett
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    records = study.run_study(settings, out, Console(quiet=True))
-    assert [facts(r) for r in records] == [facts(r) for r in expected]
+    found = study.run_study(settings, out, Console(quiet=True))
+    assert [facts(r) for r in found] == [facts(r) for r in expected]
     for record in expected:
-        name = f"runs/{record['config_hash']}"
-        rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in runs.steps(f / name)]
+        name = f"runs/{record.config_hash}"
+        rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in records.steps(f / name)]
                 for f in (out, undisturbed)]  # fmt: skip
         assert rows[0] == rows[1]
         assert (out / name / "model/model.safetensors").read_bytes() == (
@@ -254,7 +257,7 @@ def test_a_study_killed_while_it_reads_its_corpus_is_known_again(settings, tmp_p
 
 
 def test_a_bad_corpus_leaves_no_claim_behind(settings, tmp_path):
-    empty = dataclasses.replace(settings, data=DataConfig(str(tmp_path / "nothing")))
+    empty = replace(settings, data=DataConfig(str(tmp_path / "nothing")))
     with pytest.raises(UserError):
         study.run_study(empty, tmp_path / "out", Console(quiet=True))
     assert not (tmp_path / "out" / "study.yaml").exists()
@@ -264,14 +267,14 @@ def test_slots_read_each_row_once_and_start_again_after_a_resume(tmp_path):
     slot = ladder.Slot(RunConfig(), tmp_path, None)
     first, second = {"step": 0, "loss": 2.0}, {"step": 1, "loss": 1.0}
     assert slot.new_rows() == []
-    runs.append(tmp_path, first)
+    records.append(tmp_path, first)
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 1, ')
     assert slot.new_rows() == [first]
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('"loss": 1.0}\n')
     assert slot.new_rows() == [second]
-    runs.truncate_steps(tmp_path, 1)
+    records.truncate_steps(tmp_path, 1)
     assert slot.new_rows() == [first]
 
 

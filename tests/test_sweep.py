@@ -1,11 +1,12 @@
 """A sweep: variants of the runs of a grid, and their table from records alone."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from qies import runs
+from qies import records
 from qies.cli import main
 from qies.config import DataConfig, RunConfig, StudyConfig, content_hash, from_dict, override
 from qies.errors import UserError
@@ -62,9 +63,9 @@ def write(folder, losses: dict[str, list[float]]) -> None:
     for rate, values in losses.items():
         for seed, loss in enumerate(values):
             config = override(RunConfig(arm="qies", size="50k", seed=seed), {"train.lr_scale": float(rate)})
-            record = runs.plan(config, 4096) | {"status": "done"}
-            record["metrics"] = {"val_loss": loss, "val_bpb": 2.0, "induction": 0.2, "induction_onset": None}
-            runs.write(folder / "runs" / record["config_hash"], record)
+            metrics = {"val_loss": loss, "val_bpb": 2.0, "induction": 0.2, "induction_onset": None}
+            record = replace(records.plan(config, 4096), status="done", metrics=metrics)
+            records.write(folder / "runs" / record.config_hash, record)
 
 
 def test_means_standard_errors_and_paired_differences_by_hand(tmp_path, capsys):
@@ -89,9 +90,9 @@ def finish(folder, loss: float, source: str = "builtin", known: str = "", **valu
     """A finished run with dotted keys replaced."""
     plain = RunConfig(arm="qies", size="50k", data=DataConfig(source, hash=known))
     config = override(plain, {key.replace("__", "."): value for key, value in values.items()})
-    record = runs.plan(config, 4096) | {"status": "done"}
-    record["metrics"] = {"val_loss": loss, "val_bpb": 2.0, "induction": 0.2, "induction_onset": None}
-    runs.write(folder / record["config_hash"], record)
+    metrics = {"val_loss": loss, "val_bpb": 2.0, "induction": 0.2, "induction_onset": None}
+    record = replace(records.plan(config, 4096), status="done", metrics=metrics)
+    records.write(folder / record.config_hash, record)
 
 
 def test_values_that_are_lists_are_told_apart(tmp_path, capsys):

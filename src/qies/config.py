@@ -413,7 +413,7 @@ def to_yaml(config: Any) -> str:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write a configuration as YAML, whole or not at all."""
+    """Write a configuration as YAML, atomically."""
     storage.write_text(path, to_yaml(config))
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from qies import plugins, runs
+from qies import plugins, records
 from qies.data.tokenizer import encode_texts
 from qies.errors import UserError, nearest
 from qies.model import QiesForCausalLM
@@ -24,8 +24,8 @@ def load_model(path: Path) -> tuple[QiesForCausalLM, PreTrainedTokenizerFast]:
 
     Raises UserError when there is none or its files cannot be read. Safetensors only.
     """
-    if (record := runs.read(path)) is not None:  # of a run, which names the plugins that its arm needs
-        plugins.load((record.get("config") or {}).get("plugins", ()))
+    if (record := records.read(path)) is not None:  # of a run, which names the plugins that its arm needs
+        plugins.load(record.config.get("plugins", ()))
     folder = path / "model" if (path / "model" / "config.json").is_file() else path
     if not (folder / "config.json").is_file():
         raise UserError(f"No model in {path}: give the folder of a finished run or one with a config.json.")

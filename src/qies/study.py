@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from qies import analyses, runs
+from qies import analyses, storage
 from qies import config as configs
 from qies.analyses.records import stored
 from qies.config import StudyConfig
@@ -15,6 +14,7 @@ from qies.errors import UserError, nearest
 from qies.ladder.grid import claim
 from qies.ladder.plan import plan_table
 from qies.ladder.run import require_done, run_all
+from qies.records import RunRecord
 from qies.report.page import build_report
 
 PRESETS = Path(__file__).parent / "studies"
@@ -30,7 +30,7 @@ def preset(name: str, overrides: tuple[str, ...] = ()) -> StudyConfig:
     return configs.load(StudyConfig, PRESETS / f"{name}.yaml", overrides)
 
 
-def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[str, Any]]:
+def run_study(study: StudyConfig, folder: Path, console: Console) -> list[RunRecord]:
     """Train the runs that are not done, compute the analyses and write the page. Returns the records of all runs.
 
     Raises UserError for a sweep (`variants`): its runs differ in more than arm, size, budget and seed, and the analyses
@@ -41,18 +41,18 @@ def run_study(study: StudyConfig, folder: Path, console: Console) -> list[dict[s
     if study.variants:
         raise UserError("A study with variants is a sweep: use qies ladder run and then qies ladder sweep.")
     chosen = analyses.load(study.analyses)
-    runs.make_folder(folder)
+    storage.make_writable_folder(folder)
     console.print(table)
-    records = run_all(study, folder, console, retry_failed=True)
-    done = [record for record in records if record["status"] == "done"]
+    found = run_all(study, folder, console, retry_failed=True)
+    done = [record for record in found if record.status == "done"]
     analyses.compute(chosen, analyses.Finished(study, folder, done), console)
     for pair in stored(folder / "comparison.json").get("pairs", []):
         console.print(f"{pair['candidate']} against {pair['baseline']}: {pair['verdict']}; {pair['reason']}.")
     build_report(folder)
-    return records
+    return found
 
 
-def require_success(study: StudyConfig, records: list[dict[str, Any]], folder: Path) -> None:
+def require_success(study: StudyConfig, found: list[RunRecord], folder: Path) -> None:
     """Raise Stopped when runs or analyses of the study in `folder` have failed."""
-    require_done(records, folder)
+    require_done(found, folder)
     analyses.require_computed(analyses.load(study.analyses), folder)

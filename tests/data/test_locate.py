@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qies import config as configs
-from qies import runs, study
+from qies import records, study
 from qies.cli import VERBS
 from qies.config import DataConfig, RunConfig, StudyConfig, content_hash
 from qies.data.builder.pipeline import build_shards
@@ -116,11 +116,11 @@ def test_a_run_goes_on_from_wherever_its_text_is(here: Path, capsys, monkeypatch
     def finish(config, shards, folder, **_):
         """A run that is opened and done, without its training."""
         record = open_run(config, shards, folder)
-        if record["status"] == "planned":
-            runs.write(folder, record | {"status": "done"})
-        return runs.read(folder)
+        if record.status == "planned":
+            records.write(folder, replace(record, status="done"))
+        return records.read(folder)
 
-    monkeypatch.setattr("qies.train.loop.train", finish)
+    monkeypatch.setattr("qies.train.run.train", finish)
     words = ["train", "--size", "50k", "--tokens", "96", "--out", "run", "--json", "train.seq_len=8"]
     words += ["train.batch_size=2", "data.vocab_size=400", "data.val_fraction=0.2"]
     assert run(VERBS, [*words, "--data", "d"], "") == 0
@@ -179,8 +179,8 @@ def test_a_study_from_before_texts_had_hashes_keeps_the_names_of_its_runs(before
 
 def test_a_run_from_before_texts_had_hashes_goes_on(here: Path, tiny) -> None:
     old = RunConfig("qies", "50k", 4096, data=DataConfig(str(here / "d"), 400, 0.2), train=tiny)
-    runs.write(here / "run", runs.plan(old, 400))
-    assert claim(locate(old), here / "run") == runs.read(here / "run")
+    records.write(here / "run", records.plan(old, 400))
+    assert claim(locate(old), here / "run") == records.read(here / "run")
     other = replace(old, data=replace(old.data, source="shards"))
     with pytest.raises(UserError, match=r"data.source: .*/d -> .*/shards"):
         claim(locate(other), here / "run")

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from qies import faults, runs
+import faults
+from faults import inputs, kills, lab, steps, storage
+from qies import records
 from qies.errors import UserError
-from qies.faults import inputs, kills, lab, steps, storage
+from qies.storage import write_json
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_what_does_not_hold_is_seen(place):
     out = place.copy(reference)
     storage.damage(out / "model/model.safetensors", "flip", random.Random(0))
     assert "weights differ" in lab.differs(out, reference, place.steps)
-    runs.write(out, runs.read(out) | {"status": "running"})
+    records.write(out, dataclasses.replace(records.read(out), status="running"))
     assert "status is running" in lab.differs(out, reference, place.steps)
 
 
@@ -91,7 +93,7 @@ def test_the_table_counts_what_held(tmp_path, monkeypatch):
 def test_rows_that_are_not_injected_again_stay(tmp_path):
     path = tmp_path / "faults.json"
     assert faults.joined(path, [{"name": "disk", "held": 1}]) == [{"name": "disk", "held": 1}]
-    runs.write_json(path, {"faults": [{"name": "disk", "held": 1}, {"name": "kill", "held": 2}]})
+    write_json(path, {"faults": [{"name": "disk", "held": 1}, {"name": "kill", "held": 2}]})
     both = faults.joined(path, [{"name": "disk", "held": 3}])
     assert both == [{"name": "kill", "held": 2}, {"name": "disk", "held": 3}]
 

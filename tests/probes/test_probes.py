@@ -6,7 +6,7 @@ import pytest
 
 from qies import presets
 from qies.errors import UserError
-from qies.probes.protocol import ProbeConfig, train_probe, training_length
+from qies.probes.protocol import ProbeConfig, train_probe, training_lengths
 from qies.probes.sweep import ProbeSweep, run_sweep, summary
 from qies.probes.tasks import task
 
@@ -32,11 +32,11 @@ def test_parity_is_learned():
 
 def test_lengths_double_over_the_first_half():
     probe = ProbeConfig(task="s3", length=64, steps=80)
-    lengths = [training_length(probe, task("s3"), step) for step in range(80)]
-    assert lengths == [4] * 10 + [8] * 10 + [16] * 10 + [32] * 10 + [64] * 40
+    assert training_lengths(probe, task("s3")) == [4] * 10 + [8] * 10 + [16] * 10 + [32] * 10 + [64] * 40
     # eight items do not fit into less than 16 tokens
     copy = ProbeConfig(task="selective-copy", length=64, steps=80)
-    assert [training_length(copy, task("selective-copy"), step) for step in (0, 79)] == [16, 64]
+    lengths = training_lengths(copy, task("selective-copy"))
+    assert lengths == [16] * 30 + [32] * 10 + [64] * 40
 
 
 def test_a_sweep_resumes_and_counts_seeds(tmp_path):

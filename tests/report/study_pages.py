@@ -78,6 +78,7 @@ def run_record(arm, size, seed, rng):
         "status": "done",
         "params": {"embedding": 262144, "mixer": 1000, "non_embedding": int(n * 1.003), "total": int(n) + 524288},
         "tokens": tokens,
+        "steps": tokens // 2048,
         "flops_per_token": 8 * n,
         "flops": 8 * n * tokens,
         "flops_convention": CONVENTION,

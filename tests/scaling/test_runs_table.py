@@ -67,12 +67,13 @@ def test_parquet_without_its_library_says_what_to_install(tmp_path, monkeypatch)
 
 
 def test_folder_of_run_records(tmp_path):
-    from qies.runs import SCHEMA
+    from qies.records import SCHEMA
 
     for i, status in enumerate(["done", "diverged"]):
         record = {
-            "schema": SCHEMA, "arm": "qies", "seed": i, "status": status,
-            "params": {"non_embedding": 50000, "total": 9e5}, "tokens": 1000, "flops": 7e9,
+            "schema": SCHEMA, "arm": "qies", "size": "50k", "seed": i, "status": status, "config": {},
+            "config_hash": str(i), "code_version": "0", "environment": {}, "steps": 1, "flops_per_token": 7e6,
+            "params": {"non_embedding": 50000, "total": 900_000}, "tokens": 1000, "flops": 7e9,
             "flops_convention": "matrix products", "wall_seconds": 3.5,
             "metrics": {"val_loss": 5.0} if status == "done" else {},
         }  # fmt: skip

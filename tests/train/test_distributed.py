@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qies import runs
+from faults.kills import kill, lost_rank, move
+from faults.lab import Lab, one_line
+from qies import records
 from qies.cli import VERBS
 from qies.config import RunConfig, TrainConfig, save
 from qies.data.shards import open_shards
 from qies.errors import UserError
-from qies.faults.kills import kill, lost_rank, move
-from qies.faults.lab import Lab, one_line
 from qies.model import QiesForCausalLM
 from qies.terminal import run
 from qies.train.distributed import Group, check_batch, rank_and_size
@@ -42,9 +42,9 @@ def test_no_rows_are_sent_to_all_processes(shards, data_config, tiny, tmp_path):
 
     config = RunConfig("qies", "50k", 32 * 4 * 6, data=data_config, train=tiny)
     record = train(config, shards, tmp_path, group=Recording())
-    losses = [row["loss"] for row in runs.steps(tmp_path)]
-    assert record["status"] == "done" and record["metrics"]["train_loss"] == sum(losses) / 6
-    assert record["metrics"]["train_loss"] in sent and not any(isinstance(value, list) for value in sent)
+    losses = [row["loss"] for row in records.steps(tmp_path)]
+    assert record.status == "done" and record.metrics["train_loss"] == sum(losses) / 6
+    assert record.metrics["train_loss"] in sent and not any(isinstance(value, list) for value in sent)
 
 
 def test_the_slices_of_all_ranks_are_the_batch():
@@ -126,7 +126,7 @@ def two(lab):
 
 
 def same_within(a, b, tolerance, first=None):
-    left, right = runs.steps(a), runs.steps(b)
+    left, right = records.steps(a), records.steps(b)
     assert [r["step"] for r in left] == [r["step"] for r in right] == list(range(60))
     return max(abs(x["loss"] - y["loss"]) for x, y in list(zip(left, right, strict=True))[:first]) < tolerance
 
@@ -141,8 +141,8 @@ def final(folder):
 def test_two_processes_equal_one(one, two, config):
     """Twenty losses agree; later rounding grows. The loss that two processes measure is the one of their model."""
     assert same_within(one, two, TOLERANCE, 20)
-    a, b = runs.read(one), runs.read(two)
-    assert (a["processes"], b["processes"]) == (1, 2)
+    a, b = records.read(one), records.read(two)
+    assert (a.processes, b.processes) == (1, 2)
     alone = held_out_loss(
         QiesForCausalLM.from_pretrained(two / "model"),
         open_shards(Path(config.data.source)),
@@ -151,10 +151,10 @@ def test_two_processes_equal_one(one, two, config):
         max_tokens=config.train.eval_tokens,
         precision=precision_context(config.train.precision, "cpu"),
     )
-    assert alone["val_loss"] == pytest.approx(b["metrics"]["val_loss"], abs=1e-6)
-    assert b["metrics"]["val_loss"] == pytest.approx(a["metrics"]["val_loss"], abs=5e-3)
-    assert a["metrics"]["val_tokens"] == b["metrics"]["val_tokens"]
-    assert a["metrics"]["val_bytes"] == b["metrics"]["val_bytes"]
+    assert alone["val_loss"] == pytest.approx(b.metrics["val_loss"], abs=1e-6)
+    assert b.metrics["val_loss"] == pytest.approx(a.metrics["val_loss"], abs=5e-3)
+    assert a.metrics["val_tokens"] == b.metrics["val_tokens"]
+    assert a.metrics["val_bytes"] == b.metrics["val_bytes"]
     assert {k: v.shape for k, v in final(one).items()} == {k: v.shape for k, v in final(two).items()}
 
 
@@ -169,7 +169,7 @@ def test_torchrun_with_micro_batches_and_recomputation_equals_one(arm, config, t
     command += ["qies", "train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    left, right = runs.steps(tmp_path / "one"), runs.steps(tmp_path / "two")
+    left, right = records.steps(tmp_path / "one"), records.steps(tmp_path / "two")
     assert len(left) == len(right) == 20
     assert max(abs(x["loss"] - y["loss"]) for x, y in zip(left, right, strict=True)) < TOLERANCE
 

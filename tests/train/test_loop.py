@@ -11,10 +11,10 @@ import time
 import pytest
 import torch
 
-from qies import runs
+from faults.steps import spoiled
+from qies import records
 from qies.config import RunConfig, TrainConfig, content_hash, save
 from qies.errors import Stopped, UserError
-from qies.faults.steps import spoiled
 from qies.train import loop
 from qies.train.optim import Optimizers, parameter_groups
 
@@ -25,7 +25,7 @@ def config(data_config, tiny):
 
 
 def rows(folder):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in runs.steps(folder)]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in records.steps(folder)]
 
 
 def weights(folder):
@@ -46,9 +46,9 @@ def test_loss_falls_on_every_arm(arm, data_config, tiny, shards, tmp_path):
     config = RunConfig(arm=arm, size="50k", tokens=32 * 4 * 40, data=data_config, train=tiny)
     record = loop.train(config, shards, tmp_path)
     losses = [row["loss"] for row in rows(tmp_path)]
-    assert record["status"] == "done"
+    assert record.status == "done"
     assert sum(losses[-5:]) / 5 < losses[0] - 1.5
-    assert record["metrics"]["val_loss"] < losses[0] - 1.5
+    assert record.metrics["val_loss"] < losses[0] - 1.5
 
 
 def test_what_is_compiled_on_first_use_is_not_the_runs_time(config, shards, tmp_path, monkeypatch, undisturbed):
@@ -61,27 +61,27 @@ def test_what_is_compiled_on_first_use_is_not_the_runs_time(config, shards, tmp_
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(loop.QiesForCausalLM, "forward", slow)
-    assert loop.train(config, shards, tmp_path)["wall_seconds"] < 2
+    assert loop.train(config, shards, tmp_path).wall_seconds < 2
     assert rows(tmp_path) == rows(undisturbed[0])
 
 
 def test_record_says_what_the_contract_asks(undisturbed, config, shards):
     folder, record = undisturbed
-    assert runs.read(folder) == record
+    assert records.read(folder) == record
     for key in (
         "schema", "config", "config_hash", "code_version", "environment", "arm", "size", "params", "tokens",
         "flops_per_token", "flops", "flops_convention", "seed", "status", "metrics", "wall_seconds",
         "tokens_per_second", "peak_memory_bytes",
     ):  # fmt: skip
-        assert record[key] is not None, key
-    assert record["config_hash"] == content_hash(config)
-    assert record["data"]["hash"] == shards.hash
-    assert record["flops"] == record["flops_per_token"] * record["tokens"]
+        assert record.to_dict()[key] is not None, key
+    assert record.config_hash == content_hash(config)
+    assert record.data["hash"] == shards.hash
+    assert record.flops == record.flops_per_token * record.tokens
     built = loop.build_model(config, shards.manifest.vocab_size)
-    assert record["params"]["total"] == sum(p.numel() for p in built.parameters())
-    assert record["metrics"]["val_bpb"] == pytest.approx(
-        record["metrics"]["val_loss"] * record["metrics"]["val_tokens"]
-        / (record["metrics"]["val_bytes"] * 0.6931471805599453)
+    assert record.params["total"] == sum(p.numel() for p in built.parameters())
+    assert record.metrics["val_bpb"] == pytest.approx(
+        record.metrics["val_loss"] * record.metrics["val_tokens"]
+        / (record.metrics["val_bytes"] * 0.6931471805599453)
     )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def test_a_run_cut_off_anywhere_ends_bit_for_bit_as_the_undisturbed_one(step, un
     record = loop.train(config, shards, tmp_path)
     folder, expected = undisturbed
     assert rows(tmp_path) == rows(folder)
-    assert record["metrics"] == expected["metrics"]
+    assert record.metrics == expected.metrics
     a, b = weights(tmp_path), weights(folder)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -129,19 +129,19 @@ def test_killed_and_terminated_processes_resume(undisturbed, config, shard_folde
     out = tmp_path / "out"
     command = [sys.executable, "-m", "qies", "train", "--config", str(tmp_path / "run.yaml"), "--out", str(out)]
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        done = len(runs.steps(out))
+        done = len(records.steps(out))
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         deadline = time.time() + 120
-        while len(runs.steps(out)) <= done and process.poll() is None and time.time() < deadline:
+        while len(records.steps(out)) <= done and process.poll() is None and time.time() < deadline:
             time.sleep(0.002)
         process.send_signal(number)
         process.communicate()
-        if runs.read(out)["status"] != "done":  # it may have been faster than the signal
+        if records.read(out).status != "done":  # it may have been faster than the signal
             assert process.returncode == code
     record = loop.train(run, shards, out)
     folder, expected = undisturbed
     assert rows(out) == rows(folder)
-    assert record["metrics"] == expected["metrics"]
+    assert record.metrics == expected.metrics
 
 
 def test_another_run_or_other_data_is_refused_with_the_difference(undisturbed, config, shards):
@@ -150,12 +150,12 @@ def test_another_run_or_other_data_is_refused_with_the_difference(undisturbed, c
         loop.train(dataclasses.replace(config, train=dataclasses.replace(config.train, save_every=5)), shards, folder)
     with pytest.raises(UserError, match="seed: 0 -> 1"):
         loop.train(dataclasses.replace(config, seed=1), shards, folder)
-    record = runs.read(folder)
-    other = record | {"data": record["data"] | {"hash": "0" * 64}}
-    runs.write(folder, other)
+    record = records.read(folder)
+    other = dataclasses.replace(record, data=record.data | {"hash": "0" * 64})
+    records.write(folder, other)
     with pytest.raises(UserError, match="other data"):
         loop.train(config, shards, folder)
-    runs.write(folder, record)
+    records.write(folder, record)
 
 
 @pytest.mark.parametrize(("what", "which"), [("nan", "loss"), ("infinity", "loss"), ("gradient", "gradient")])
@@ -163,7 +163,7 @@ def test_a_step_that_is_not_finite_is_reported_and_never_applied(what, which, co
     with spoiled(what, {2, 5}) as moved:
         record = loop.train(config, shards, tmp_path)
     assert moved == {2: 0, 5: 0}
-    assert record["status"] == "done" and record["skipped_steps"] == 2
+    assert record.status == "done" and record.skipped_steps == 2
     bad = [row for row in rows(tmp_path) if "skipped" in row]
     assert [row["step"] for row in bad] == [2, 5]
     assert {row["skipped"] for row in bad} == {f"non-finite {which}"} and bad[0]["loss"] is None
@@ -172,29 +172,29 @@ def test_a_step_that_is_not_finite_is_reported_and_never_applied(what, which, co
 def test_spoiling_sees_what_a_step_moves(config, shards, tmp_path):
     with spoiled("spike", {2}) as moved:  # too early in the run to be told from learning, so it is applied
         record = loop.train(config, shards, tmp_path)
-    assert moved[2] > 0 and record["spikes"] == 0
+    assert moved[2] > 0 and record.spikes == 0
 
 
 def test_a_run_with_too_many_bad_steps_diverges(config, shards, tmp_path):
     limited = dataclasses.replace(config, train=dataclasses.replace(config.train, max_skipped=3))
     with spoiled("nan", set(range(10))):
         record = loop.train(limited, shards, tmp_path)
-    assert record["status"] == "diverged" and "non-finite" in record["error"]
-    assert len(runs.steps(tmp_path)) == 4
+    assert record.status == "diverged" and "non-finite" in record.error
+    assert len(records.steps(tmp_path)) == 4
 
 
 def test_a_run_in_which_no_step_is_finite_diverges(config, shards, tmp_path):
     with spoiled("nan", set(range(10))):
         record = loop.train(config, shards, tmp_path)
-    assert record["status"] == "diverged" and "no step" in record["error"]
+    assert record.status == "diverged" and "no step" in record.error
 
 
 def test_a_run_that_failed_once_keeps_no_trace_of_it(config, shards, tmp_path):
-    failed = runs.plan(config, shards.manifest.vocab_size) | {"status": "failed", "error": "killed"}
-    runs.write(tmp_path, failed)
+    planned = records.plan(config, shards.manifest.vocab_size)
+    records.write(tmp_path, dataclasses.replace(planned, status="failed", error="killed"))
     (tmp_path / "error.log").write_text("killed")
     record = loop.train(config, shards, tmp_path)
-    assert record["status"] == "done" and "error" not in record and not (tmp_path / "error.log").exists()
+    assert record.status == "done" and record.error is None and not (tmp_path / "error.log").exists()
 
 
 def test_parameter_groups_cover_every_parameter_once(config, shards):
@@ -231,8 +231,8 @@ def test_optimizer_state_survives_a_round_trip(config, shards):
 
 
 def test_a_locked_folder_is_not_trained_twice(tmp_path):
-    with runs.lock(tmp_path):
-        code = f"from qies import runs\nfrom pathlib import Path\nwith runs.lock(Path({str(tmp_path)!r}), 0.1): pass"
+    with records.lock(tmp_path):
+        code = f"import pathlib\nfrom qies.records import lock\nwith lock(pathlib.Path({str(tmp_path)!r}), 0.1): pass"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert result.returncode == 1 and "in use by another process" in result.stderr
 
@@ -248,7 +248,7 @@ def test_micro_batches_add_up_to_the_batch(undisturbed, config, shards, tmp_path
     for accumulate in (1, 4):
         parts = dataclasses.replace(train, accumulate=accumulate)
         loop.train(dataclasses.replace(config, train=parts), shards, tmp_path / str(accumulate))
-        losses.append([row["loss"] for row in runs.steps(tmp_path / str(accumulate))])
+        losses.append([row["loss"] for row in records.steps(tmp_path / str(accumulate))])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -271,7 +271,7 @@ def test_a_spike_is_never_applied_and_counted_across_a_resume(config, shards, tm
     with spoiled("spike", {30}) as moved, pytest.raises(Cut):
         loop.train(longer, shards, tmp_path, progress=cut)
     record = loop.train(longer, shards, tmp_path)
-    assert moved == {30: 0} and record["spikes"] == 1 and record["skipped_steps"] == 0
+    assert moved == {30: 0} and record.spikes == 1 and record.skipped_steps == 0
     [row] = [row for row in rows(tmp_path) if "spike" in row]
     assert row["step"] == 30 and row["skipped"] == "spike" and row["loss"] > 5
 
@@ -300,10 +300,10 @@ def test_a_full_disk_anywhere_in_a_run_is_one_line(config, shards, tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="its checkpoints are intact") as caught:
-        patch.setattr(runs, "append", full)
+        patch.setattr(records, "append", full)
         loop.train(config, shards, tmp_path)
     assert caught.value.code == 1 and "\n" not in str(caught.value)
-    assert loop.train(config, shards, tmp_path)["status"] == "done"
+    assert loop.train(config, shards, tmp_path).status == "done"
 
 
 def test_a_run_stops_without_its_parent_only_if_it_has_one_to_wait_for(undisturbed, config, shards, tmp_path):

@@ -41,4 +41,4 @@ def test_what_is_compiled_on_first_use_is_no_part_of_a_runs_peak(shards, data_co
     memory.reset_peak()
     base = memory.peak()
     record = train(RunConfig("no_phase", "50k", 32 * 4 * 3, data=data_config, train=tiny), shards, tmp_path / "run")
-    assert base / 2 < record["peak_memory_bytes"] < base + 500 * MIB
+    assert base / 2 < record.peak_memory_bytes < base + 500 * MIB

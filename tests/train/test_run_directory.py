@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qies import presets, runs
+from qies import presets, records, storage
 from qies.config import RunConfig, content_hash, from_dict
 from qies.errors import UserError
 from qies.train import loop, run_directory
@@ -68,9 +68,9 @@ def test_another_text_is_refused(config, shards, unfinished):
 def test_any_other_change_is_shown_and_logged(config, shards, unfinished, caplog):
     new = changed(config, save_every=3, keep=1, eval_tokens=256)
     record = loop.train(new, shards, unfinished)
-    assert record["status"] == "done" and record["config_hash"] == content_hash(new)
+    assert record.status == "done" and record.config_hash == content_hash(new)
     changes = ["train.eval_tokens: 512 -> 256", "train.keep: 2 -> 1", "train.save_every: 4 -> 3"]
-    assert record["config_changes"] == [{"step": 4, "changes": changes}]
+    assert record.config_changes == [{"step": 4, "changes": changes}]
     assert "train.save_every: 4 -> 3" in caplog.text
 
 
@@ -86,29 +86,29 @@ def test_any_other_change_is_shown_and_logged(config, shards, unfinished, caplog
     ],
 )
 def test_a_run_from_before_its_arm_was_defined_anew_is_refused(part, field, then, words, status, config, tmp_path):
-    record = runs.plan(config, 400) | {"status": status}
-    values = {k: v for k, v in record[part].items() if k != field} | ({} if then is None else {field: then})
-    runs.write(tmp_path, record | {part: values})
+    record = dataclasses.replace(records.plan(config, 400), status=status)
+    values = {k: v for k, v in getattr(record, part).items() if k != field} | ({} if then is None else {field: then})
+    records.write(tmp_path, dataclasses.replace(record, **{part: values}))
     with pytest.raises(UserError, match=f"definition of its arm changed .*{words}.*give another --out"):
         run_directory.claim(config, tmp_path)
 
 
 def test_records_of_the_same_model_in_earlier_words_go_on(config, tmp_path):
-    record = runs.plan(config, 400)
-    del record["learning_rates"]  # not recorded at first
-    earlier = {k: v for k, v in record["model"].items() if k not in ("nope_interval", "rope_fraction", "register_mode")}
-    record["model"] = earlier | {"value_residual": False, "conv": "input"}
-    runs.write(tmp_path, record)
+    record = records.plan(config, 400)
+    earlier = {k: v for k, v in record.model.items() if k not in ("nope_interval", "rope_fraction", "register_mode")}
+    earlier |= {"value_residual": False, "conv": "input"}
+    record = dataclasses.replace(record, model=earlier, learning_rates=None)  # not recorded at first
+    records.write(tmp_path, record)
     assert run_directory.claim(config, tmp_path) == record
 
 
 def test_committed_records_are_of_models_that_can_be_told(tmp_path):
     """The runs of the quick study are those that its file stands for today."""
     root = Path(__file__).parents[2] / "results" / "reference" / "small" / "runs"
-    for record in runs.query(root):
-        found = from_dict(RunConfig, record["config"])
-        assert content_hash(found) == record["config_hash"]
-        runs.require_same_definitions(found, record, root / record["config_hash"])
+    for record in records.query(root):
+        found = from_dict(RunConfig, record.config)
+        assert content_hash(found) == record.config_hash
+        records.require_same_definitions(found, record, root / record.config_hash)
 
 
 def test_no_record_of_a_run_holds_a_path(config, shards, text_folder, tmp_path):
@@ -119,9 +119,9 @@ def test_no_record_of_a_run_holds_a_path(config, shards, text_folder, tmp_path):
         loop.train(known, shards, tmp_path / "run", progress=cut_after(6))
     texts = [p.read_text() for p in (tmp_path / "run").rglob("*.json*")]
     assert len(texts) > 3 and not any(str(text_folder.parent) in text for text in texts)
-    record = runs.read(tmp_path / "run")
-    assert record["config"]["data"]["source"] == text_folder.name and record["config_hash"] == content_hash(known)
-    assert loop.train(known, shards, tmp_path / "run")["status"] == "done"
+    record = records.read(tmp_path / "run")
+    assert record.config["data"]["source"] == text_folder.name and record.config_hash == content_hash(known)
+    assert loop.train(known, shards, tmp_path / "run").status == "done"
 
 
 def test_later_fields_leave_the_hash_of_earlier_configurations(config):
@@ -143,7 +143,7 @@ def test_no_room_is_said_before_training(config, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"has 0\.1 MB free"):
         loop.train(config, shards, tmp_path / "run")
-    assert runs.read(tmp_path / "run") is None
+    assert records.read(tmp_path / "run") is None
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +166,9 @@ def test_a_branch_equals_the_straight_run_bit_for_bit(steps, start, trunk, shard
     taken = []
     record = loop.train(short, shards, tmp_path / "branch", progress=lambda row: taken.append(row["step"]))
     assert taken == list(range(start, steps))  # the trunk's steps are not taken again
-    assert record["branch"] == {"from": content_hash(config), "step": start}
-    assert record["metrics"] == straight["metrics"]
-    both = [[{**row, "seconds": 0} for row in runs.steps(tmp_path / n)] for n in ("straight", "branch")]
+    assert record.branch == {"from": content_hash(config), "step": start}
+    assert record.metrics == straight.metrics
+    both = [[{**row, "seconds": 0} for row in records.steps(tmp_path / n)] for n in ("straight", "branch")]
     assert both[0] == both[1] and len(both[0]) == steps
     a, b = (safetensors.torch.load_file(tmp_path / n / "model/model.safetensors") for n in ("straight", "branch"))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -194,7 +194,7 @@ def test_only_what_a_run_takes_from_the_rule_must_agree(config, tmp_path):
     whole = changed(dataclasses.replace(config, tokens=4_000_000), warmup_tokens=40_960, branches=(1_000_000,))
     rules = [presets.hyperparameters(50_000, tokens) for tokens in (1_000_000, 4_000_000)]
     assert rules[0] != rules[1]
-    runs.write(tmp_path / "trunk", runs.plan(whole, config.data.vocab_size))
+    records.write(tmp_path / "trunk", records.plan(whole, config.data.vocab_size))
     short = dataclasses.replace(changed(whole, branches=()), tokens=1_000_000)
     with pytest.raises(UserError, match="no checkpoint at step"):  # the next thing that is asked
         run_directory.branch(short, tmp_path / "trunk", tmp_path / "a")
@@ -212,15 +212,15 @@ def test_a_branch_cut_off_while_it_starts_is_made_again(trunk, shards, tmp_path,
         run_directory.branch(short, out, tmp_path / "branch")
     run_directory.branch(short, out, tmp_path / "branch")
     record = loop.train(short, shards, tmp_path / "branch")
-    assert record["branch"]["step"] == 6
-    assert [row["step"] for row in runs.steps(tmp_path / "branch")] == list(range(10))
+    assert record.branch["step"] == 6
+    assert [row["step"] for row in records.steps(tmp_path / "branch")] == list(range(10))
 
 
 def test_a_budget_below_the_steps_taken_is_refused(config, shards, unfinished):
-    before = runs.read(unfinished)
+    before = records.read(unfinished)
     with pytest.raises(UserError, match=r"at step 4, beyond the 3 .*tokens: 1280 -> 384"):
         loop.train(dataclasses.replace(config, tokens=STEP * 3), shards, unfinished)
-    assert runs.read(unfinished) == before
+    assert records.read(unfinished) == before
 
 
 @pytest.mark.parametrize("name", [".ranks/0", "model/config.json", "data/manifest.json.tmp", "run.json"])
@@ -247,7 +247,7 @@ def test_who_branches_holds_the_folder(trunk, tmp_path, monkeypatch):
     config, out = trunk
 
     def copy(path, folder):
-        with pytest.raises(UserError, match="in use"), runs.lock(tmp_path / "branch", 0):
+        with pytest.raises(UserError, match="in use"), records.lock(tmp_path / "branch", 0):
             pass
         raise Cut
 
@@ -256,3 +256,14 @@ def test_who_branches_holds_the_folder(trunk, tmp_path, monkeypatch):
         run_directory.branch(
             dataclasses.replace(changed(config, branches=()), tokens=STEP * 10), out, tmp_path / "branch"
         )
+
+
+def test_what_a_killed_write_left_behind_is_no_other_file(config, tmp_path):
+    """A write that was killed before its rename leaves its temporary file."""
+    (tmp_path / "run").mkdir()
+    left = storage._temporary(tmp_path / "run" / "run.json")
+    left.write_text('{"schema"')
+    assert run_directory.claim(config, tmp_path / "run") is None
+    (tmp_path / "run" / "other").touch()
+    with pytest.raises(UserError, match=r"other files \(other\)"):
+        run_directory.claim(config, tmp_path / "run")

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from qies import runs
+from qies import records
+from qies.config import RunConfig
 from qies.errors import UserError
 from qies.train.tracking import RESULTS, SERIES, parse, tracking
 
@@ -18,8 +20,7 @@ ROWS = [
     {"step": 3, "tokens": 512, "lr_factor": 0.0, "loss": 4.0, "grad_norm": 3.0, "seconds": 0.4},
 ]  # fmt: skip
 METRICS = {"val_loss": 4.5, "val_loss_clean": 4.75, "val_bpb": 2.0, "train_loss": 5.0}
-RECORD = {"schema": 1, "status": "running", "arm": "qies", "size": "50k", "seed": 0, "config_hash": "0123456789abcdef",
-          "config": {"seed": 0}, "steps": 4, "metrics": {}}  # fmt: skip
+RECORD = replace(records.plan(RunConfig("qies", "50k"), 400), status="running", steps=4)
 
 
 def of_tensorboard(folder):
@@ -60,17 +61,18 @@ def attempt(name, folder, first, last, ends=False):
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {os.path.dirname(__file__)!r})
+from dataclasses import replace
 from test_tracking import METRICS, RECORD, ROWS
-from qies import runs
+from qies import records
 from qies.train.tracking import parse, tracking
 folder = Path({str(folder)!r})
-runs.truncate_steps(folder, {first}) if {first} else None
+records.truncate_steps(folder, {first}) if {first} else None
 with tracking(parse({name!r}), folder) as see:
     for row in ROWS[{first}:{last}]:
-        runs.append(folder, row)
+        records.append(folder, row)
         see(row)
     if not {ends}: os._exit(9)
-    runs.write(folder, RECORD | {{"status": "done", "metrics": METRICS}})
+    records.write(folder, replace(RECORD, status="done", metrics=METRICS))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == (0 if ends else 9), done.stderr
@@ -81,7 +83,7 @@ with tracking(parse({name!r}), folder) as see:
 def test_every_step_is_there_once_after_a_kill(name, tmp_path, monkeypatch):
     pytest.importorskip(name)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    runs.write(tmp_path, RECORD)
+    records.write(tmp_path, RECORD)
     attempt(name, tmp_path, 0, 3)
     attempt(name, tmp_path, 2, 4, ends=True)  # goes back to a checkpoint at step 2
     assert READERS[name](tmp_path) == expected(ROWS, METRICS)
@@ -89,11 +91,11 @@ def test_every_step_is_there_once_after_a_kill(name, tmp_path, monkeypatch):
 
 def test_a_run_whose_end_alone_was_missing_is_whole(tmp_path):
     pytest.importorskip("tensorboard")
-    runs.write(tmp_path, RECORD)
+    records.write(tmp_path, RECORD)
     for row in ROWS:
-        runs.append(tmp_path, row)
+        records.append(tmp_path, row)
     with tracking(("tensorboard",), tmp_path):
-        runs.write(tmp_path, RECORD | {"status": "done", "metrics": METRICS})
+        records.write(tmp_path, replace(RECORD, status="done", metrics=METRICS))
     assert of_tensorboard(tmp_path) == expected(ROWS, METRICS)
 
 
@@ -101,21 +103,21 @@ def test_a_reader_that_is_open_forgets_what_is_written_again(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    runs.write(tmp_path, RECORD)
+    records.write(tmp_path, RECORD)
     reader = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
     for first, last in ((0, 3), (1, 4)):
         if first:
-            runs.truncate_steps(tmp_path, first)
+            records.truncate_steps(tmp_path, first)
         with tracking(("tensorboard",), tmp_path) as see:
             for row in ROWS[first:last]:
-                runs.append(tmp_path, row)
+                records.append(tmp_path, row)
                 see(row)
         reader.Reload()
         assert [e.step for e in reader.Scalars("tokens")] == list(range(last))
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
-    runs.write(tmp_path, RECORD | {"status": "done", "metrics": METRICS})
+    records.write(tmp_path, replace(RECORD, status="done", metrics=METRICS))
     with tracking(("tensorboard",), tmp_path):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
@@ -126,15 +128,15 @@ def test_a_finished_run_is_left_alone(tmp_path):
 def test_a_run_tracked_from_its_middle_has_the_steps_before(name, tmp_path, monkeypatch):
     pytest.importorskip(name)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    runs.write(tmp_path, RECORD)
+    records.write(tmp_path, RECORD)
     for row in ROWS[:2]:
-        runs.append(tmp_path, row)
+        records.append(tmp_path, row)
     attempt(name, tmp_path, 2, 4, ends=True)
     assert READERS[name](tmp_path) == expected(ROWS, METRICS)
 
 
 def test_without_trackers_nothing_is_written(tmp_path):
-    runs.write(tmp_path, RECORD)
+    records.write(tmp_path, RECORD)
     with tracking((), tmp_path) as see:
         see(ROWS[0])
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
@@ -156,8 +158,7 @@ def test_ranks_part_before_a_tracker_closes(monkeypatch, tmp_path, shard_folder,
 
     from qies.config import RunConfig
     from qies.ladder import worker
-    from qies.train import distributed
-    from qies.train import tracking as trackers
+    from qies.train import distributed, run
 
     order = []
 
@@ -169,9 +170,9 @@ def test_ranks_part_before_a_tracker_closes(monkeypatch, tmp_path, shard_folder,
 
         return context
 
-    monkeypatch.setattr(distributed, "start", logged("group", distributed.Group()))
-    monkeypatch.setattr(trackers, "tracking", logged("tracker", lambda row: None))
-    monkeypatch.setattr("qies.train.loop.train", lambda *_, **__: None)
-    runs.write(tmp_path, runs.plan(RunConfig("qies", "50k", 128, 0, data_config, tiny), 300))
+    monkeypatch.setattr(run, "start", logged("group", distributed.Group()))
+    monkeypatch.setattr(run, "tracking", logged("tracker", lambda row: None))
+    monkeypatch.setattr(run, "train", lambda *_, **__: None)
+    records.write(tmp_path, records.plan(RunConfig("qies", "50k", 128, 0, data_config, tiny), 300))
     assert worker.main(tmp_path, shard_folder, 1) == 0
     assert order == ["group", "tracker"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qies import runs
+from qies import records
 from qies.cli.train import _print_record
 from qies.config import DataConfig, RunConfig, TrainConfig, save
 from qies.data.builder.pipeline import build_shards
@@ -127,15 +127,15 @@ def test_processes_share_a_batch_by_source(built: Path, config: RunConfig) -> No
 
 def test_training_on_a_build_keeps_its_tokenizer_and_reports_sources(built: Path, config, tmp_path, capsys) -> None:
     record = train(config, open_shards(built), tmp_path / "run")
-    assert record["status"] == "done"
-    assert record["metrics"]["val_by_source"].keys() == {"law", "one", "sea"}
-    assert record["metrics"]["val_loss_clean"] > record["metrics"]["val_loss"]
-    assert record["data"]["val_overlap"] == open_shards(built).manifest.overlap.share
+    assert record.status == "done"
+    assert record.metrics["val_by_source"].keys() == {"law", "one", "sea"}
+    assert record.metrics["val_loss_clean"] > record.metrics["val_loss"]
+    assert record.data["val_overlap"] == open_shards(built).manifest.overlap.share
     _print_record(record, tmp_path / "run")
     said = " ".join(capsys.readouterr().out.split())
-    assert f"nats per token ({record['metrics']['val_loss_clean']:.4f} on the clean part)" in said
-    one = record["metrics"]["val_by_source"]["one"]["val_bpb"]
-    assert one < record["metrics"]["val_bpb"]  # the source of one word is the easiest
+    assert f"nats per token ({record.metrics['val_loss_clean']:.4f} on the clean part)" in said
+    one = record.metrics["val_by_source"]["one"]["val_bpb"]
+    assert one < record.metrics["val_bpb"]  # the source of one word is the easiest
     saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     settings = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert saved.eos_token == "<|stop|>" and saved.eos_token_id == settings["eos_token_id"] == 290 != 0
@@ -145,15 +145,15 @@ def test_training_on_a_build_keeps_its_tokenizer_and_reports_sources(built: Path
 @pytest.mark.timeout(1200)
 def test_two_processes_of_torchrun_report_the_sources_as_one_does(built: Path, config, tmp_path: Path) -> None:
     config = replace(config, train=replace(config.train, precision="fp32", muon_precision="fp32"))
-    one = train(config, open_shards(built), tmp_path / "one")["metrics"]["val_by_source"]
+    one = train(config, open_shards(built), tmp_path / "one").metrics["val_by_source"]
     save(config, tmp_path / "run.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     command += ["qies", "train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    record = runs.read(tmp_path / "two")
-    two = record["metrics"]["val_by_source"]
-    assert record["processes"] == 2 and two.keys() == one.keys() == WORDS.keys()
+    record = records.read(tmp_path / "two")
+    two = record.metrics["val_by_source"]
+    assert record.processes == 2 and two.keys() == one.keys() == WORDS.keys()
     for name, own in one.items():
         assert (two[name]["val_tokens"], two[name]["val_bytes"]) == (own["val_tokens"], own["val_bytes"])
         assert two[name]["val_loss"] == pytest.approx(own["val_loss"], abs=1e-4)  # 20 steps lie between
@@ -169,7 +169,7 @@ def test_another_tokenizer_is_refused_before_training(built: Path, config, tmp_p
     )
     folder = tmp_path / "run"
     train(config, open_shards(built), folder)
-    record = runs.read(folder)
+    record = records.read(folder)
     with pytest.raises(UserError, match=r"trained with another tokenizer than that of .*data; give another --out"):
         train(config, open_shards(tmp_path / "data"), folder)
-    assert runs.read(folder) == record
+    assert records.read(folder) == record

@@ -21,12 +21,13 @@ from typing import Any
 
 from rich.console import Console
 
-from qies import plugins, runs
+from qies import plugins
 from qies.analyses.charts import line_chart
 from qies.analyses.finished import Finished
 from qies.analyses.parts import Chart, Passage, Section, Table
 from qies.analyses.records import Study, stored
 from qies.errors import Stopped, UserError, nearest
+from qies.storage import write_json
 
 __all__ = [
     "BUILTIN", "Analysis", "Chart", "Finished", "Passage", "Section", "Study", "Table", "compute", "line_chart", "load",
@@ -105,12 +106,12 @@ def compute(analyses: Iterable[Analysis], study: Finished, console: Console) -> 
                 inputs = analysis.inputs(study) if analysis.inputs else {}
                 if inputs and inputs.items() <= stored(path).items():
                     continue
-                runs.write_json(path, analysis.compute(study) | inputs)
+                write_json(path, analysis.compute(study) | inputs)
             except (UserError, Stopped) as e:
-                runs.write_json(path, {"schema": 1, "error": " ".join(str(e).split())})
+                write_json(path, {"schema": 1, "error": " ".join(str(e).split())})
             except Exception as e:  # the runs are done, so the page is written whatever fails
                 traceback.print_exc()
-                runs.write_json(path, {"schema": 1, "error": " ".join(f"{type(e).__name__}: {e}".split())})
+                write_json(path, {"schema": 1, "error": " ".join(f"{type(e).__name__}: {e}".split())})
 
 
 def require_computed(analyses: Iterable[Analysis], folder: Path) -> None:

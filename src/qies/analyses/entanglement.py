@@ -49,11 +49,11 @@ def compute(study: Finished) -> dict[str, Any]:
     arms: dict[str, Any] = {}
     for arm in study.config.arms:
         record = study.largest(arm)
-        if record is None or not any(spec.entangled for spec in mixers(record["model"]["layer_types"])):
+        if record is None or not any(spec.entangled for spec in mixers(record.model["layer_types"])):
             continue
         model, _ = load_model(study.run_folder(record))
         states = capture(model, torch.from_numpy(ids), positions)
-        arms[arm] = {record["size"]: entropies(states, positions)}
+        arms[arm] = {record.size: entropies(states, positions)}
     text = {"source": f"{shards.manifest.corpus}, validation", "tokens": int(ids.size)}
     return {"schema": 1, "text": text, "arms": arms}
 

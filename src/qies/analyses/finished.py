@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qies.config import StudyConfig
 from qies.ladder.grid import data_folder
 from qies.presets import parse_size
+from qies.records import RunRecord
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Finished:
 
     config: StudyConfig
     folder: Path
-    done: list[dict[str, Any]]
+    done: list[RunRecord]
 
     @property
     def data(self) -> Path:
@@ -27,13 +27,13 @@ class Finished:
     @property
     def hashes(self) -> list[str]:
         """The identity of the runs: their configuration hashes, sorted."""
-        return sorted(record["config_hash"] for record in self.done)
+        return sorted(record.config_hash for record in self.done)
 
-    def run_folder(self, record: dict[str, Any]) -> Path:
-        return self.folder / "runs" / record["config_hash"]
+    def run_folder(self, record: RunRecord) -> Path:
+        return self.folder / "runs" / record.config_hash
 
-    def largest(self, arm: str) -> dict[str, Any] | None:
+    def largest(self, arm: str) -> RunRecord | None:
         """The arm's run of the largest size, then the most tokens, then the first seed; None without a run."""
-        own = [r for r in self.done if r["arm"] == arm]
+        own = [r for r in self.done if r.arm == arm]
         seeds = self.config.seeds
-        return max(own, key=lambda r: (parse_size(r["size"]), r["tokens"], -seeds.index(r["seed"])), default=None)
+        return max(own, key=lambda r: (parse_size(r.size), r.tokens, -seeds.index(r.seed)), default=None)

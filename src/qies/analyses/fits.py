@@ -19,11 +19,11 @@ def compute(study: Finished) -> dict[str, Any]:
 
     arms: dict[str, Any] = {}
     for arm in study.config.arms:
-        own = [r for r in study.done if r["arm"] == arm]
-        most = {size: max(r["tokens"] for r in own if r["size"] == size) for size in {r["size"] for r in own}}
-        own = [r for r in own if r["tokens"] == most[r["size"]]]  # the largest budget of each size
-        axes = {"params": [r["params"]["non_embedding"] for r in own], "flops": [r["flops"] for r in own]}
-        losses = [r["metrics"]["val_loss"] for r in own]
+        own = [r for r in study.done if r.arm == arm]
+        most = {size: max(r.tokens for r in own if r.size == size) for size in {r.size for r in own}}
+        own = [r for r in own if r.tokens == most[r.size]]  # the largest budget of each size
+        axes: dict[str, list[float]] = {"params": [r.non_embedding for r in own], "flops": [r.flops for r in own]}
+        losses = [r.val_loss for r in own]
         arms[arm] = {k: fit_power(x, losses).to_dict() if len(set(x)) >= 3 else None for k, x in axes.items()}
     return {"schema": 1, "flops_convention": CONVENTION, "arms": arms}
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from qies import runs as run_records
-from qies import strict_yaml
+from qies import records, strict_yaml
 from qies.analyses.formatting import count, number, si
 from qies.errors import UserError
+from qies.records import RunRecord
 
 PROPOSAL, BASELINE = "qies", "transformer"
 
@@ -34,7 +34,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """One run record; numbers that are absent or not finite are None. `rows` are the lines of metrics.jsonl.
+    """One run as the page shows it; numbers that are absent or not finite are None. `rows` are the lines of
+    metrics.jsonl.
 
     `induction` is the final gain on a repeated random segment in nats per token, `onset` the tokens from
     which on it stayed at or above INDUCTION_ONSET. `clean_loss` is the loss on the clean part of the held-out text (see
@@ -58,7 +59,7 @@ class Run:
     seconds: float | None
     tokens_per_second: float | None
     memory: float | None
-    record: dict[str, Any]
+    record: RunRecord
     rows: list[dict[str, Any]]
 
     @property
@@ -186,32 +187,32 @@ def read_study(folder: Path) -> Study:
 
 def _read_run(folder: Path, notes: list[str]) -> Run | None:
     try:
-        record = run_records.read(folder)
-        rows = [row for row in run_records.steps(folder) if isinstance(row, dict)]
-    except (UserError, OSError, UnicodeDecodeError, RecursionError):
+        record = records.read(folder)
+        rows = records.steps(folder)
+    except (UserError, OSError, UnicodeDecodeError):
         notes.append(f"runs/{folder.name} could not be read and is ignored.")
         return None
     if record is None:
         return None
-    params, metrics = mapping(record.get("params")), mapping(record.get("metrics"))
+    metrics = record.metrics
     return Run(
-        arm=str(record.get("arm")),
-        size=str(record.get("size")),
-        seed=str(record.get("seed")),
-        status=str(record.get("status")),
-        config_hash=str(record.get("config_hash") or folder.name),
-        params=number(params.get("non_embedding")),
-        total_params=number(params.get("total")),
-        tokens=number(record.get("tokens")),
-        flops=number(record.get("flops")),
+        arm=record.arm,
+        size=record.size,
+        seed=str(record.seed),
+        status=record.status,
+        config_hash=record.config_hash,
+        params=number(record.non_embedding),
+        total_params=number(record.params["total"]),
+        tokens=number(record.tokens),
+        flops=number(record.flops),
         loss=number(metrics.get("val_loss")),
         clean_loss=number(metrics.get("val_loss_clean")),
         bits_per_byte=number(metrics.get("val_bpb")),
         induction=number(metrics.get("induction")),
         onset=number(metrics.get("induction_onset")),
-        seconds=number(record.get("wall_seconds")),
-        tokens_per_second=number(record.get("tokens_per_second")),
-        memory=number(record.get("peak_memory_bytes")),
+        seconds=number(record.wall_seconds),
+        tokens_per_second=number(record.tokens_per_second),
+        memory=number(record.peak_memory_bytes),
         record=record,
         rows=rows,
     )
@@ -264,10 +265,10 @@ def _mismatches(study: Study) -> list[str]:
                 f"({count(min(params))} to {count(max(params))})."
             )
     for what, key in {
-        "data": lambda r: mapping(r.get("data")).get("hash"),
-        "code versions": lambda r: r.get("code_version"),
-        "environments": lambda r: r.get("environment"),
-        "FLOP conventions": lambda r: r.get("flops_convention"),
+        "data": lambda r: (r.data or {}).get("hash"),
+        "code versions": lambda r: r.code_version,
+        "environments": lambda r: r.environment,
+        "FLOP conventions": lambda r: r.flops_convention,
     }.items():
         kinds = {json.dumps(key(run.record), sort_keys=True) for run in study.done}
         if len(kinds) > 1:
@@ -281,10 +282,9 @@ def _mismatches(study: Study) -> list[str]:
     return notes
 
 
-def _settings(record: dict[str, Any]) -> str:
+def _settings(record: RunRecord) -> str:
     """The settings of a run other than arm, size, tokens and seed."""
-    config = mapping(record.get("config"))
-    return json.dumps([config.get("train"), config.get("model")], sort_keys=True)
+    return json.dumps([record.config.get("train"), record.config.get("model")], sort_keys=True)
 
 
 def mapping(value: Any) -> dict[str, Any]:

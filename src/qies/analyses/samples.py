@@ -31,7 +31,7 @@ def compute(study: Finished) -> dict[str, Any]:
                     continue
                 length = 48 if left is None else min(48, left)
                 texts += continue_text(model, tokenizer, [prompt], max_new_tokens=length, decoding="sample")
-            arms[arm] = {"size": record["size"], "continuations": texts}
+            arms[arm] = {"size": record.size, "continuations": texts}
     return {"schema": 1, "prompts": list(study.config.prompts), "arms": arms}
 
 

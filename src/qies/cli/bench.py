@@ -1,4 +1,4 @@
-"""The verbs of bench: op, train, threads, faults."""
+"""The verbs of bench: op, train, threads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qies.cli.options import check_outputs, require_at_least
-from qies.errors import Stopped
-from qies.storage import write_text
+from qies.storage import write_json
 from qies.terminal import Group, show
 
 
@@ -75,7 +74,6 @@ def _speed(what: str, cases: tuple[str, ...], rounds: int, threads: int | None, 
     import torch
     from rich.console import Console
 
-    from qies import runs
     from qies.bench import rivals
     from qies.bench.threads import bench_threads
 
@@ -85,72 +83,17 @@ def _speed(what: str, cases: tuple[str, ...], rounds: int, threads: int | None, 
     results = bench_threads(cases, rounds=rounds) if what == "threads" else rivals.run(what, cases, rounds)
     value = _measured(what) | {"threads": threads, "cases": [r.to_dict() for r in results]}
     if out is not None:
-        runs.write_json(out, value)
+        write_json(out, value)
     show(json, value, lambda: Console().print(rivals.comparison_table(f"bench {what}", results)))
 
 
-def inject_faults(
-    cases: tuple[str, ...] = (),
-    quick: bool = False,
-    seed: int = 0,
-    out: Path | None = None,
-    markdown: Path | None = None,
-    json: bool = False,
-) -> None:
-    """Inject faults into small training runs and count which requirements hold.
-
-    Faults are kills, damaged checkpoints, full disks and more. The exit code is 1 if a requirement is violated.
-
-    For example:
-
-        qies bench faults --quick
-        qies bench faults --cases kill disk --seed 1
-
-    Args:
-        cases: Names of rows of the table; by default all.
-        quick: Inject each fault only a few times.
-        seed: Seed of the random moments at which faults are injected.
-        out: Also write the JSON to this file; its rows of faults that are not injected now are kept.
-        markdown: Also write the table to this file.
-        json: Print JSON.
-    """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from qies import faults, runs
-
-    check_outputs(out=out, markdown=markdown)
-    todo = faults.chosen(cases)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True) as bar:
-        console.print(f"random moments from seed {seed}")
-        tasks = {f.name: bar.add_task(f.name, total=faults.total(f, quick)) for f in todo}
-
-        def tell(fault: faults.Fault, outcome: faults.Outcome) -> None:
-            bar.update(tasks[fault.name], advance=1)
-            if outcome.wrong:
-                console.print(f"{fault.name}: {outcome.what}: {outcome.wrong}", highlight=False, markup=False)
-
-        rows = faults.run(todo, seed, quick=quick, tell=tell)
-    measured = _measured("faults")
-    added = [row.to_dict() | {"seed": seed, "code_version": measured["code_version"]} for row in rows]
-    value = measured | {"faults": faults.joined(out, added)}
-    if out is not None:
-        runs.write_json(out, value)
-    if markdown is not None:
-        write_text(markdown, faults.page(value))
-    show(json, value, lambda: Console().print(faults.table(rows, seed)))
-    if any(row.held < row.injections for row in rows):
-        raise Stopped("a requirement was violated; see the lines above.")
-
-
 def _measured(what: str) -> dict[str, Any]:
-    from qies import runs
+    from qies.records import code_version, environment
 
-    return {"what": what, "environment": runs.environment(), "code_version": runs.code_version()}
+    return {"what": what, "environment": environment(), "code_version": code_version()}
 
 
 bench = Group(
-    "Benchmark speed against reference implementations, or inject faults into training runs.",
-    {"op": op, "train": train, "threads": threads, "faults": inject_faults},
+    "Benchmark speed against reference implementations.",
+    {"op": op, "train": train, "threads": threads},
 )

@@ -47,11 +47,11 @@ def compare(
     """
     from rich.console import Console
 
-    from qies import runs as records
     from qies.scaling import compare as compare_arms
     from qies.scaling import read_runs
     from qies.scaling.figures import comparison_figures
     from qies.scaling.pipeline import dropped_table
+    from qies.storage import write_json
 
     check_outputs(figures, json=json)
     result = compare_arms(
@@ -63,7 +63,7 @@ def compare(
         plan=power,
     )
     if json is not None:
-        records.write_json(json, result.to_dict())
+        write_json(json, result.to_dict())
     if figures is not None:
         save_figures(comparison_figures(result), figures)
     if result.dropped:

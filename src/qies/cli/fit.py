@@ -82,9 +82,9 @@ def fit(
     from rich.console import Console
     from rich.progress import Progress
 
-    from qies import runs as records
     from qies.scaling.laws.surface import AUTO_DRAWS
     from qies.scaling.pipeline import fit_file
+    from qies.storage import write_json
 
     check_outputs(figures, json=json)
     bar = Progress(console=Console(stderr=True), transient=True)
@@ -105,7 +105,7 @@ def fit(
         if bar.live.is_started:  # stopping one that was not prints an empty line
             bar.stop()
     if json is not None:
-        records.write_json(json, outcome.to_dict())
+        write_json(json, outcome.to_dict())
     if figures is not None:
         save_figures(outcome.figures(), figures)
     console = Console()

@@ -32,12 +32,12 @@ def plan(overrides: Ladder = (), /, json: bool = False) -> None:
         overrides: A ladder file (the keys of a study), and dotted overrides of its keys.
         json: Print JSON.
     """
-    from qies import runs
+    from qies import records as run_records
     from qies.ladder.plan import plan_table
 
     chosen = _load(overrides)
-    records = [runs.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
-    show(json, records, lambda: Console().print(plan_table(chosen)))
+    records = [run_records.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
+    show(json, [r.to_dict() for r in records], lambda: Console().print(plan_table(chosen)))
 
 
 def run(
@@ -101,7 +101,7 @@ def run(
     if sbatch:
         raise UserError("--sbatch belongs to --submit slurm; give both.")
     records = run_all(chosen, folder, console, **how)
-    show(json, records, lambda: console.print(result_table(claim(chosen, folder), records)))
+    show(json, [r.to_dict() for r in records], lambda: console.print(result_table(claim(chosen, folder), records)))
     require_done(records, folder)
 
 

@@ -36,7 +36,8 @@ def study(
     """
     from rich.console import Console
 
-    from qies import config, runs
+    from qies import config
+    from qies import records as run_records
     from qies import study as studies
     from qies.data.locate import locate
     from qies.ladder.grid import claim
@@ -54,12 +55,12 @@ def study(
     folder = out or Path("results") / chosen.name
     console = Console(stderr=json)
     if dry_run:
-        records = [runs.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
-        show(json, records, lambda: console.print(plan_table(chosen)))
+        records = [run_records.plan(c, chosen.data.vocab_size) for c in chosen.runs()]
+        show(json, [r.to_dict() for r in records], lambda: console.print(plan_table(chosen)))
         console.print(f"{total_time(chosen)}; nothing was run.")
         return
     chosen = claim(chosen, folder)
     records = studies.run_study(chosen, folder, console)
-    show(json, records, lambda: console.print(result_table(chosen, records)))
+    show(json, [r.to_dict() for r in records], lambda: console.print(result_table(chosen, records)))
     console.print(f"report: {folder / 'report.html'}")
     studies.require_success(chosen, records, folder)

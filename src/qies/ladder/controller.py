@@ -9,16 +9,17 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qies import runs
+from qies import records
 from qies.config import RunConfig, content_hash
 from qies.errors import GONE, UserError
 from qies.ladder import lease as leases
 from qies.ladder.lease import STALE_SECONDS, Lease
-from qies.ladder.ranks import Ranks
+from qies.ladder.process_group import ProcessGroup
+from qies.records import RunRecord
 
 if TYPE_CHECKING:
     from qies.data.shards import Shards
@@ -49,7 +50,7 @@ class Slot:
 
     config: RunConfig
     folder: Path
-    process: Any
+    process: ProcessGroup
     lease: Lease | None = None
     gpus: str | None = None
     offset: int = 0
@@ -66,7 +67,7 @@ class Slot:
             text = f.read()
         whole = text[: text.rfind(b"\n") + 1]
         self.offset += len(whole)
-        return runs.parse_rows(whole.decode())
+        return records.parse_rows(whole.decode())
 
 
 Event = Callable[[RunConfig, list[dict[str, Any]], str], None]
@@ -86,7 +87,7 @@ def execute(
     track: Sequence[str] = (),
     command: Sequence[str] = WORKER,
     event: Event | None = None,
-) -> list[dict[str, Any]]:
+) -> list[RunRecord]:
     """Run every configuration that is not done, `workers` at a time, and return all records in order.
 
     Each run is a process of its own with `threads` threads and `gpus` devices. Controllers on the same folder share
@@ -104,7 +105,8 @@ def execute(
     free = devices(workers, gpus)
     command = (*command, *(f"--track={','.join(track)}" for _ in track[:1]), str(data))
     for config in configs:
-        _plan(run_folder(root, config), config, shards.manifest.vocab_size)
+        if records.read(run_folder(root, config)) is None:  # another controller may create it meanwhile
+            records.create(run_folder(root, config), records.plan(config, shards.manifest.vocab_size))
         if retry_failed:
             leases.reset(run_folder(root, config), owner, retries)
     waiting = [c for c in configs if not _over(run_folder(root, c), retries)]
@@ -122,7 +124,7 @@ def execute(
                         active.append(_start(config, folder, held, free.pop(0), command, threads))
                     elif _over(folder, retries):  # another controller's work
                         waiting.remove(config)
-                        tell(config, [], (runs.read(folder) or {"status": "failed"})["status"])
+                        tell(config, [], found.status if (found := records.read(folder)) else "failed")
             time.sleep(POLL_SECONDS)
             renew = time.monotonic() - beaten >= beat
             beaten = time.monotonic() if renew else beaten
@@ -147,13 +149,13 @@ def execute(
             with contextlib.suppress(subprocess.TimeoutExpired):  # it saves once it sees that we are gone
                 slot.process.wait(timeout=60)
                 _settle(slot, retries, stopping=True)
-    return [record for c in configs if (record := runs.read(run_folder(root, c))) is not None]
+    return [record for c in configs if (record := records.read(run_folder(root, c))) is not None]
 
 
 def finished(folder: Path) -> bool:
     """Whether the run in `folder` needs nothing more."""
-    record = runs.read(folder)
-    return record is not None and record["status"] in ("done", "diverged")
+    record = records.read(folder)
+    return record is not None and record.finished
 
 
 def check_runs(configs: Sequence[RunConfig], root: Path, shards: Shards) -> None:
@@ -161,9 +163,9 @@ def check_runs(configs: Sequence[RunConfig], root: Path, shards: Shards) -> None
     configuration of its name stands for today."""
     for config in configs:
         folder = run_folder(root, config)
-        if (record := runs.read(folder)) is not None:
-            runs.require_same_definitions(config, record, folder)
-            runs.require_same_data(shards, record, folder)
+        if (record := records.read(folder)) is not None:
+            records.require_same_definitions(config, record, folder)
+            records.require_same_data(shards, record, folder)
 
 
 def _over(folder: Path, retries: int) -> bool:
@@ -195,21 +197,6 @@ def devices(workers: int, gpus: int) -> list[str | None]:
     return [",".join(names[i * gpus : (i + 1) * gpus]) for i in range(workers)]
 
 
-def _plan(folder: Path, config: RunConfig, vocab: int) -> None:
-    """Write the planned record unless one is there; link(2) never replaces one that another controller made."""
-    if runs.read(folder) is None:
-        record = runs.plan(config, vocab)
-        partial = folder / f".planned.{uuid.uuid4().hex}"
-        runs.make_folder(folder)
-        runs.write_json(partial, record)
-        try:
-            os.link(partial, folder / "run.json")
-        except FileExistsError:
-            pass
-        finally:
-            partial.unlink()
-
-
 def _start(
     config: RunConfig, folder: Path, held: Lease, gpus: str | None, command: Sequence[str], threads: int
 ) -> Slot:
@@ -219,7 +206,7 @@ def _start(
         env["CUDA_VISIBLE_DEVICES"] = gpus
     *program, data = command
     words = [*program, str(folder), data, str(threads)]
-    return Slot(config, folder, Ranks(words, env, held.log, len((gpus or "0").split(","))), held, gpus)
+    return Slot(config, folder, ProcessGroup(words, env, held.log, len((gpus or "0").split(","))), held, gpus)
 
 
 def _settle(slot: Slot, retries: int, stopping: bool = False) -> str:
@@ -232,10 +219,10 @@ def _settle(slot: Slot, retries: int, stopping: bool = False) -> str:
     if not held.beat():
         held.end("interrupted", "another controller took the run over")
         return "lost"
-    record = runs.read(slot.folder)
-    if record is not None and record["status"] in ("done", "diverged"):
-        held.end(record["status"], "")
-        return record["status"]
+    record = records.read(slot.folder)
+    if record is not None and record.finished:
+        held.end(record.status, "")
+        return record.status
     lines = held.log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
     last = next((line for line in reversed(lines) if GONE not in line), lines[-1])  # what took a rank, not its loss
     reason = f"its process ended with code {code}: {last}"
@@ -244,7 +231,7 @@ def _settle(slot: Slot, retries: int, stopping: bool = False) -> str:
     held.end(outcome, reason)
     if not leases.exhausted(leases.attempts(slot.folder), retries):
         return "retrying"
-    with runs.lock(slot.folder):
+    with records.lock(slot.folder):
         if record is not None:
-            runs.write(slot.folder, record | {"status": "failed", "error": reason})
+            records.write(slot.folder, replace(record, status="failed", error=reason))
     return "failed"

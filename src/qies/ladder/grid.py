@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from qies import config as configs
-from qies import runs
+from qies import records, storage
 from qies.config import StudyConfig
 from qies.errors import UserError
 from qies.ladder.controller import check_runs
@@ -39,8 +39,8 @@ def claim(study: StudyConfig, folder: Path) -> StudyConfig:
         source = study.data.source if known.data.hash else known.data.source
         data = dataclasses.replace(study.data, source=source, hash=known.data.hash)
         return dataclasses.replace(study, data=data, **_union(known, study))
-    runs.refuse_file(folder)
-    if folder.exists() and any(folder.iterdir()):
+    storage.refuse_file(folder)
+    if folder.exists() and any(not storage.is_temporary(path.name) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; give another --out.")
     return study
 
@@ -77,12 +77,12 @@ def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
 
     study = claim(study, folder)
     for config in study.runs():  # raises for a bad setting before any work is done
-        runs.plan(config, study.data.vocab_size)
+        records.plan(config, study.data.vocab_size)
     data = data_folder(study, folder)
     path = folder / "study.yaml"
     before = path.read_text(encoding="utf-8") if path.is_file() else None
     if before is None:  # first, so that a study killed while it builds its corpus can resume
-        runs.make_folder(folder)
+        storage.make_writable_folder(folder)
         configs.save(study, path)
     try:
         if data == folder / "data":

@@ -31,7 +31,7 @@ class Controller:
 
     def __call__(self) -> list[str]:
         """Run what nobody else runs; the status of every run."""
-        return [r["status"] for r in execute(self.configs, self.root, self.data, **self.how)]
+        return [r.status for r in execute(self.configs, self.root, self.data, **self.how)]
 
     def checkpoint(self) -> Any:
         """Nothing is carried over: runs resume from their folders."""

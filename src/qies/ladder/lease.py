@@ -1,8 +1,8 @@
-"""Who may run a run now: a chain of attempts, `attempts/0001.json`, 0002 and so on, the last of which is the lease.
+"""Leases on runs: a chain of attempts, `attempts/0001.json`, 0002 and so on, the last of which is the lease.
 
-Attempt n + 1 is made with link(2), which fails where the name exists: of any number of controllers that find attempt
-n over or abandoned, one gets the next. Only its maker ever writes an attempt's file, so nobody's lease can be removed
-by mistake, and the chain is also the record of what was tried and how it ended.
+Attempt n + 1 is created with link(2), which fails if the name exists: of any number of controllers that find attempt
+n ended or abandoned, one gets the next. Only its creator writes an attempt's file, so no lease can be removed by
+mistake, and the chain is also the log of what was tried and how it ended.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qies import runs
+from qies import records, storage
 
 STALE_SECONDS = 60.0  # without a heartbeat, a lease of another host is abandoned
 OVER = ("done", "diverged", "refused")  # outcomes after which there is nothing to try
@@ -92,17 +92,17 @@ class Lease:
         return True
 
     def end(self, outcome: str, reason: str) -> None:
-        """Close the attempt and say why it ended."""
+        """Close the attempt and record why it ended."""
         self.facts |= {"outcome": outcome, "reason": reason, "ended": time.time()}
-        runs.write_json(self.path, self.facts)
+        storage.write_json(self.path, self.facts)
 
 
 def acquire(folder: Path, owner: str, *, stale: float = STALE_SECONDS, retries: int = 2) -> Lease | None:
     """The next attempt at the run in `folder`, or None when it is held, or not to be tried again."""
     history = attempts(folder)
     last = history[-1] if history else None
-    record = runs.read(folder)  # after the history: a run that ended in between is seen as finished here
-    if record is not None and record["status"] in ("done", "diverged"):
+    record = records.read(folder)  # after the history: a run that ended in between is seen as finished here
+    if record is not None and record.finished:
         return None
     if exhausted(history, retries) or (last and last.outcome is None and not last.abandoned(stale)):
         return None
@@ -111,29 +111,15 @@ def acquire(folder: Path, owner: str, *, stale: float = STALE_SECONDS, retries: 
     if last and last.outcome is None:
         facts["took_over"] = f"attempt {last.number}, whose controller {last.facts.get('owner')} is gone"
     lease = Lease(folder, number, facts)
-    return lease if _create(lease.path, facts, owner) else None
+    return lease if storage.create(lease.path, json.dumps(facts)) else None
 
 
 def reset(folder: Path, owner: str, retries: int) -> None:
-    """Let a run that was given up be tried again."""
+    """Allow further attempts at a run that has no retries left."""
     history = attempts(folder)
     if exhausted(history, retries):
         path = folder / "attempts" / f"{history[-1].number + 1:04d}.json"
-        _create(path, {"owner": owner, "at": time.time(), "outcome": "reset"}, owner)
-
-
-def _create(path: Path, facts: dict[str, Any], owner: str) -> bool:
-    """Write `path` whole unless it exists; whether this call made it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{owner}")
-    partial.write_text(json.dumps(facts))
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        return False
-    finally:
-        partial.unlink()
-    return True
+        storage.create(path, json.dumps({"owner": owner, "at": time.time(), "outcome": "reset"}))
 
 
 @cache

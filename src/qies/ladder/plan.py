@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from qies import runs
+from qies import records
 from qies.config import RunConfig, StudyConfig
 from qies.ladder.controller import cores
 
@@ -20,11 +20,10 @@ def plan_table(study: StudyConfig) -> Table:
     for column in ("run", "arm", "size", "seed", "N", "tokens", "FLOPs", "time"):
         table.add_column(column, justify="left" if column in ("run", "arm") else "right", no_wrap=True)
     for config, seconds in zip(study.runs(), estimate(study), strict=True):
-        record = runs.plan(config, study.data.vocab_size)
-        n, tokens = record["params"]["non_embedding"], record["tokens"]
+        record = records.plan(config, study.data.vocab_size)
         table.add_row(
-            record["config_hash"][:8], config.arm, config.size, str(config.seed), f"{n:,}", f"{tokens / 1e6:.2f}M",
-            f"{record['flops']:.2e}", clock(seconds),
+            record.config_hash[:8], config.arm, config.size, str(config.seed), f"{record.non_embedding:,}",
+            f"{record.tokens / 1e6:.2f}M", f"{record.flops:.2e}", clock(seconds),
         )  # fmt: skip
     table.caption = "N: parameters without embedding and head; time: estimated"
     return table
@@ -37,8 +36,8 @@ def estimate(study: StudyConfig) -> list[float]:
     """
     out = []
     for config in study.runs():
-        record = runs.plan(config, study.data.vocab_size)
-        out.append(record["tokens"] * (SECONDS_PER_TOKEN + record["flops_per_token"] * SECONDS_PER_FLOP))
+        record = records.plan(config, study.data.vocab_size)
+        out.append(record.tokens * (SECONDS_PER_TOKEN + record.flops_per_token * SECONDS_PER_FLOP))
     return out
 
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qies import runs
+from qies import records
 from qies.config import StudyConfig
 from qies.errors import Stopped
 from qies.ladder.controller import check_batches, cores, devices, execute, finished, run_folder
@@ -17,6 +17,7 @@ from qies.ladder.grid import claim, prepare
 from qies.ladder.jobs import check, submit
 from qies.ladder.plan import longest_first
 from qies.ladder.progress import LadderProgress
+from qies.records import RunRecord
 
 
 def run_all(
@@ -28,7 +29,7 @@ def run_all(
     threads: int = 1,
     gpus: int = 0,
     **how: Any,
-) -> list[dict[str, Any]]:
+) -> list[RunRecord]:
     """Train every run of the study, with a progress bar. Returns the records.
 
     workers: by default the study's, else one per `threads` cores. how: keywords of `execute`.
@@ -44,7 +45,7 @@ def run_all(
     if todo:
         with LadderProgress(study, todo, workers, console) as watch:
             execute(planned, root, data, event=watch.event, workers=workers, threads=threads, gpus=gpus, **how)
-    return [r for c in study.runs() if (r := runs.read(run_folder(root, c))) is not None]
+    return [r for c in study.runs() if (r := records.read(run_folder(root, c))) is not None]
 
 
 def submit_all(
@@ -77,14 +78,14 @@ def submit_all(
     )  # fmt: skip
 
 
-def require_done(records: list[dict[str, Any]], folder: Path) -> None:
+def require_done(found: list[RunRecord], folder: Path) -> None:
     """Raise Stopped, naming the attempts below the study's `folder`, when runs have failed."""
-    failed = [str(folder / "runs" / r["config_hash"] / "attempts") for r in records if r["status"] == "failed"]
+    failed = [str(folder / "runs" / r.config_hash / "attempts") for r in found if r.status == "failed"]
     if failed:
         raise Stopped(f"{len(failed)} runs failed; see {', '.join(failed)}")
 
 
-def result_table(study: StudyConfig, records: list[dict[str, Any]]) -> Table:
+def result_table(study: StudyConfig, found: list[RunRecord]) -> Table:
     """Held-out bits per byte by arm, size and budget, means over the seeds, with throughput and peak memory."""
     title = f"study {study.name}: held-out bits per byte (loss in nats per token; on the clean part), tokens/s, memory"
     table = Table(title=title, box=box.SIMPLE_HEAD)
@@ -94,20 +95,20 @@ def result_table(study: StudyConfig, records: list[dict[str, Any]]) -> Table:
     for column in (*names, "tokens/s", "MiB"):
         table.add_column(column, justify="right")
     for arm in study.arms:
-        own = [r for r in records if r["arm"] == arm]
+        own = [r for r in found if r.arm == arm]
         cells = []
         for point in points:
-            here = [r for r in own if (r["size"], r["config"]["tokens"]) == point]
-            done = [r["metrics"] for r in here if r["status"] == "done"]
+            here = [r for r in own if (r.size, r.config["tokens"]) == point]
+            done = [r.metrics for r in here if r.status == "done"]
             if done:
                 mean = {k: sum(m[k] for m in done) / len(done) for k in ("val_bpb", "val_loss")}
                 clean = [m["val_loss_clean"] for m in done if "val_loss_clean" in m]
                 beside = f"; {sum(clean) / len(clean):.3f}" if clean else ""
                 cells.append(f"{mean['val_bpb']:.4f} ({mean['val_loss']:.3f}{beside})")
             else:
-                cells.append(", ".join(sorted({r["status"] for r in here})) or "-")
-        rates = [r["tokens_per_second"] for r in own if r["tokens_per_second"]]
-        memory = [r["peak_memory_bytes"] for r in own if r["peak_memory_bytes"]]
+                cells.append(", ".join(sorted({r.status for r in here})) or "-")
+        rates = [r.tokens_per_second for r in own if r.tokens_per_second]
+        memory = [r.peak_memory_bytes for r in own if r.peak_memory_bytes]
         rate = f"{sum(rates) / len(rates):,.0f}" if rates else "-"
         table.add_row(arm, *cells, rate, f"{max(memory) / 2**20:,.0f}" if memory else "-")
     return table

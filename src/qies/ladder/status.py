@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qies import runs
+from qies import records
 from qies.config import RunConfig, content_hash
 from qies.ladder.lease import STALE_SECONDS, attempts
 
@@ -24,14 +24,14 @@ def status(
     rows: list[dict[str, Any]] = []
     for config, estimate in zip(configs, estimates, strict=True):
         folder = root / content_hash(config)
-        record, history = runs.read(folder), attempts(folder)
-        state = record["status"] if record else "planned"
+        record, history = records.read(folder), attempts(folder)
+        state: str = record.status if record else "planned"
         if state in ("planned", "running", "failed"):
             if history and history[-1].outcome is None:
                 state = "stale" if history[-1].abandoned(stale) else "running"
             elif state == "running":
                 state = "waiting"
-        steps = runs.steps(folder)
+        steps = records.steps(folder)
         last = steps[-1] if steps else None
         done = last["step"] + 1 if last else 0
         each = last["seconds"] / done if last else estimate / config.steps

@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from qies import presets, runs
+from qies import presets
 from qies.config import DataConfig, TrainConfig, to_dict
 from qies.errors import UserError
+from qies.records import RunRecord, query
 
 
 def sweep(folder: Path) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def sweep(folder: Path) -> dict[str, Any]:
     nats a token) and onsets (tokens by seed; None where copying did not set in). The best variant has the lowest mean
     of those with the most seeds. Raises UserError when no run has finished or the folder holds one twice.
     """
-    records = [r for r in runs.query(folder) if r["status"] == "done"]
+    records = query(folder, status="done")
     if not records:
         raise UserError(f"{folder} holds no finished run; run the sweep first with qies ladder run.")
     settings = [_settings(record) for record in records]
@@ -31,22 +32,20 @@ def sweep(folder: Path) -> dict[str, Any]:
     cells: dict[tuple[str, str, int], dict[tuple[Any, ...], dict[str, dict[str, Any]]]] = defaultdict(dict)
     for record, values in zip(records, settings, strict=True):
         variant = tuple(_frozen(values.get(key)) for key in swept)
-        seeds = cells[record["arm"], record["size"], record["tokens"]].setdefault(variant, {})
-        if str(record["seed"]) in seeds:
-            raise UserError(
-                f"{folder} holds two identical runs: {record['arm']} {record['size']} seed {record['seed']}."
-            )
-        seeds[str(record["seed"])] = record["metrics"]
+        seeds = cells[record.arm, record.size, record.tokens].setdefault(variant, {})
+        if str(record.seed) in seeds:
+            raise UserError(f"{folder} holds two identical runs: {record.arm} {record.size} seed {record.seed}.")
+        seeds[str(record.seed)] = record.metrics
     order = sorted(cells, key=lambda cell: (presets.parse_size(cell[1]), cell[2], cell[0]))
     return {"schema": 1, "swept": swept, "cells": [_cell(*cell, cells[cell], swept) for cell in order]}
 
 
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
+def _settings(record: RunRecord) -> dict[str, Any]:
     """What the run's configuration sets of the model, of training and of its text, by dotted key.
 
     Text that has a hash is told by it, whatever it was called.
     """
-    config, defaults = record["config"], {"model": {}, "train": to_dict(TrainConfig()), "data": to_dict(DataConfig())}
+    config, defaults = record.config, {"model": {}, "train": to_dict(TrainConfig()), "data": to_dict(DataConfig())}
     settings = {f"{part}.{k}": v for part, known in defaults.items() for k, v in (known | config[part]).items()}
     if settings["data.hash"]:
         del settings["data.source"]

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from qies.errors import Stopped, UserError, leave, speaks
@@ -20,29 +19,16 @@ PATIENCE = 7 * 86_400.0  # seconds to wait for an orphan of a dead controller th
 
 def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> int:
     """Train the run in `folder` on the shards in `data`; the exit code."""
-    import torch
+    from qies import records
+    from qies.train.run import run
 
-    from qies import runs
-    from qies.config import RunConfig, from_dict
-    from qies.data.shards import open_shards
-    from qies.train.distributed import start
-    from qies.train.loop import Interrupted, train
-    from qies.train.tracking import tracking
-
-    torch.set_num_threads(threads)
     try:
-        record = runs.read(folder)
+        record = records.read(folder)
         if record is None:
             raise UserError(f"{folder} holds no run.json; plan the run first.")
-        config = from_dict(RunConfig, record["config"])
-        parent = os.getppid()
-        with ExitStack() as after, start(folder) as group:  # other ranks do not wait for a slow tracker
-            tracked = after.enter_context(tracking(track if group.rank == 0 else (), folder))
-            group.on_first(lambda: open_shards(data) and None)
-            shards = open_shards(data, checked=True)
-            train(config, shards, folder, patience=PATIENCE, progress=tracked, group=group, parent=parent)
-    except Interrupted as error:
-        return error.code
+        run(
+            record.run_config, folder, data=data, threads=threads, track=track, patience=PATIENCE, parent=os.getppid()
+        )  # fmt: skip
     except Stopped as error:
         print(error, file=sys.stderr)
         return error.code

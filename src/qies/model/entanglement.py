@@ -67,7 +67,7 @@ class Entanglement(nn.Module):
         given = self.inputs(x, mask, read_states(memory, len(self.groups)))
         for group, hooks, inputs in zip(self.groups, self.heads, given, strict=True):
             run = hooks.evolve if hooks.attached else evolve
-            o, state = run(inputs, group.mode, texts=texts)
+            o, state = run(inputs, group.mode, texts=texts)  # type: ignore[operator]
             outputs.append(o)
             states.append(state)
         if memory is not None:
@@ -95,7 +95,7 @@ class Entanglement(nn.Module):
             strict=True,
         )
         return [
-            Inputs(
+            Inputs(  # type: ignore[call-arg]
                 *(y.unflatten(-1, (group.heads, -1)) for y in (q, k, v)),
                 _kept(self._beta(group, logits), keep),
                 _kept(decay if self.config.decay == "head" else decay.unflatten(-1, (group.heads, -1)), keep),

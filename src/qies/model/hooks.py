@@ -52,7 +52,7 @@ class HeadHooks(nn.Module):
     def evolve(self, x: Inputs, mode: str, texts: Tensor | None) -> tuple[Tensor, Tensor]:
         """`qies.ops.entangle.evolve` with every point on the way."""
         points = (self.hook_q, self.hook_k, self.hook_v, self.hook_beta, self.hook_log_decay, self.hook_theta)
-        x = Inputs(*(None if y is None else p(y) for p, y in zip(points, x[:6], strict=True)), x.state)  # type: ignore[arg-type]
+        x = Inputs(*(None if y is None else p(y) for p, y in zip(points, x[:6], strict=True)), x.state)  # type: ignore[arg-type,call-arg]
         if self.hook_initial_state.attached:
             before = empty_state(x, mode) if x.state is None else x.state
             x = x._replace(state=self.hook_initial_state(before))

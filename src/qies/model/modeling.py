@@ -147,7 +147,7 @@ class QiesPreTrainedModel(PreTrainedModel):
         for name, module in self.named_modules():
             if not getattr(module, "_is_hf_initialized", False):
                 init_module(module, self.init_seed, self.name_in_base(name))
-                module._is_hf_initialized = True  # type: ignore[assignment]
+                module._is_hf_initialized = True
 
 
 class QiesModel(QiesPreTrainedModel):

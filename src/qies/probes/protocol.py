@@ -98,10 +98,10 @@ def train_probe(config: ProbeConfig, progress: Callable[[int, float], None] | No
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    rng = np.random.default_rng([config.seed, 0])
+    rng, lengths = np.random.default_rng([config.seed, 0]), training_lengths(config, chosen)
     start = time.monotonic()
-    for step in range(config.steps):
-        ids, targets = chosen.sample(rng, config.batch_size, training_length(config, chosen, step))
+    for step, length in enumerate(lengths):
+        ids, targets = chosen.sample(rng, config.batch_size, length)
         loss = model(torch.from_numpy(ids), shift_labels=torch.from_numpy(targets)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -121,15 +121,16 @@ def train_probe(config: ProbeConfig, progress: Callable[[int, float], None] | No
     }
 
 
-def training_length(config: ProbeConfig, chosen: Task, step: int) -> int:
-    """The length of a training step: doubling from 4 over the first half of the steps, then `config.length`.
+def training_lengths(config: ProbeConfig, chosen: Task) -> list[int]:
+    """The length of every step: doubling from 4 over the first half of the steps, then `config.length`.
 
-    A length that the task cannot fill is passed over.
+    A length that the task cannot fill is replaced by the next one that it can.
     """
     doublings = max(1, math.ceil(math.log2(config.length / 4)))
-    stage = min(doublings, step * 2 * doublings // config.steps)
-    lengths = [min(config.length, 4 * 2**i) for i in range(stage, doublings + 1)]
-    return next(length for length in lengths if _fits(chosen, length))
+    lengths = [min(config.length, 4 * 2**i) for i in range(doublings + 1)]
+    fitting = [length for length in lengths if _fits(chosen, length)]
+    stages = [next(other for other in fitting if other >= length) for length in lengths]
+    return [stages[min(doublings, step * 2 * doublings // config.steps)] for step in range(config.steps)]
 
 
 def _fits(chosen: Task, length: int) -> bool:

@@ -14,11 +14,10 @@ from statistics import fmean
 from typing import Any
 
 from qies.config import content_hash, to_dict
-from qies.data.files import make_folder
 from qies.errors import UserError
 from qies.plugins import load, loaded
 from qies.probes.protocol import SUCCESS, ProbeConfig, train_probe
-from qies.storage import write_text
+from qies.storage import make_folder, write_json
 
 SCHEMA = 1
 
@@ -64,7 +63,7 @@ def run_sweep(
             for done in as_completed(pending):
                 i = pending[done]
                 record = {"schema": SCHEMA, "config": to_dict(probes[i]), **done.result()}
-                write_text(_path(out, probes[i]), json.dumps(record, indent=1))
+                write_json(_path(out, probes[i]), record)
                 records[i] = record
                 progress(record)
         except BaseException:  # do not wait for what is still in training

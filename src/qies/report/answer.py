@@ -150,7 +150,7 @@ def _power(pair: Pair) -> list[str]:
 def _regime(study: Study, pair: Pair) -> str:
     """Sizes, tokens per parameter, context and corpus of the pair's finished runs."""
     runs = [run for run in study.done if run.arm in (pair["candidate"], pair["baseline"])]
-    configs = [mapping(run.record.get("config")) for run in runs]
+    configs = [run.record.config for run in runs]
     found: dict[str, list[Any]] = {
         "sizes": list(dict.fromkeys(cell.size for cell in study.cells if any(run.cell == cell for run in runs))),
         "tokens_per_parameter": [run.tokens / run.params for run in runs if run.tokens and run.params],
@@ -172,7 +172,7 @@ def _settings(study: Study, arms: Iterable[str]) -> str:
 
 
 def _positions(study: Study, arm: str) -> list[str]:
-    models = (mapping(run.record.get("model")) for run in study.done if run.arm == arm)
+    models = (run.record.model for run in study.done if run.arm == arm)
     return list(dict.fromkeys(positions(model) for model in models if model))
 
 

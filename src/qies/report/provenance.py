@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qies.analyses.formatting import count, digits, mebibytes, number, show, si
+from qies.analyses.formatting import count, digits, mebibytes, show, si
 from qies.analyses.parts import Section, Table
 from qies.analyses.records import Run, Study, listed, mapping
 
@@ -25,11 +25,12 @@ def settings(study: Study) -> Section:
         "tokens per run": ", ".join(dict.fromkeys(count(cell.tokens) for cell in study.cells)),
         "seeds": ", ".join(study.seeds),
         "runs": f"{len(study.done)} done of {len(study.runs)}",
-        "code version": ", ".join(sorted({show(run.record.get("code_version")) for run in study.runs})),
+        "code version": ", ".join(sorted({run.record.code_version for run in study.runs})),
         "command that runs it": f"qies study {place}/study.yaml{out}",
         "command that makes this page": f"qies report {place}",
     }
-    machine = mapping(largest.get("environment")) | {k: largest[k] for k in ("threads", "precision") if k in largest}
+    how = {"threads": largest.threads, "precision": largest.precision}
+    machine = largest.environment | {k: v for k, v in how.items() if v is not None}
     tables = [
         _facts("Study", facts),
         _facts("Environment", machine),
@@ -65,8 +66,8 @@ def runs(study: Study) -> Section:
 
 
 def _run_row(run: Run) -> list[str]:
-    skipped = number(run.record.get("skipped_steps"))
-    remarks = [show(run.record["error"])] if run.record.get("error") else []
+    skipped = run.record.skipped_steps
+    remarks = [run.record.error] if run.record.error else []
     remarks += [f"{skipped:.0f} non-finite steps skipped"] if skipped else []
     return [
         run.arm, run.size, run.seed, run.status, count(run.params), count(run.total_params), count(run.tokens),

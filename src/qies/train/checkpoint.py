@@ -1,4 +1,4 @@
-"""Resumable checkpoints: written aside, fsynced, sealed with a sha256 of each file, then renamed.
+"""Resumable checkpoints: written to a temporary directory, sealed with the sha256 of each file, flushed, then renamed.
 
 Tensors are stored by torch.distributed.checkpoint in its safetensors format, a file a process, so that any number of
 processes reads what any other wrote. DCP's default storage keeps its index (`.metadata`) as a pickle; it is not used,
@@ -11,9 +11,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
-import stat
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from qies.data.files import make_folder, sync
+from qies import storage
 from qies.errors import Stopped
 from qies.train.distributed import Group
 
@@ -82,16 +80,16 @@ def save(
 
 
 def newest(folder: Path, upto: int | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """Path and meta of the newest checkpoint whose seal holds, or None; names decide nothing.
+    """Path and metadata of the newest intact checkpoint, or None. The step is read from the metadata, not the name.
 
-    `upto` leaves out those of later steps. A broken one is named and passed over.
+    `upto` excludes later steps. A broken checkpoint is logged and skipped.
     """
     found = []
     for path in _entries(folder):
         try:
             found.append((_meta(path)["step"], path))
         except ValueError as e:
-            log.warning("checkpoint %s: %s; it is passed over", path, e)
+            log.warning("checkpoint %s: %s; it is skipped", path, e)
     for step, path in sorted(found, reverse=True):
         if upto is not None and step > upto:
             continue
@@ -120,11 +118,10 @@ def remove(folder: Path, milestones: Collection[int] = ()) -> None:
 
 
 def copy(path: Path, folder: Path) -> None:
-    """Put a copy of the checkpoint at `path` below `folder`, whole or not at all."""
+    """Copy the checkpoint at `path` to below `folder`, atomically."""
     partial = _partial(folder, _meta(path)["step"])
     for name in [SEAL, *_sealed(path)]:
         shutil.copyfile(path / name, partial / name, follow_symlinks=False)
-        sync(partial / name)
     _publish(partial)
 
 
@@ -157,12 +154,12 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _partial(folder: Path, step: int) -> Path:
-    """An empty folder to write into; what a killed save left is dropped."""
-    make_folder(folder)
+    """An empty directory to write to; the remains of a killed save are deleted."""
+    storage.make_folder(folder)
     for stale in folder.glob(f"{PREFIX}*.partial"):
         shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
     partial = folder / f"{PREFIX}{step:09d}.partial"
-    make_folder(partial)
+    storage.make_folder(partial)
     return partial
 
 
@@ -170,8 +167,6 @@ def _seal(partial: Path, meta: dict[str, Any]) -> Path:
     (partial / META).write_text(json.dumps(meta))
     files = {p.name: _digest(p) for p in sorted(partial.iterdir())}
     (partial / SEAL).write_text(json.dumps({"files": files, "sha256": _of_files(files)}))
-    for path in (*partial.iterdir(), partial):
-        sync(path)
     return _publish(partial)
 
 
@@ -180,8 +175,7 @@ def _publish(partial: Path) -> Path:
     final, n = partial.with_suffix(""), 1
     while final.exists():
         final, n = partial.with_name(f"{partial.stem}-{n}"), n + 1
-    os.rename(partial, final)
-    sync(final.parent)
+    storage.publish(partial, final)
     return final
 
 
@@ -234,33 +228,12 @@ def _meta(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Any:
-    try:
-        with _open(path) as file:
-            if os.fstat(file.fileno()).st_size > JSON_LIMIT:
-                raise ValueError(f"{path.name} is larger than {JSON_LIMIT} bytes")
-            return json.loads(file.read())
-    except RecursionError:
-        raise ValueError(f"{path.name} is nested too deeply") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{path.name} is not valid JSON") from None
+    return storage.read_json(path, JSON_LIMIT)
 
 
 def _digest(path: Path) -> str:
-    with _open(path) as file:
+    with storage.open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _open(path: Path) -> Any:
-    """A regular file, not followed if it is a symbolic link. Raises ValueError, in words."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as e:
-        raise ValueError(f"{path.name} is {'a symbolic link' if path.is_symlink() else 'missing'}") from e
-    file = os.fdopen(handle, "rb")
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        file.close()
-        raise ValueError(f"{path.name} is not a regular file")
-    return file
 
 
 def _of_files(files: dict[str, str]) -> str:

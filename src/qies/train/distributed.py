@@ -6,7 +6,6 @@ how many there are. Only the first writes records.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import sys
@@ -21,12 +20,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from qies import runs
+from qies import storage
 from qies.config import TrainConfig
 from qies.errors import GONE, Stopped, UserError
 from qies.model import QiesForCausalLM
@@ -34,7 +34,7 @@ from qies.train.sharded_init import fill, weights_on_meta
 
 T = TypeVar("T")
 # Of a collective: the others wait while the first builds data or checks the files of a checkpoint. A process that dies
-# is noticed by `_Watch`, far sooner.
+# is noticed by `_PeerWatch`, far sooner.
 TIMEOUT = timedelta(hours=2)
 POLL_SECONDS = 0.5
 START_SECONDS = 45.0  # for all processes to meet, where no torchrun sees to it that they start
@@ -129,7 +129,7 @@ def start(folder: Path) -> Iterator[Group]:
     if size == 1:
         yield Group(device=device)
         return
-    watch = _Watch(folder / RANKS, rank, size)
+    watch = _PeerWatch(folder / RANKS, rank, size)
     try:
         with watch.meeting():
             dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
@@ -188,18 +188,15 @@ def _integer(name: str, default: int, least: int, below: int | None = None) -> i
     return number
 
 
-class _Watch:
-    """Notices a process that died. Each holds a lock on a file of its own for as long as it lives; the kernel lets go
-    of it however it dies, and the others, who try it twice a second, see that. On several machines the run's folder
-    must be on a file system that locks across them."""
+class _PeerWatch:
+    """Detects a process of the group that died. Each holds a lock on a file of its own while it lives; the kernel
+    releases it however the process ends, and the others, which try it twice a second, find it free. On several
+    machines the run directory must be on a file system that locks across them."""
 
     def __init__(self, folder: Path, rank: int, size: int) -> None:
-        runs.make_folder(folder)
-        self.paths, self.rank = [folder / str(r) for r in range(size)], rank
-        for path in self.paths:
-            path.touch()
-        self.own = open(self.paths[rank], "w")  # noqa: SIM115 (held as long as this process runs)
-        fcntl.flock(self.own, fcntl.LOCK_EX)  # waits for a process of an earlier attempt that is still ending
+        storage.make_writable_folder(folder)
+        self.locks, self.rank = [storage.file_lock(folder / str(r)) for r in range(size)], rank
+        self.locks[rank].acquire()  # waits for a process of an earlier attempt that is still ending
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -220,11 +217,11 @@ class _Watch:
         """The sentence that names the processes that are gone, waiting for one up to `seconds`; or None."""
         end = time.monotonic() + seconds
         while True:
-            gone = [r for r, path in enumerate(self.paths) if r != self.rank and _is_free(path)]
+            gone = [r for r, lock in enumerate(self.locks) if r != self.rank and _is_free(lock)]
             if gone:
                 which = ", ".join(map(str, gone))
                 return (
-                    f"rank {which} of {len(self.paths)} {GONE}, so rank {self.rank} stops; "
+                    f"rank {which} of {len(self.locks)} {GONE}, so rank {self.rank} stops; "
                     "run the same command again to resume."
                 )
             if time.monotonic() >= end:
@@ -233,7 +230,7 @@ class _Watch:
 
     def close(self) -> None:
         self.closing.set()
-        self.own.close()
+        self.locks[self.rank].release()
 
     def _watch(self) -> None:
         while not self.closing.wait(POLL_SECONDS):
@@ -242,15 +239,16 @@ class _Watch:
 
     def _give_up(self) -> None:
         """The main thread waits in a collective for a process that will not answer."""
-        lost = self.lost() or f"another of {len(self.paths)} ranks does not answer; run the same command again."
+        lost = self.lost() or f"another of {len(self.locks)} ranks does not answer; run the same command again."
         print(f"qies: {lost}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
-def _is_free(path: Path) -> bool:
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
+def _is_free(lock: FileLock) -> bool:
+    """Whether no process holds the lock. For a moment this one does, so that another that asks may hear "held"."""
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    lock.release()
+    return True

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
-from qies import presets, runs
+from qies import presets, records, storage
 from qies.config import RunConfig, TrainConfig, changes, content_hash, recorded, to_dict
 from qies.data.batches import Batches, val_batches
-from qies.data.files import follow_umask
 from qies.data.shards import Shards
 from qies.errors import Stopped, UserError
 from qies.model import QiesConfig, QiesForCausalLM
+from qies.records import RunRecord, Status
 from qies.train import checkpoint, memory
 from qies.train.distributed import Group, check_batch
 from qies.train.induction import due, induction_gain, onset
@@ -89,7 +90,7 @@ def train(
     patience: float = 30.0,
     group: Group | None = None,
     parent: int | None = None,
-) -> dict[str, Any]:
+) -> RunRecord:
     """Train one run in `folder` and return its record; a finished run is returned as it is, an unfinished one resumed.
 
     Writes run.json, metrics.jsonl (a row a step), checkpoints while it runs, and `model/` (safetensors and
@@ -103,13 +104,13 @@ def train(
     check_batch(config.train, group.size)  # before anything is written
     with ExitStack() as held:
 
-        def opened() -> dict[str, Any]:
-            held.enter_context(runs.lock(folder, patience))
+        def opened() -> RunRecord:
+            held.enter_context(records.lock(folder, patience))
             return open_run(config, shards, folder)
 
         record = group.on_first(opened)
-        if record["status"] in ("done", "diverged"):
-            if record["status"] == "done" and group.rank == 0:  # a kill can come between the record and this
+        if record.finished:
+            if record.status == "done" and group.rank == 0:  # a kill can come between the record and this
                 checkpoint.remove(folder / CHECKPOINTS, config.milestones)
             return record
         stop = held.enter_context(_StopSignals())
@@ -145,9 +146,9 @@ class _Run:
         self.step, self.skipped, self.seconds = 0, 0, 0.0
         self.spikes = Spikes()
 
-    def go(self) -> dict[str, Any]:
+    def go(self) -> RunRecord:
         self._resume()
-        self.record.pop("error", None)  # of an attempt that failed
+        self.record = replace(self.record, error=None)  # of an attempt that failed
         if self.group.rank == 0:
             (self.folder / "error.log").unlink(missing_ok=True)
         memory.reset_peak()
@@ -166,7 +167,7 @@ class _Run:
             if self.step == self.config.steps or due(row["tokens"], self.train.seq_len * self.train.batch_size):
                 row["induction"] = self._induction()
             if self.group.rank == 0:
-                runs.append(self.folder, row)
+                records.append(self.folder, row)
                 if self.progress:
                     self.progress(row)
             if self.skipped > self.train.max_skipped:
@@ -222,7 +223,7 @@ class _Run:
     def _resume(self) -> None:
 
         def latest() -> tuple[Path, dict[str, Any]] | None:
-            written = len(runs.steps(self.folder))
+            written = len(records.steps(self.folder))
             found = checkpoint.newest(self.checkpoints)
             if found and found[1]["step"] > written:  # lost with the machine: rows are not fsynced, checkpoints are
                 log.warning("%s has %d steps; using a checkpoint of those", self.folder / "metrics.jsonl", written)
@@ -246,9 +247,9 @@ class _Run:
         self.step, self.skipped, self.seconds = meta["step"], meta["skipped"], meta["seconds"]
 
         def seen() -> Spikes:
-            runs.truncate_steps(self.folder, self.step)
+            records.truncate_steps(self.folder, self.step)
             spikes = Spikes()
-            for row in runs.steps(self.folder):
+            for row in records.steps(self.folder):
                 spikes.see(row["loss"])
             return spikes
 
@@ -282,7 +283,7 @@ class _Run:
             group=self.group,
         )
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self) -> RunRecord:
         train_loss = self.group.on_first(self._train_loss)
         if train_loss is None:
             return self._write("diverged", error="no step had a finite loss and gradient")
@@ -300,7 +301,7 @@ class _Run:
         metrics["train_loss"] = train_loss
         final, tokens = self._induction(), self.step * self.train.seq_len * self.train.batch_size
         ends = {"tokens": tokens, "induction": final}  # a run resumed at its last step has no row of it
-        first = self.group.on_first(lambda: onset([*runs.steps(self.folder), ends]))
+        first = self.group.on_first(lambda: onset([*records.steps(self.folder), ends]))
         metrics |= {"induction": final, "induction_onset": first}
         state = self.group.whole_state(self.model)
         self.group.on_first(lambda: self._publish(state))
@@ -311,7 +312,7 @@ class _Run:
 
     def _train_loss(self) -> float | None:
         """Mean of the last 50 finite losses; None where there is none."""
-        last = [row["loss"] for row in runs.steps(self.folder) if row["loss"] is not None][-50:]
+        last = [row["loss"] for row in records.steps(self.folder) if row["loss"] is not None][-50:]
         return sum(last) / len(last) if last else None
 
     def _induction(self) -> float | None:
@@ -329,25 +330,26 @@ class _Run:
             settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = tokenizer.eos_token_id
         whole.save_pretrained(self.folder / "model")
         for weights in (self.folder / "model").glob("*.safetensors"):
-            follow_umask(weights)
+            storage.follow_umask(weights)
         tokenizer.save_pretrained(self.folder / "model")
 
-    def _write(self, status: str, **more: Any) -> dict[str, Any]:
+    def _write(self, status: Status, **more: Any) -> RunRecord:
         done = self.step * self.train.seq_len * self.train.batch_size
-        self.record |= {
-            "status": status,
-            "skipped_steps": self.skipped,
-            "spikes": self.spikes.count,
-            "wall_seconds": round(self.seconds, 3),
-            "tokens_per_second": round(done / self.seconds, 1) if self.seconds else None,
-            "peak_memory_bytes": max(memory.peak(), self.record.get("peak_memory_bytes") or 0),
-            "processes": self.group.size,
-            "threads": torch.get_num_threads(),
-            "precision": "fp32" if self.precision is nullcontext else "bf16",
+        self.record = replace(
+            self.record,
+            status=status,
+            skipped_steps=self.skipped,
+            spikes=self.spikes.count,
+            wall_seconds=round(self.seconds, 3),
+            tokens_per_second=round(done / self.seconds, 1) if self.seconds else None,
+            peak_memory_bytes=max(memory.peak(), self.record.peak_memory_bytes or 0),
+            processes=self.group.size,
+            threads=torch.get_num_threads(),
+            precision="fp32" if self.precision is nullcontext else "bf16",
             **more,
-        }
+        )
         if self.group.rank == 0:
-            runs.write(self.folder, self.record)
+            records.write(self.folder, self.record)
         return self.record
 
 

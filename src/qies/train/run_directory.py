@@ -1,66 +1,67 @@
-"""Whose a run's folder is, and what must hold before training starts in it."""
+"""Validate and claim a run directory before training starts in it."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from qies import presets, runs
-from qies.config import RunConfig, changes, content_hash, from_dict, to_dict
+from qies import presets, records, storage
+from qies.config import RunConfig, changes, content_hash, to_dict
 from qies.data.shards import Shards
 from qies.errors import UserError
+from qies.records import RunRecord
 from qies.train import checkpoint
 from qies.train.distributed import RANKS
 
 CHECKPOINTS = "checkpoints"
 # What decides the shape of the model, the text or its order: a resumed run cannot have another.
 FIXED = ("arm", "size", "seed", "model.", "data.", "train.seq_len", "train.batch_size")
-OURS = {".lock", "data", "error.log", RANKS}  # what a folder may hold before its record is written
+CHANGEABLE = ("config", "config_hash", "learning_rates", "tokens", "steps", "flops")  # of a record, by a resumed run
+OURS = {".lock", "data", "error.log", RANKS}  # what a run directory may hold before its record is written
 log = logging.getLogger(__name__)
 
 
-def claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
-    """The record in `folder` if it can go on with `config`, None if the folder is free.
+def claim(config: RunConfig, folder: Path) -> RunRecord | None:
+    """The record in `folder` if the run of `config` can resume from it, or None if the directory is free.
 
-    Raises UserError, with the differences, when it holds anything else, so that nothing of another's is overwritten;
-    and for a folder that anyone may write, since a checkpoint there may be anyone's.
+    Raises UserError with the differences if it holds anything else, so that no other run is overwritten, and for a
+    directory that anyone may write, because a checkpoint there may come from anyone.
     """
-    runs.refuse_file(folder)
+    storage.refuse_file(folder)
     for path in (folder, folder / CHECKPOINTS):
         if path.exists() and path.stat().st_mode & stat.S_IWOTH:
             raise UserError(f"{path} can be written by anyone; chmod o-w it, or give another --out.")
-    runs.refuse_links(folder)
-    record = runs.read(folder)
+    records.refuse_links(folder)
+    record = records.read(folder)
     if record is None:
-        if folder.exists() and (other := {p.name for p in folder.iterdir()} - OURS):
+        names = {p.name for p in folder.iterdir()} if folder.exists() else set()
+        if other := {name for name in names - OURS if not storage.is_temporary(name)}:
             raise UserError(
                 f"{folder} holds no run but other files ({', '.join(sorted(other)[:3])}); give another --out."
             )
         return None
-    if not isinstance(record.get("config"), dict) or "config_hash" not in record:
-        raise UserError(f"{folder / 'run.json'} names no configuration; delete that run's folder and run it again.")
     if changed := _changes(config, folder, record):
         fixed = [c for c in changed if c.startswith(FIXED)]
-        if fixed or record["status"] in ("done", "diverged"):
+        if fixed or record.finished:
             why = "; ".join(fixed or changed)
             raise UserError(f"{folder} holds another run ({why}); give another --out or delete it.")
-    runs.require_same_definitions(config, record, folder)
+    records.require_same_definitions(config, record, folder)
     return record
 
 
-def open_run(config: RunConfig, shards: Shards, folder: Path) -> dict[str, Any]:
-    """The record in `folder` if it is this run's, or a new one. Raises UserError when it is another's.
+def open_run(config: RunConfig, shards: Shards, folder: Path) -> RunRecord:
+    """The record of this run in `folder`, or a new one. Raises UserError if the directory holds another run.
 
-    A change that a resumed run may have is shown, and logged in the record under `config_changes`.
+    A change of configuration that a resumed run may have is logged, and recorded under `config_changes`.
     """
     record = claim(config, folder)
     if record is None:
         _require_room(config, shards, folder)
-        record = runs.plan(config, shards.manifest.vocab_size) | {"data": shards.identity()}
-        runs.write(folder, record)
+        record = replace(records.plan(config, shards.manifest.vocab_size), data=shards.identity())
+        records.write(folder, record)
     elif other := _changes(config, folder, record):
         found = checkpoint.newest(folder / CHECKPOINTS)
         if found and found[1]["step"] > config.steps:
@@ -69,14 +70,17 @@ def open_run(config: RunConfig, shards: Shards, folder: Path) -> dict[str, Any]:
                 f"({'; '.join(other)}); give another --out."
             )
         log.warning("%s resumes with a changed configuration: %s", folder, "; ".join(other))
-        logged = [*record.get("config_changes", []), {"step": found[1]["step"] if found else 0, "changes": other}]
-        planned = runs.plan(config, shards.manifest.vocab_size)
-        record |= {k: planned[k] for k in ("config", "config_hash", "learning_rates", "tokens", "steps", "flops")}
-        record["config_changes"] = logged
-        runs.write(folder, record)
-    record.setdefault("data", shards.identity())
-    runs.require_same_data(shards, record, folder)
-    return record
+        planned = records.plan(config, shards.manifest.vocab_size)
+        record = replace(
+            record,
+            **{name: getattr(planned, name) for name in CHANGEABLE},
+            config_changes=[
+                *(record.config_changes or []), {"step": found[1]["step"] if found else 0, "changes": other},
+            ],
+        )  # fmt: skip
+        records.write(folder, record)
+    records.require_same_data(shards, record, folder)
+    return record if record.data is not None else replace(record, data=shards.identity())
 
 
 def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
@@ -87,9 +91,9 @@ def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
     Its record names the trunk and the step under `branch`. A folder that holds the run already is left as it is.
     """
     own = claim(config, folder)
-    if own is not None and own["status"] != "planned":
+    if own is not None and own.status != "planned":
         return
-    record = runs.read(trunk)
+    record = records.read(trunk)
     if record is None:
         raise UserError(f"{trunk} holds no run to branch from; give the folder of the longer run.")
     whole = _config(trunk, record)
@@ -106,7 +110,7 @@ def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
     if other := [c for c in changes(to_dict(whole), to_dict(config)) if not c.startswith(free)]:
         raise UserError(f"a branch of {trunk} can have another budget only, not {'; '.join(other)}.")
     # Of the rule for a size and budget a run takes the learning rates alone.
-    if whole.warmup_steps != config.warmup_steps or runs.learning_rates(whole) != runs.learning_rates(config):
+    if whole.warmup_steps != config.warmup_steps or records.learning_rates(whole) != records.learning_rates(config):
         raise UserError(
             f"warm-up or learning rates of {trunk} depend on its budget, so nothing can branch from it; "
             "train the longer run with train.warmup_tokens."
@@ -118,28 +122,28 @@ def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
             f"{trunk} has no checkpoint at step {upto} or before; train it with train.branches=[{config.tokens}]."
         )
     path, meta = found
-    planned = runs.plan(config, record["model"]["vocab_size"]) | {"data": record["data"]}
-    with runs.lock(folder):
+    planned = replace(records.plan(config, record.model["vocab_size"]), data=record.data)
+    with records.lock(folder):
         own = claim(config, folder)
-        if own is not None and own["status"] != "planned":  # branched by another process meanwhile
+        if own is not None and own.status != "planned":  # branched by another process meanwhile
             return
-        runs.write(folder, planned)  # killed from here on, the same command branches again
-        runs.truncate_steps(folder, 0)
-        for row in runs.steps(trunk)[: meta["step"]]:
-            runs.append(folder, row)
+        records.write(folder, planned)  # killed from here on, the same command branches again
+        records.truncate_steps(folder, 0)
+        for row in records.steps(trunk)[: meta["step"]]:
+            records.append(folder, row)
         checkpoint.copy(path, folder / CHECKPOINTS)
-        runs.write(folder, planned | {"branch": {"from": record["config_hash"], "step": meta["step"]}})
+        records.write(folder, replace(planned, branch={"from": record.config_hash, "step": meta["step"]}))
 
 
-def _config(folder: Path, record: dict[str, Any]) -> RunConfig:
+def _config(folder: Path, record: RunRecord) -> RunConfig:
     try:
-        return from_dict(RunConfig, record["config"])
+        return record.run_config
     except UserError as e:
         raise UserError(f"{folder} was written by another version ({e}); give another --out.") from None
 
 
-def _changes(config: RunConfig, folder: Path, record: dict[str, Any]) -> list[str]:
-    if record["config_hash"] == content_hash(config):
+def _changes(config: RunConfig, folder: Path, record: RunRecord) -> list[str]:
+    if record.config_hash == content_hash(config):
         return []
     return changes(to_dict(_config(folder, record)), to_dict(config))
 

@@ -26,7 +26,7 @@ def weights_on_meta() -> Iterator[None]:
     def discard(module: nn.Module, name: str, p: nn.Parameter) -> nn.Parameter:
         return p if p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad)  # tied weights stay one
 
-    hook = register_module_parameter_registration_hook(discard)
+    hook = register_module_parameter_registration_hook(discard)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -48,7 +48,7 @@ def whole_weights(model: QiesForCausalLM, name: str) -> dict[str, Tensor]:
     try:
         module._parameters.update({k: nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for k, p in blank.items()})
         init_module(module, model.init_seed, model.name_in_base(name))
-        return {leaf: module._parameters[leaf].detach() for leaf in blank}  # type: ignore[union-attr]
+        return {leaf: module._parameters[leaf].detach() for leaf in blank}
     finally:
         module._parameters.update(blank)
 

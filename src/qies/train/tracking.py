@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from qies import runs
+from qies import records
 from qies.errors import UserError, nearest, require
 
 SERIES = ("loss", "grad_norm", "lr_factor", "tokens", "seconds")  # of a row; what is missing or None is left out
@@ -66,15 +66,15 @@ class Trackio:
         import trackio
 
         self.trackio = trackio
-        record = runs.read(folder)
+        record = records.read(folder)
         assert record is not None
-        self.name = f"{record['arm']}-{record['size']}-seed{record['seed']}-{record['config_hash'][:8]}"
+        self.name = f"{record.arm}-{record.size}-seed{record.seed}-{record.config_hash[:8]}"
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             with contextlib.suppress(ValueError):  # that there is no project yet
                 for run in [run for run in trackio.Api().runs(self.PROJECT) if run.name == self.name]:
                     run.delete()
             self.run = trackio.init(
-                self.PROJECT, self.name, group=f"{record['arm']} {record['size']}", config=record["config"],
+                self.PROJECT, self.name, group=f"{record.arm} {record.size}", config=record.config,
                 embed=False, auto_log_gpu=False, auto_log_cpu=False,
             )  # fmt: skip
 
@@ -104,13 +104,13 @@ def parse(text: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def tracking(names: Sequence[str], folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields what takes each row of the run in `folder` once it is in metrics.jsonl; at the end the results follow."""
+    """Yields a function that takes each row of the run in `folder` once it is in metrics.jsonl; the results follow."""
     opened: list[Tracker] = []
 
     def fill(step: int) -> None:
         opened.extend(TRACKERS[name](folder, step) for name in names)
         for tracker in opened:
-            for row in runs.steps(folder)[tracker.start :]:
+            for row in records.steps(folder)[tracker.start :]:
                 write(tracker, row)
 
     def write(tracker: Tracker, row: Mapping[str, Any]) -> None:
@@ -122,15 +122,15 @@ def tracking(names: Sequence[str], folder: Path) -> Iterator[Callable[[dict[str,
         for tracker in opened:
             write(tracker, row)
 
-    before = runs.read(folder)
+    before = records.read(folder)
     try:
         yield see
-        after = runs.read(folder)
-        if names and after and after["status"] == "done" and (before is None or before["status"] != "done"):
+        after = records.read(folder)
+        if names and after and after.status == "done" and (before is None or before.status != "done"):
             if not opened:  # every step was done before, and only the end was missing
-                fill(after["steps"])
+                fill(after.steps)
             for tracker in opened:
-                tracker.write(after["steps"], {k: after["metrics"][k] for k in RESULTS if k in after["metrics"]})
+                tracker.write(after.steps, {k: after.metrics[k] for k in RESULTS if k in after.metrics})
     finally:
         for tracker in opened:
             tracker.close()

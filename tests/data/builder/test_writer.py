@@ -154,7 +154,6 @@ SLOW = (pytest.mark.slow, pytest.mark.timeout(1200))
 KILLED = (
     "import sys, json, os, signal\n"
     "from qies.config import DataConfig; from qies.data.builder.pipeline import build_shards\n"
-    "import qies.data.files as files\n"
     "real, left = os.replace, int(sys.argv[4])\n"
     "def until(a, b):\n"
     "    global left\n"

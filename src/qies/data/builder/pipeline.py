@@ -7,7 +7,6 @@ resumes when it is started again with the same arguments.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from dataclasses import dataclass, replace
@@ -24,7 +23,6 @@ from qies.data.builder.state import PROGRESS, SEEN, BuildState, load_state
 from qies.data.builder.streams import open_stream
 from qies.data.builder.tokenizer import SAMPLE, LosslessEncoder, open_tokenizer, save_tokenizer, train_tokenizer
 from qies.data.builder.writer import Plan, Writer
-from qies.data.files import exclusive, replacing, sync
 from qies.data.manifest import (
     MANIFEST,
     SCHEMA,
@@ -42,15 +40,14 @@ from qies.data.sources.documents import DocumentStream
 from qies.data.sources.files import is_below, require_utf8
 from qies.data.tokenizer import END, end_token, read_tokenizer, tokenizer_sha256, vocabulary_size
 from qies.errors import UserError
+from qies.storage import exclusive, publish, replacing
 
 SHARD_TOKENS = 1 << 27  # tokens in a full shard: 256 MB in uint16
 
 _PROBED = 1_000_000  # characters encoded with a given tokenizer before the build starts
 _SURVEY = 10_000_000  # characters sampled if no tokenizer is trained
 _MARKER = ".building"  # exists while a build runs or after an interrupted one; its lock makes a second build wait
-_OWN = re.compile(
-    r"(train|val)-\d{5}\.bin(\.tmp)?|tokenizer(\.tmp)?|manifest\.json\.tmp|progress\.json(\.tmp)?|seen\.bin"
-)
+_OWN = re.compile(r"(train|val)-\d{5}\.bin|tokenizer(\.tmp)?|progress\.json|seen\.bin|\..*\.tmp")
 
 
 @dataclass(frozen=True)
@@ -286,7 +283,4 @@ def _clear(out: Path, kept: set[str]) -> None:
 def _save_tokenizer(tokenizer: Tokenizer, out: Path, end: str) -> None:
     temporary = out / f"{TOKENIZER}.tmp"
     save_tokenizer(tokenizer, temporary, end)
-    for path in (*temporary.iterdir(), temporary):
-        sync(path)
-    os.replace(temporary, out / TOKENIZER)
-    sync(out)
+    publish(temporary, out / TOKENIZER)

@@ -22,10 +22,10 @@ from qies.data.builder.encoding import Encoded, Texts, encoder, in_order
 from qies.data.builder.progress import Progress, Step
 from qies.data.builder.split import split_hash
 from qies.data.builder.state import PROGRESS, SEEN, BuildState, read_digests
-from qies.data.files import replacing
 from qies.data.manifest import SPLITS, Counts, Dropped, Shard, SourceSpan
 from qies.data.sources.documents import Document, DocumentStream
 from qies.data.tokenizer import end_token, read_tokenizer
+from qies.storage import replacing
 
 BATCH_CHARACTERS = 1_000_000
 

@@ -111,7 +111,7 @@ def _one_row_per_text(x: Inputs, mode: str, backend: str, texts: Tensor) -> tupl
         return y.new_zeros(len(begin), longest, *y.shape[2:]).index_put((number, place), y.flatten(0, 1))
 
     state = x.state[begin // texts.shape[1]]  # type: ignore[index]
-    o, last = evolve(Inputs(*map(rows, x[:-1]), state), mode, backend)  # type: ignore[arg-type]
+    o, last = evolve(Inputs(*map(rows, x[:-1]), state), mode, backend)  # type: ignore[arg-type,call-arg]
     return o[number, place].view(x.v.shape), last[number.view_as(texts)[:, -1]]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qies.errors import UserError
+from qies.records import read
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 SEPARATORS = ";\t,"  # of equally many in the head, the first
@@ -19,12 +20,10 @@ SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # the first line that Exc
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """One flat dictionary a row, nested names joined by dots. Raises UserError for an unreadable table."""
     if path.is_dir():
-        from qies import runs  # the run record's own reader, which checks the schema
-
-        records = [(p.parent, runs.read(p.parent)) for p in sorted(path.glob("**/run.json"))]
-        if not records:
+        found = [(p.parent, read(p.parent)) for p in sorted(path.glob("**/run.json"))]
+        if not found:
             raise UserError(f"{path} has no run record (run.json); give a table or a directory of runs.")
-        return [{**_flat(record or {}), "name": str(folder.relative_to(path))} for folder, record in records]
+        return [{**_flat(r.to_dict()), "name": str(folder.relative_to(path))} for folder, r in found if r is not None]
     if not path.is_file():
         raise UserError(f"no table at {path}; give a file or a directory of run records.")
     kind = path.suffix.lower()

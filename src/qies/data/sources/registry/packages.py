@@ -26,6 +26,7 @@ from qies.config import from_dict
 from qies.data.sources.registry.archives import read_files
 from qies.data.sources.registry.extract import READERS, read_text
 from qies.errors import UserError
+from qies.storage import publish
 
 CLIENTS = {"pip": "pip", "npm": "npm", "apt": "apt-get"}  # client -> command
 PINS = Path(__file__).with_name("pins.yaml")
@@ -139,7 +140,7 @@ def fetch(pin: Pin, folder: Path) -> Path:
             if len(found) != 1:
                 raise UserError(f"{pin.client} downloaded no archive of {pin.package} {pin.version}; try again")
             _check(pin, found[0])
-            os.replace(found[0], path)
+            publish(found[0], path)
     _check(pin, path)
     return path
 

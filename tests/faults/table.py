@@ -15,13 +15,13 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from faults.controllers import controllers
+from faults.inputs import bad_inputs, cases
+from faults.kills import EARLY, EARLY_TOLERANCE, SECONDS_TO_END, TOLERANCE, kills, lost_ranks, moves
+from faults.lab import Lab, Outcome
+from faults.steps import bad_batches
+from faults.storage import damages, full_disks, hostile_folders
 from qies.errors import UserError, nearest
-from qies.faults.controllers import controllers
-from qies.faults.inputs import bad_inputs, cases
-from qies.faults.kills import EARLY, EARLY_TOLERANCE, SECONDS_TO_END, TOLERANCE, kills, lost_ranks, moves
-from qies.faults.lab import Lab, Outcome
-from qies.faults.steps import bad_batches
-from qies.faults.storage import damages, full_disks, hostile_folders
 
 EVERY = 1000  # more than the cases there are
 
@@ -135,14 +135,14 @@ def table(rows: Sequence[Row], seed: int) -> Table:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The result of `qies bench faults` as the Markdown of docs/faults.md."""
+    """The result of `make faults` as the Markdown of docs/faults.md."""
     cells = [(r["what"], r["injections"], r["held"], r["must_hold"], f"{r['seconds']:.0f}") for r in result["faults"]]
     lines = ["| fault | injected | held | must hold | s |", "|---|---:|---:|---|---:|"]
     lines += [f"| {' | '.join(map(str, c))} |" for c in cells]
     seeds = ", ".join(map(str, sorted({r["seed"] for r in result["faults"]})))
     text = "\n\n".join([
         "# Faults",
-        "Made by `qies bench faults --out results/reference/bench/faults.json --markdown docs/faults.md`; the JSON has "
+        "Made by `make faults`; results/reference/bench/faults.json has "
         f"every injection and the commit of each row. {result['environment']['cores']} cores, "
         f"{result['environment']['machine']}, moments drawn from seed {seeds}.",
         "\n".join(lines),

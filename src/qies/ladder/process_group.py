@@ -1,4 +1,10 @@
-"""The processes of one run: one, or one for each of its GPUs, which find each other as torchrun's do."""
+"""The processes of one run: one, or one per GPU, with the environment that torchrun would set.
+
+torchrun itself is not used, because a controller decides by what its agent hides. The agent exits with 1 whatever the
+exit code of a worker, so that bad input (2, never retried) and a run that saved after a signal (143, not a failure)
+could not be told from a failure. And a worker stops when its parent is gone; below an agent, which outlives a killed
+controller, it would go on while another controller takes the run over.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-class Ranks:
-    """`count` processes of one command, as far as a controller wants to know of them: like one `Popen`.
+class ProcessGroup:
+    """`count` processes of one command, with the part of the interface of `Popen` that a controller uses.
 
     When one dies the others end by themselves within seconds (`qies.train.distributed`).
     """
@@ -34,13 +40,13 @@ class Ranks:
 
     @property
     def returncode(self) -> int:
-        """Of the ended processes: 0 if all ended well; else that of one a signal ended, or else of the first that did
-        not: what the others end with is its consequence."""
+        """The exit code of the ended processes: 0 if all succeeded, else that of one that a signal ended, else the
+        first non-zero one; the codes of the others are consequences."""
         return next((code for code in self.codes if code < 0), self.codes[0] if self.codes else 0)
 
     @property
     def codes(self) -> list[int]:
-        """Of the processes that did not end well, in the order of ranks."""
+        """The non-zero exit codes, in the order of ranks."""
         return [p.returncode for p in self.processes if p.returncode]
 
     def terminate(self) -> None:

@@ -13,8 +13,8 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from qies import runs
-from qies.faults.lab import Lab, Outcome, one_line, rows_written
+from faults.lab import Lab, Outcome, one_line, rows_written
+from qies import records
 from qies.train import checkpoint
 from qies.train.run_directory import CHECKPOINTS
 
@@ -61,7 +61,7 @@ def damaged(lab: Lab, rng: random.Random, size: int, name: str, how: str) -> Out
     """Damage one file of the newest checkpoint and go on: it is named, and the one before it is used."""
     out = lab.copy(lab.interrupted(size))
     newest, previous = newest_two(out)
-    before = runs.steps(out)
+    before = records.steps(out)
     what = f"{damage(newest / name, how, rng)} (of {size})"
     launch = lab.train(out, size=size)
     if launch.codes() != [0] * size:
@@ -70,7 +70,7 @@ def damaged(lab: Lab, rng: random.Random, size: int, name: str, how: str) -> Out
     if f"checkpoint {newest}: " not in said or not (name in said or "seal" in said):
         return Outcome(what, f"it is not named: {said}")
     kept = json.loads(previous.name.removeprefix(checkpoint.PREFIX).lstrip("0"))
-    if runs.steps(out)[:kept] != before[:kept]:  # with their times, which a second reckoning would change
+    if records.steps(out)[:kept] != before[:kept]:  # with their times, which a second reckoning would change
         return Outcome(what, f"the {kept} steps of the checkpoint before were taken again")
     wrong = lab.resumed(out, size)
     shutil.rmtree(out)

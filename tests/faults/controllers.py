@@ -8,10 +8,10 @@ import signal
 import time
 from collections.abc import Iterator
 
+from faults.lab import Lab, Outcome, differs
 from qies import config as configs
-from qies import presets, runs
+from qies import presets, records
 from qies.config import StudyConfig
-from qies.faults.lab import Lab, Outcome, differs
 from qies.ladder import run_folder
 from qies.ladder.lease import attempts
 
@@ -44,7 +44,8 @@ def race(lab: Lab, rng: random.Random, study: StudyConfig, killed: bool) -> Outc
     for config in planned:
         run = run_folder(folder / "runs", config)
         done = [a.number for a in attempts(run) if a.outcome == "done"]
-        if killed and not done and attempts(run)[-1].outcome is None and (runs.read(run) or {})["status"] == "done":
+        record = records.read(run)
+        if killed and not done and attempts(run)[-1].outcome is None and record and record.status == "done":
             done = [attempts(run)[-1].number]  # it ended after its controller was killed
         if len(done) != 1:
             wrong = wrong or f"seed {config.seed}: attempts {done} say that they did the run"

@@ -18,14 +18,15 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
+from faults import victim
 from qies import config as configs
-from qies import runs
+from qies import records
 from qies.config import DataConfig, RunConfig, TrainConfig
 from qies.data.builder.pipeline import build_shards
 from qies.data.locate import locate
-from qies.faults import victim
 from qies.train.run_directory import CHECKPOINTS
 
+TESTS = Path(__file__).parents[1]  # the fork server imports this package from there
 SETTINGS = TrainConfig(
     seq_len=32, batch_size=4, eval_tokens=512, save_every=4, warmup=0.1, precision="fp32", muon_precision="fp32"
 )
@@ -69,6 +70,9 @@ class Launch:
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([victim.__name__])
+        paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if str(TESTS) not in paths:
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), *paths]))
         before_all = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C as it imports is ours to tell
         ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, before_all)
@@ -205,16 +209,16 @@ def rows_written(out: Path) -> int:
 
 def differs(out: Path, reference: Path, steps: int) -> str:
     """What of the run in `out` is not that of `reference` (rows but for their times, metrics, weights), or ""."""
-    record, expected = runs.read(out), runs.read(reference)
-    if record is None or expected is None or record["status"] != "done":
-        return f"its status is {record and record['status']}"
-    ours, theirs = ([{**row, "seconds": 0} for row in runs.steps(f)] for f in (out, reference))
+    record, expected = records.read(out), records.read(reference)
+    if record is None or expected is None or record.status != "done":
+        return f"its status is {record and record.status}"
+    ours, theirs = ([{**row, "seconds": 0} for row in records.steps(f)] for f in (out, reference))
     if [row["step"] for row in ours] != list(range(steps)):
         return f"a step is missing or there twice: {[row['step'] for row in ours]}"
     if ours != theirs:
         first = next(a["step"] for a, b in zip(ours, theirs, strict=True) if a != b)
         return f"metrics differ from step {first}"
-    if record["metrics"] != expected["metrics"]:
+    if record.metrics != expected.metrics:
         return "the held-out metrics differ"
     name = "model/model.safetensors"
     if hashlib.sha256((out / name).read_bytes()).digest() != hashlib.sha256((reference / name).read_bytes()).digest():

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qies import runs
-from qies.faults.lab import Lab, Launch, Outcome, rows_written, saving
+from faults.lab import Lab, Launch, Outcome, rows_written, saving
+from qies import records
 
 SECONDS_TO_END = 60.0  # for a rank whose peer is gone
 # Between one process and two, fp32 sums in another order, which training amplifies; another batch is 0.05 nats apart.
@@ -106,7 +106,7 @@ def move(lab: Lab, rng: random.Random, sizes: Sequence[int] = (2, 1, 2)) -> Outc
             expected = 128 + signal.SIGTERM
         if (codes := launch.codes()) != [expected] * size:
             return Outcome(f"stopped at {stops}", f"{size} processes ended with {codes}: {launch.errors}")
-    ours, theirs = runs.steps(out), runs.steps(lab.undisturbed())
+    ours, theirs = records.steps(out), records.steps(lab.undisturbed())
     what = f"{' -> '.join(map(str, sizes))} processes, told to stop after steps {stops}"
     if [r["step"] for r in ours] != list(range(lab.steps)):
         return Outcome(what, "a step is missing or there twice")

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from faults.lab import Lab, Outcome, one_line, rows_written
 from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
 from qies.data.manifest import MANIFEST, Manifest, dumps, read_manifest
 from qies.data.shards import TOKENIZER
-from qies.faults.lab import Lab, Outcome, one_line, rows_written
 
 BAD_YAML = (
     "arm: qies\n  size: [50k",

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from qies import runs
-from qies.faults.lab import Lab, Outcome
+from faults.lab import Lab, Outcome
+from qies import records
 from qies.train import loop
 
 FACTORS = {"nan": float("nan"), "infinity": float("inf")}
@@ -90,10 +90,11 @@ def bad_batch(lab: Lab, rng: random.Random, what: str, size: int = 1) -> Outcome
     moved = [json.loads(note.with_suffix(f".{r}").read_text()) for r in range(size)]
     if moved != [{str(step): 0}] * size:
         return Outcome(said, f"tensors moved, by rank and step: {moved}")
-    skipped = {row["step"]: row["skipped"] for row in runs.steps(out) if "skipped" in row}
+    skipped = {row["step"]: row["skipped"] for row in records.steps(out) if "skipped" in row}
     expected = {step: "spike" if what == "spike" else "non-finite loss"}
-    record = runs.read(out) or {}
-    counted = record["spikes"] if what == "spike" else record["skipped_steps"]
+    record = records.read(out)
+    assert record is not None
+    counted = record.spikes if what == "spike" else record.skipped_steps
     if skipped != expected or counted != 1:
         return Outcome(said, f"recorded as {skipped}, counted {counted}")
     return Outcome(said)

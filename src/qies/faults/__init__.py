@@ -1,9 +1,0 @@
-"""Faults injected into real runs, and what must hold after each. `qies bench faults` makes the table of docs/faults.md.
-
-Every fault is one function that injects it once and says how it ended; the tests call the same functions.
-"""
-
-from qies.faults.lab import Outcome
-from qies.faults.table import FAULTS, Fault, Row, chosen, joined, page, run, table, total
-
-__all__ = ["FAULTS", "Fault", "Outcome", "Row", "chosen", "joined", "page", "run", "table", "total"]

@@ -1,0 +1,97 @@
+"""Train one run: the only entry, for the command line, the workers of a ladder, and Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qies import records, storage
+from qies.config import RunConfig
+from qies.data.builder.pipeline import build_shards
+from qies.data.manifest import MANIFEST, Manifest
+from qies.data.shards import open_shards
+from qies.errors import UserError
+from qies.records import RunRecord
+from qies.train.distributed import check_batch, rank_and_size, start
+from qies.train.loop import Progress, check_data, train
+from qies.train.run_directory import branch, claim
+from qies.train.tracking import tracking
+
+
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    data: Path | None = None,
+    branch_from: Path | None = None,
+    resume: bool = True,
+    threads: int = 1,
+    track: Sequence[str] = (),
+    progress: Callable[[], AbstractContextManager[Progress]] | None = None,
+    built: Callable[[Manifest], None] | None = None,
+    patience: float = 30.0,
+    parent: int | None = None,
+) -> RunRecord:
+    """Train the run of `config` in the directory `out`, or resume it, and return its record.
+
+    Called alike by every process that torchrun started; the first one writes.
+
+    Args:
+        config: The run; the source of its text is as `qies.data.locate` returns it.
+        out: The run directory. What it holds of this run is resumed, and a finished run is returned as it is.
+        data: The directory of shards. By default `config.data.source` if it is one, else `out/data`, which is built.
+        branch_from: The directory of a longer run, from a checkpoint of which this one starts (`run_directory.branch`).
+        resume: Whether `out` may hold the run already.
+        threads: CPU threads.
+        track: Names of trackers that get the metrics too (`train.tracking`).
+        progress: Called by the first process once the data are ready; the context takes each row of metrics.
+        built: Called with the manifest of shards that this call built.
+        patience: Seconds to wait for another process that trains in `out`.
+        parent: The id of the process whose end stops the run, as SIGTERM would.
+
+    Raises:
+        UserError: The configuration is invalid, or `out` holds something else. Nothing has been written.
+        Stopped: The disk is full or a process of the group is gone. The same call resumes the run.
+        Interrupted: SIGTERM or SIGINT arrived, and the state is saved. The same call resumes the run.
+    """
+    if not resume and records.read(out) is not None:
+        raise UserError(f"{out} holds a run already; omit --no-resume or give another --out.")
+    records.plan(config, config.data.vocab_size)
+    check_batch(config.train, rank_and_size()[1])
+    torch.set_num_threads(threads)
+
+    def prepare() -> Path:
+        claim(config, out)
+        storage.make_writable_folder(out)
+        place = data or Path(config.data.source)
+        if data is None and not (place / MANIFEST).is_file():
+            place = out / "data"
+            there = (place / MANIFEST).is_file()
+            manifest = build_shards(config.data, place)
+            if built is not None and not there:
+                built(manifest)
+        check_data(open_shards(place), config.train)
+        if branch_from is not None:
+            branch(config, branch_from, out)
+        return place
+
+    claim(config, out)
+    with ExitStack() as after, start(out) as group:  # the other ranks do not wait for a tracker that closes slowly
+        shards = open_shards(group.on_first(prepare), checked=True)
+        first = group.rank == 0
+        shown = after.enter_context(progress() if first and progress is not None else nullcontext(_ignore))
+        tracked = after.enter_context(tracking(track if first else (), out))
+
+        def tell(row: dict[str, Any]) -> None:
+            shown(row)
+            tracked(row)
+
+        return train(config, shards, out, progress=tell, patience=patience, group=group, parent=parent)
+
+
+def _ignore(row: dict[str, Any]) -> None:
+    """No progress is shown."""
