@@ -8,7 +8,6 @@ from torch import Tensor
 from qies.errors import UserError, nearest
 from qies.ops.autograd import transformed
 from qies.ops.entangle.chunk import entangle_chunk
-from qies.ops.entangle.exported import of_any_length
 from qies.ops.entangle.fla import entangle_fla, obstacle
 from qies.ops.entangle.layout import Inputs, first_tokens, readable, reset_at
 from qies.ops.entangle.naive import empty_state, entangle_naive
@@ -88,6 +87,26 @@ def evolve(x: Inputs, mode: str = "real", backend: str = "auto", texts: Tensor |
         return entangle_fused(x, mode)
     run = {"naive": entangle_naive, "chunk": entangle_chunk, "step": entangle_step, "fla": entangle_fla}[backend]
     return run(x, mode)
+
+
+# The op as one node of an exported program whose text may have any length: a loop over chunks would be unrolled for the
+# length of the example. The node runs the fastest form of the machine that runs the program; import this module before
+# loading a saved program. It has no gradient.
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor log_alpha, Tensor? theta, Tensor? state, str mode)"
+    " -> (Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("qies::entangle", mutates_args=(), schema=_SCHEMA)
+def of_any_length(q, k, v, beta, log_alpha, theta, state, mode):
+    """`entangle` of arguments that are known to fit; same shapes and returns."""
+    return evolve(Inputs(q, k, v, beta, log_alpha, theta, state), mode)
+
+
+@of_any_length.register_fake
+def _shapes(q, k, v, beta, log_alpha, theta, state, mode) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(v), empty_state(Inputs(q, k, v, beta, log_alpha, theta, state), mode)
 
 
 def _fits_kernel(x: Inputs) -> bool:
