@@ -12,7 +12,7 @@ from qies.analyses.formatting import count, digits, percent, show
 from qies.analyses.parts import Chart, Section, Table
 from qies.analyses.records import Study
 from qies.plotting import GREY, Axis, Figure, Line, Panel, Points, Style, style
-from qies.plotting.figure import Mark
+from qies.plotting.marks import Mark
 
 KINDS = {"von_neumann": "von Neumann", "renyi2": "Rényi-2", "page": "Page", "ceiling": "ceiling"}
 # Schmidt probabilities below this are float32 rounding errors.

@@ -11,7 +11,7 @@ from qies.analyses.parts import Chart, Section, Table
 from qies.analyses.records import Cell, Study
 from qies.config import INDUCTION_ONSET
 from qies.plotting import GREY, Axis, Band, Figure, Line, Panel, Style, styles
-from qies.plotting.figure import Mark
+from qies.plotting.marks import Mark
 from qies.scaling.comparison.copying import Copying
 
 

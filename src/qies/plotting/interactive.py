@@ -5,11 +5,14 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qies.plotting.axes import Scale
-from qies.plotting.figure import Band, Entry, Figure, Line, Mark, Note, Panel, Points
+from qies.plotting.marks import Band, Entry, Line, Mark, Note, Panel, Points
 from qies.plotting.style import Style
+
+if TYPE_CHECKING:
+    from qies.plotting.figure import Figure
 
 GRID = "rgba(128,128,128,0.28)"
 GAP = 0.11  # of the whole, between panels

@@ -10,7 +10,7 @@ import io
 import math
 import re
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 from zlib import crc32
 
@@ -25,8 +25,11 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from qies.plotting.axes import Scale
-from qies.plotting.figure import Band, Figure, Line, Note, Panel, Points
+from qies.plotting.marks import Band, Line, Note, Panel, Points
 from qies.plotting.style import Style
+
+if TYPE_CHECKING:
+    from qies.plotting.figure import Figure
 
 SINGLE, IN_A_GRID = (480, 330), (300, 240)  # width and height of a panel with its labels, in points
 FONT = 14

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from qies.errors import UserError, nearest
 from qies.plotting import GREY, Axis, Band, Figure, Line, Note, Panel, Points, Style, style, styles
 from qies.plotting.axes import si
-from qies.plotting.figure import Mark
+from qies.plotting.marks import Mark
 from qies.scaling.laws.forms import surface_form
 from qies.scaling.laws.frontier import SIX_ND, optimum
 
