@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qies import config as configs
-from qies import records, study
+from qies import records
 from qies.cli import VERBS
 from qies.config import DataConfig, RunConfig, StudyConfig, content_hash
 from qies.data.builder.pipeline import build_shards
@@ -17,6 +17,7 @@ from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
 from qies.data.locate import locate
 from qies.data.manifest import Build
 from qies.errors import UserError
+from qies.ladder import grid
 from qies.terminal import run
 from qies.train.run_directory import claim, open_run
 
@@ -155,16 +156,16 @@ def test_a_branch_finds_the_text_in_its_trunk(here: Path, capsys, monkeypatch) -
 
 def test_a_study_knows_its_text_again(here: Path, tiny) -> None:
     plain = StudyConfig("x", ("qies",), ("50k",), train=tiny, data=DataConfig("d", 400, 0.2))
-    first = study.claim(locate(plain), here / "out")
-    study.prepare(first, here / "out", Console(quiet=True))
+    first = grid.claim(locate(plain), here / "out")
+    grid.prepare(first, here / "out", Console(quiet=True))
     shutil.move("d", "moved")
     moved = locate(replace(plain, data=replace(plain.data, source="moved/")))
-    claimed = study.claim(moved, here / "out")
+    claimed = grid.claim(moved, here / "out")
     assert [content_hash(c) for c in claimed.runs()] == [content_hash(c) for c in first.runs()]
-    assert study.prepare(claimed, here / "out", Console(quiet=True)) == here / "out" / "data"
+    assert grid.prepare(claimed, here / "out", Console(quiet=True)) == here / "out" / "data"
     next(Path("moved").glob("*.txt")).write_text("other text")
     with pytest.raises(UserError, match=r"different study \(data.hash: "):
-        study.claim(locate(moved), here / "out")
+        grid.claim(locate(moved), here / "out")
 
 
 @pytest.mark.parametrize("before", ["d", "d/", "absolute"])
@@ -173,7 +174,7 @@ def test_a_study_from_before_texts_had_hashes_keeps_the_names_of_its_runs(before
     old = StudyConfig("x", ("qies",), ("50k",), train=tiny, data=DataConfig(source, 400, 0.2))
     (here / "out").mkdir()
     configs.save(old, here / "out" / "study.yaml")
-    claimed = study.claim(locate(old), here / "out")
+    claimed = grid.claim(locate(old), here / "out")
     assert [content_hash(c) for c in claimed.runs()] == [content_hash(c) for c in old.runs()]
 
 

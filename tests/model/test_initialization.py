@@ -6,8 +6,8 @@ from tiny_models import VARIANTS, build, config
 
 from qies import presets
 from qies.model import QiesConfig, QiesForCausalLM, QiesModel
-from qies.model.entanglement import Entanglement
 from qies.model.initialization import derived_seed, init_module
+from qies.model.modeling import QiesBlock
 
 
 def arm(name, seed=0, **overrides):
@@ -50,15 +50,15 @@ def test_arms_share_the_weights_whose_names_and_shapes_they_share():
 
 def test_an_added_parameter_does_not_move_the_others(monkeypatch):
     plain = dict(build("selective_phase").named_parameters())
-    original = Entanglement.__init__
+    original = QiesBlock.__init__
 
     def with_more(self, config, layer_idx):
         original(self, config, layer_idx)
         self.extra = torch.nn.Linear(8, 8)  # all later layers come after it
 
-    monkeypatch.setattr(Entanglement, "__init__", with_more)
+    monkeypatch.setattr(QiesBlock, "__init__", with_more)
     more = dict(build("selective_phase").named_parameters())
-    assert {n.rpartition("mixer.")[2] for n in set(more) - set(plain)} == {"extra.weight", "extra.bias"}
+    assert {n.rpartition("layers.")[2][2:] for n in set(more) - set(plain)} == {"extra.weight", "extra.bias"}
     for name, p in plain.items():
         assert torch.equal(p, more[name]), name
 

@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 from study_pages import make_study, page_of
 
-from qies import analyses
+from qies import analyses, records
 from qies.analyses import Finished
 from qies.config import StudyConfig
 from qies.errors import Stopped, UserError
@@ -20,8 +20,8 @@ DOCUMENT = (ROOT / "docs" / "analyses.md").read_text()
 
 
 def finished(folder):
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/run.json"))]
-    return Finished(StudyConfig(seeds=(0, 1, 2)), folder, records)
+    found = [records.read(path.parent) for path in sorted(folder.glob("runs/*/run.json"))]
+    return Finished(StudyConfig(seeds=(0, 1, 2)), folder, found)
 
 
 @pytest.fixture
