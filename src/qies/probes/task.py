@@ -1,4 +1,4 @@
-"""What a probe trains on: inputs and exact targets, drawn from a numpy generator, so that a seed fixes them anywhere."""
+"""What a probe trains on: inputs and exact targets, drawn from a numpy generator: a seed fixes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IGNORED = -100  # the target of a position that is not scored
 
 
 class Task(Protocol):
-    """A distribution of sequences with targets. `chance` is the accuracy of a guess that is uniform over the answers."""
+    """A distribution of sequences with targets. `chance`: the accuracy of a uniform guess among the answers."""
 
     @property
     def vocab_size(self) -> int: ...

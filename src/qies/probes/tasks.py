@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cache
-
-import yaml
+from typing import Any
 
 from qies.errors import UserError, nearest
 from qies.probes.groups import alternating, cyclic, product, symmetric
@@ -44,18 +43,27 @@ def task(name: str) -> Task:
     name, *options = name.split(":")
     if name not in TASKS:
         raise UserError(f"Unknown task '{name}'.{nearest(name, TASKS) or f' Known: {chr(44).join(TASKS)}.'}")
-    chosen = TASKS[name]()
-    changes = {}
-    fields = {f.name: str(f.type).removesuffix(" | None") for f in dataclasses.fields(chosen)}  # type: ignore[arg-type]
-    known = {name: kind for name, kind in fields.items() if kind in ("int", "float")}
+    make = TASKS[name]
+    chosen: Any = make()
+    fields = {f.name: str(f.type).removesuffix(" | None") for f in dataclasses.fields(chosen)}
+    known = {field: kind for field, kind in fields.items() if kind in ("int", "float")}
+    changes: dict[str, float] = {}
     for option in options:
         key, equals, text = option.partition("=")
-        value = yaml.safe_load(text) if equals else None
         if key not in known or not equals:
             raise UserError(f"Task '{name}' has no option '{option}'. Options: {', '.join(known) or 'none'}.")
-        whole = known[key] == "int"
-        if type(value) not in ((int,) if whole else (int, float)) or not (value >= 1 if whole else 0 <= value <= 1):
-            kind = "a whole number of at least 1" if whole else "a number from 0 to 1"
-            raise UserError(f"Option '{key}' of task '{name}' is '{text}'; it must be {kind}.")
-        changes[key] = value
+        changes[key] = _number(name, key, text, whole=known[key] == "int")
     return dataclasses.replace(chosen, **changes)
+
+
+def _number(name: str, key: str, text: str, *, whole: bool) -> float:
+    """The value of an option: a whole number of at least 1, or a number from 0 to 1."""
+    try:
+        value = int(text) if whole else float(text)
+        good = value >= 1 if whole else 0 <= value <= 1
+    except ValueError:
+        good = False
+    if not good:
+        kind = "a whole number of at least 1" if whole else "a number from 0 to 1"
+        raise UserError(f"Option '{key}' of task '{name}' is '{text}'; it must be {kind}.")
+    return value

@@ -82,8 +82,9 @@ class Dyck:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Arithmetic modulo `modulus`, from left to right: a number, then pairs of an operator (+, -, *) and a number; target
-    t, at each number, is the value so far (after Deletang et al., arXiv:2207.02098, without brackets).
+    """Arithmetic modulo `modulus`, from left to right: a number, then pairs of an operator (+, -, *) and a number.
+
+    Target t, at each number, is the value so far (after Deletang et al., arXiv:2207.02098, without brackets).
 
     Tokens below `modulus` are numbers; modulus, modulus + 1 and modulus + 2 are +, - and *.
     """
