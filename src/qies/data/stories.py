@@ -96,7 +96,9 @@ def program(rng: np.random.Generator, events: int, variables: int = 3) -> Story:
 def brackets(rng: np.random.Generator, events: int, depth: int = 6) -> Story:
     """Calls, lists and tables nested in each other, at most `depth` deep: which bracket closes next after `events` of
     them? All that are open are closed in order, each one a question."""
-    text, stack, questions = "x =", [], []
+    text = "x ="
+    stack: list[str] = []
+    questions: list[Question] = []
     for _ in range(events):
         if stack and (len(stack) == depth or rng.random() < 0.5):
             text += stack.pop()[1] + ","
