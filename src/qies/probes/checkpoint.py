@@ -79,7 +79,7 @@ def recall_gain(model: QiesForCausalLM, *, pairs: int = PAIRS, seed: int = 0) ->
 def linear_probes(
     model: QiesForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, length: int = 128
 ) -> dict[str, list[dict[str, Any]]]:
-    """Position (eight equal parts of `length` tokens) and bracket depth (0 to 6), read off each layer's hidden states."""
+    """Position (eight equal parts of `length` tokens) and bracket depth (0 to 6), read off the states of each layer."""
     texts = []
     for i in range(ROWS):
         rng, text = np.random.default_rng([seed, 2, i]), ""
