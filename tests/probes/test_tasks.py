@@ -8,7 +8,10 @@ import pytest
 from qies.errors import UserError
 from qies.probes import tasks
 from qies.probes.groups import alternating, cyclic, product, symmetric
-from qies.probes.tasks import IGNORED, TASKS, Dyck, Recall, SelectiveCopy, WordProblem, task
+from qies.probes.recall import ContextRecall, Needle, NoisyRecall, Recall, SelectiveCopy
+from qies.probes.task import IGNORED
+from qies.probes.tasks import TASKS, task
+from qies.probes.tracking import Arithmetic, Dyck, WordProblem
 
 GROUPS = {
     "Z1": (cyclic(1), 1),
@@ -114,11 +117,74 @@ def test_selective_copy_keeps_the_order():
         assert (word[-4:] == 1).all() and (answers[:-4] == IGNORED).all()
 
 
+def test_arithmetic_by_evaluation():
+    ids, targets = Arithmetic(modulus=7).sample(rng(), 10, 31)
+    for word, answers in zip(ids, targets, strict=True):
+        value = word[0]
+        assert answers[0] == value and (answers[1::2] == IGNORED).all()
+        for operator, number, answer in zip(word[1::2], word[2::2], answers[2::2], strict=True):
+            value = {7: value + number, 8: value - number, 9: value * number}[operator] % 7
+            assert answer == value
+
+
+def test_context_recall_by_a_dictionary_of_pairs():
+    made = ContextRecall(contexts=3, pairs=4, keys=6, values=9)
+    ids, targets = made.sample(rng(), 20, 60)
+    told, asked = 3 + 24, 12
+    several = 0
+    for word, answers in zip(ids, targets, strict=True):
+        known, context = {}, None
+        for block in word[:told].reshape(3, -1):
+            context = block[0]
+            assert 1 <= context <= 3
+            known |= {(context, key): value for key, value in zip(block[1::2], block[2::2], strict=True)}
+        questions = word[-2 * asked :].reshape(-1, 2)
+        assert sorted(map(tuple, questions)) == sorted(known)  # each once
+        assert [known[tuple(pair)] for pair in questions] == answers[-2 * asked + 1 :: 2].tolist()
+        assert (answers != IGNORED).sum() == asked and (word[told : -2 * asked] == 0).all()
+        several += len({key for _, key in known}) == 4 and len(set(known.values())) > 4
+    assert several == 20  # the same keys in every context, with values of their own
+
+
+@pytest.mark.parametrize(("depth", "at"), [(0.0, 0), (0.5, 8), (1.0, 17), (None, None)])
+def test_the_needle_stands_where_it_should(depth, at):
+    ids, targets = Needle(vocab_size=9, depth=depth).sample(rng(), 200, 20)
+    where = (ids[:, :-1] == 0).argmax(1)
+    assert ((ids == 0).sum(1) == 2).all() and (ids[:, -1] == 0).all()
+    assert set(where) == ({at} if at is not None else set(range(18)))
+    assert (targets[:, -1] == ids[np.arange(200), where + 1]).all() and (targets[:, :-1] == IGNORED).all()
+
+
+def test_recall_among_noise_by_a_dictionary():
+    ids, targets = NoisyRecall(keys=5, values=7, noise=0.3).sample(rng(), 30, 80)
+    noise = 0
+    for word, answers in zip(ids, targets, strict=True):
+        known, t = {}, 0
+        while t < 79:
+            token = word[t]
+            if token >= 12:
+                noise += 1
+                assert answers[t] == IGNORED
+                t += 1
+            else:
+                assert answers[t] == known.get(token, IGNORED) and word[t + 1] == known.get(token, word[t + 1])
+                known[token] = word[t + 1]
+                assert 5 <= word[t + 1] < 12 and answers[t + 1] == IGNORED
+                t += 2
+    pairs = (30 * 80 - noise) / 2
+    assert noise / (noise + pairs) == pytest.approx(0.3, abs=0.05)
+
+
+def test_options_of_a_task():
+    assert task("mqar:pairs=4:vocab_size=64") == Recall(vocab_size=64, pairs=4)
+    assert task("needle:depth=0.5") == Needle(depth=0.5)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_a_seed_fixes_the_data(name):
     chosen = task(name)
-    for first, second in zip(*(chosen.sample(rng(), 3, 48) for _ in range(2)), strict=True):
-        assert (first == second).all() and first.dtype == np.int64 and first.shape == (3, 48)
+    for first, second in zip(*(chosen.sample(rng(), 3, 72) for _ in range(2)), strict=True):
+        assert (first == second).all() and first.dtype == np.int64 and first.shape == (3, 72)
         assert first.max() < max(chosen.vocab_size, getattr(chosen, "kinds", 0) + 1)
 
 
@@ -129,6 +195,14 @@ def test_a_seed_fixes_the_data(name):
         (lambda: Recall(vocab_size=16, pairs=8).sample(rng(), 1, 64), "fewer pairs"),
         (lambda: Recall(pairs=8).sample(rng(), 1, 23), "24 tokens"),
         (lambda: SelectiveCopy().sample(rng(), 1, 15), "at least 16"),
+        (lambda: ContextRecall(pairs=17).sample(rng(), 1, 999), "fewer pairs"),
+        (lambda: ContextRecall().sample(rng(), 1, 67), "68 tokens"),
+        (lambda: task("mqar:pears=4"), "no option 'pears=4'. Options: vocab_size, pairs"),
+        (lambda: task("mqar:pairs"), "no option 'pairs'"),
+        (lambda: task("s3:all_letters=1"), "Options: none"),
+        (lambda: task("mqar:pairs=0"), "at least 1"),
+        (lambda: task("mqar:pairs=true"), "at least 1"),
+        (lambda: task("needle:depth=1.5"), "from 0 to 1"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(make, words):
@@ -139,5 +213,5 @@ def test_what_cannot_be_drawn_is_said(make, words):
 def test_chance_is_the_rate_of_a_uniform_guess():
     for name in tasks.TASKS:
         chosen = task(name)
-        _, targets = chosen.sample(rng(), 2000, 48)
+        _, targets = chosen.sample(rng(), 2000, 72)
         assert len(np.unique(targets[targets != IGNORED])) == pytest.approx(1 / chosen.chance, abs=0.5), name

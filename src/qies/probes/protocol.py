@@ -13,7 +13,8 @@ import torch
 
 from qies import presets
 from qies.errors import UserError
-from qies.probes.tasks import IGNORED, Task, task
+from qies.probes.task import IGNORED, Task
+from qies.probes.tasks import task
 
 SUCCESS = 0.99  # accuracy from which on a run counts as having solved the task
 CLIP = 1.0

@@ -113,7 +113,7 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _path(out: Path, probe: ProbeConfig) -> Path:
-    return out / f"{probe.task}-{probe.arm}-{probe.seed}-{content_hash(probe)}.json"
+    return out / f"{probe.task.replace(':', '_')}-{probe.arm}-{probe.seed}-{content_hash(probe)}.json"
 
 
 def _one_thread(plugins: Sequence[str]) -> None:
