@@ -13,7 +13,7 @@ from qies.ops.loss import linear_cross_entropy
 def language_modelling(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, count: Tensor | int | None = None
 ) -> Tensor:
-    """Mean cross-entropy in nats a token: hidden [..,D], head weight [V,D], targets [..] (-100: ignored).
+    """Mean cross-entropy in nats per token: hidden [..,D], head weight [V,D], targets [..] (-100: ignored).
 
     With `count` the sum is divided by it instead, so that accumulated micro-batches add up to one mean.
     """
@@ -30,5 +30,5 @@ def language_modelling_of_logits(logits: Tensor, targets: Tensor, count: Tensor 
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
-    """Summed cross-entropy in nats of a text of `n_bytes` UTF-8 bytes -> bits a byte, free of the tokenizer."""
+    """Summed cross-entropy in nats of a text of `n_bytes` UTF-8 bytes -> bits per byte, free of the tokenizer."""
     return nats / (math.log(2) * n_bytes)

@@ -111,7 +111,7 @@ NULLS = ("wall_seconds", "tokens_per_second", "peak_memory_bytes")
 
 
 def plan(config: RunConfig, vocab_size: int) -> RunRecord:
-    """The record of a run that has not started: everything that is known before anything is spent."""
+    """The record of a run that has not started: what is known from its configuration alone."""
     from qies import presets
     from qies.accounting.flops import CONVENTION, training_flops_per_token
 

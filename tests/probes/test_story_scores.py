@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
 from qies.data.stories import KINDS
-from qies.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from qies.data.tokenizer import load_tokenizer
 from qies.errors import UserError
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.probes.stories import choice_log_probabilities, score_stories

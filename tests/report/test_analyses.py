@@ -64,7 +64,7 @@ def test_an_analysis_from_outside_is_computed_stored_and_shown(outside, seeds):
     chosen = analyses.load(names)
     study = finished(seeds)
     analyses.compute(chosen[-1:], study, Console(quiet=True))
-    own = [r["metrics"]["val_loss"] for r in study.done if (r["arm"], r["size"]) == ("qies", "400k")]
+    own = [r.val_loss for r in study.done if (r.arm, r.size) == ("qies", "400k")]
     rows = json.loads((seeds / "seed_spread.json").read_text())["rows"]
     assert len(rows) == 12 and ["qies", "400k", 3, stdev(own)] in rows
     text = page_of(seeds).text

@@ -33,7 +33,7 @@ def test_a_run_builds_its_text_shows_its_steps_and_is_returned_as_it_is_once_don
     assert [manifest.hash for manifest in built] == [record.data["hash"]] and entered == [["manifest.json"]]
     assert [row["step"] for row in rows] == [0, 1]
     assert run(config, tmp_path / "run", built=built.append) == record and len(built) == 1
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         run(config, tmp_path / "run", resume=False)
 
 

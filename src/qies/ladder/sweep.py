@@ -19,9 +19,9 @@ def sweep(folder: Path) -> dict[str, Any]:
 
     A variant is identified by the settings of the model, of training and of the text that differ between runs of the
     folder. Each has n
-    (seeds), loss (mean, nats a token), se (its standard error over seeds; None for one seed), losses by seed, behind
+    (seeds), loss (mean, nats per token), se (its standard error over seeds; None for one seed), losses by seed, behind
     (mean difference to the best variant over the seeds that both have, with n and se), induction (mean final gain,
-    nats a token) and onsets (tokens by seed; None where copying did not set in). The best variant has the lowest mean
+    nats per token) and onsets (tokens by seed; None where copying did not set in). The best variant has the lowest mean
     of those with the most seeds. Raises UserError when no run has finished or the folder holds one twice.
     """
     records = query(folder, status="done")

@@ -303,7 +303,7 @@ class QiesModel(QiesPreTrainedModel):
 
 
 class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
-    """A QIES language model. With `labels` the loss is the whole objective, in nats a token."""
+    """A QIES language model. With `labels` the loss is the whole objective, in nats per token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (the name is transformers')
     _supported_generation_modes = [  # noqa: RUF012 (all others roll back or copy a cache)

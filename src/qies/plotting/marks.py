@@ -46,7 +46,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Line:
-    """A line through (x, y), broken at None; `faint` where it is read beyond its data; `markers` at its points."""
+    """A line through (x, y), broken at None; `faint` where it is extrapolated; `markers` at its points."""
 
     x: Numbers
     y: Numbers

@@ -1,6 +1,6 @@
 """Figures of fits and comparisons. Each takes a result or its `to_dict()`, so that stored JSON draws the same figure.
 
-Losses are in nats per token, N parameters, D tokens, C FLOPs. A law is drawn faint where it is read beyond its runs.
+Losses are in nats per token, N parameters, D tokens, C FLOPs. A law is drawn faint where it is extrapolated.
 """
 
 from __future__ import annotations

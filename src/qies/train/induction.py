@@ -34,7 +34,7 @@ def induction_gain(
     precision: Callable[[], AbstractContextManager],
     device: torch.device | str = "cpu",
 ) -> float:
-    """Loss on random segments minus that on their repeats, in nats a token; 0 for a model that copies nothing.
+    """Loss on random segments minus that on their repeats, in nats per token; 0 for a model that copies nothing.
 
     Each of 16 rows is a segment of n = min(64, seq_len / 2) tokens, the same for every model of a vocabulary, twice:
     no more than the context it is trained on. Compared are the predictions of tokens 2 to n of the first and of the

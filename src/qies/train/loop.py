@@ -101,7 +101,7 @@ def train(
     """
     keep_memory()
     group = group or Group()
-    check_batch(config.train, group.size)  # before anything is written
+    check_batch(config.train, group.size)  # before any write
     with ExitStack() as held:
 
         def opened() -> RunRecord:

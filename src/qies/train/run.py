@@ -59,7 +59,7 @@ def run(
         Interrupted: SIGTERM or SIGINT arrived, and the state is saved. The same call resumes the run.
     """
     if not resume and records.read(out) is not None:
-        raise UserError(f"{out} holds a run already; omit --no-resume or give another --out.")
+        raise UserError(f"{out} already holds a run; omit --no-resume or give another --out.")
     records.plan(config, config.data.vocab_size)
     check_batch(config.train, rank_and_size()[1])
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Loss on held-out text, in nats a token and bits a byte."""
+"""Loss on held-out text, in nats per token and bits per byte."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def held_out_loss(
 ) -> dict[str, Any]:
     """Cross-entropy over the validation text, every token predicted once (but the first), in windows of `seq_len`.
 
-    Returns val_loss (nats a token), val_bpb (bits a byte of the same text, whatever the tokenizer), val_tokens and
+    Returns val_loss (nats per token), val_bpb (bits per byte of the same text, whatever the tokenizer), val_tokens and
     val_bytes, and, where the text has several sources, `val_by_source` with the same of each. A token counts for the
     source of its document, `<|endoftext|>` for that of the document it begins. `val_loss_clean`, `val_bpb_clean` and
     `val_tokens_clean` are the same over the clean documents (`Shards.val_clean`); they are absent if there are none or

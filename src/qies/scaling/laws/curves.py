@@ -161,8 +161,8 @@ def fit_downstream(
 ) -> CurveFit:
     """Fit accuracy against bits per byte by a falling sigmoid; bpb, accuracy [n], accuracy in [0, 1]; weight positive.
 
-    floor, ceiling: the accuracy of chance and of a perfect model where known; None fits them within [0, 1]. Rows that
-    are not finite are left out. Raises UserError for accuracies outside [0, 1] and too few rows.
+    floor, ceiling: the accuracies of a guess and of a perfect model where known; None fits them within [0, 1]. Rows
+    that are not finite are left out. Raises UserError for accuracies outside [0, 1] and too few rows.
     """
     x, y, w = _finite(bpb, accuracy, weight)
     if (y < 0).any() or (y > 1).any():

@@ -30,7 +30,7 @@ from qies.scaling.tables.runs import Runs
 Array = NDArray[np.float64]
 
 METHODS = ("parabola", "akima")
-# Runs meant for one budget differ by rounding of sizes and steps: budgets are told apart by a gap of 20 %.
+# Runs meant for one budget differ by rounding of sizes and steps: budgets are separated by a gap of 20 %.
 BUDGET_GAP = math.log(1.2)
 SAME_COMPUTE = 1.02  # a run is beaten by a better one of up to 2 % more compute: steps and sizes are rounded
 WIDE = math.log(8.0)  # a grid that reaches further than this from its minimum, to either side

@@ -1,6 +1,6 @@
 """Runs as numbers: read from a table or a folder of run records, every name and unit stated once.
 
-Legend: N parameters, D training tokens, C training FLOPs, L loss in nats a token.
+Legend: N parameters, D training tokens, C training FLOPs, L loss in nats per token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Array = NDArray[np.float64]
 class Runs:
     """n training runs, one array entry each.
 
-    `params` N, `tokens` D, `flops` C, `loss` L (nats a token), `weight` (of the run in a fit, 1 by default) and
+    `params` N, `tokens` D, `flops` C, `loss` L (nats per token), `weight` (of the run in a fit, 1 by default) and
     `wall_seconds` (NaN where unknown) are float64 [n]; `seed` int64 [n]; `arm`, `status` ("" where unknown) and
     `name` n words each. `run` ("" where unknown): entries of one run are points of one training curve and not
     independent. `convention` says how the FLOPs were counted: "6ND", a named convention, or "given".

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
 from qies.data.stories import KINDS, stories
-from qies.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from qies.data.tokenizer import load_tokenizer
 from qies.errors import UserError
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.probes.checkpoint import _depths, linear_probes, probe_checkpoint, recall_gain
