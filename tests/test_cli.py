@@ -391,6 +391,7 @@ def interrupted(argv: list[str], ready, seconds: float = 120.0) -> tuple[int, st
     process = subprocess.Popen(
         [sys.executable, "-m", "qies", *argv],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup and `&` make children ignore it
     )  # fmt: skip
     deadline = time.monotonic() + seconds
     while not ready() and process.poll() is None and time.monotonic() < deadline:

@@ -55,7 +55,7 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
         _dispatch(verbs, plugins.take_option(args), description)
         sys.stdout.flush()
     except UserError as e:  # all processes of a run raise it; the first prints it
-        return _complain(str(e)) if speaks() else 2
+        return _complain(str(e)) if speaks() else _silent()
     except Stopped as e:
         return _complain(str(e), e.code)
     except KeyboardInterrupt:
@@ -221,6 +221,14 @@ def _reader_gone() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _silent() -> int:
+    """Exit code 2 for the processes that do not report. torchrun kills a run's processes when the first of them fails,
+    so they leave that to the one that reports."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(30)
+    return 2
 
 
 def _complain(message: str, code: int = 2) -> int:

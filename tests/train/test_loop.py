@@ -61,7 +61,9 @@ def test_what_is_compiled_on_first_use_is_not_the_runs_time(config, shards, tmp_
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(loop.QiesForCausalLM, "forward", slow)
-    assert loop.train(config, shards, tmp_path).wall_seconds < 2
+    start = time.monotonic()
+    record = loop.train(config, shards, tmp_path)
+    assert record.wall_seconds < time.monotonic() - start - 2
     assert rows(tmp_path) == rows(undisturbed[0])
 
 
