@@ -65,6 +65,10 @@ TABLE = {
     "qies probe tasks=[s3,a5] arms=[qies,complex,transformer] seeds=[0,1,2,3,4] --out results/state-tracking": How(
         more="--dry-run"
     ),
+    "qies train --arm qies --size 100k --data builtin-stories --out runs/stories": How(
+        {"--size 100k --data builtin-stories": "--size 50k --tokens 256"}, f"{TINY} {TEXTS}"
+    ),
+    "qies probe --model runs/stories": How(slow=True),
     "qies ladder plan ladder.yaml": How(),
     "qies ladder run ladder.yaml --out ladders/first": How(),
     "qies ladder status --out ladders/first --watch": How(),

@@ -35,8 +35,8 @@ WHERE = {"where": True}  # where code is found, which `content_hash` does not co
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What text a model sees. `source`: "builtin", "registry", "registry-dedup", "hub:..." or a path to a file, folder
-    or glob.
+    """What text a model sees. `source`: "builtin", "builtin-stories", "registry", "registry-dedup", "hub:..." or a path
+    to a file, folder or glob.
 
     `hash` identifies what is at a path (see `qies.data.locate`). Where it is known the path is no part of a run's
     identity: the same text found elsewhere is the same run.
@@ -330,7 +330,7 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = (), options:
 
 def is_path(source: str) -> bool:
     """Whether the source of a text is a path, and no name."""
-    return source != "builtin" and source.partition(":")[0] not in ("registry", "registry-dedup", "hub")
+    return source.partition(":")[0] not in ("builtin", "builtin-stories", "registry", "registry-dedup", "hub")
 
 
 def recorded(config: RunConfig) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qies.cli import VERBS
 from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
-from qies.data.stories import KINDS, stories
+from qies.data.sources.stories import KINDS, stories
 from qies.data.tokenizer import load_tokenizer
 from qies.errors import UserError
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.probes.checkpoint import _depths, linear_probes, probe_checkpoint, recall_gain
+from qies.terminal import run
 
 VOCABULARY = 50
 
@@ -68,3 +70,18 @@ def test_all_probes_of_an_untrained_model(probed):
 def test_the_embedding_alone_knows_no_position(probed):
     found = linear_probes(*probed)
     assert found["position"][0]["accuracy"] < 0.3 and found["position"][0]["majority"] == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--model", "nowhere"], "nowhere holds no run"),
+        (["--model", "nowhere", "tasks=[s3]"], "--model probes a trained model and takes no tasks"),
+        (["--model", "nowhere", "--preset", "quick"], "takes no tasks"),
+    ],
+)
+def test_bad_input_of_the_verb_is_one_line(words, reason, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(VERBS, ["probe", *words], "") == 2
+    err = capsys.readouterr().err
+    assert reason in err and err.count("\n") == 1

@@ -19,6 +19,7 @@ def probe(
     overrides: Probes = (),
     /,
     preset: str | None = None,
+    model: Path | None = None,
     out: Path | None = None,
     workers: int = 0,
     dry_run: bool = False,
@@ -26,6 +27,7 @@ def probe(
 ) -> None:
     """Train small models on synthetic tasks (state tracking, recall) and score them beyond the trained length.
 
+    With --model, probe a trained language model instead: copying, recall, state tracking in text, linear probes.
     Finished probes are kept: the same command resumes a killed sweep. docs/probes.md has the tasks and the protocol.
 
     For example:
@@ -33,11 +35,13 @@ def probe(
         qies probe --preset quick
         qies probe tasks=[s3,a5] arms=[qies,complex,transformer] seeds=[0,1,2,3,4] --out results/state-tracking
         qies probe tasks=[mqar] probe.layers=2 probe.hidden_size=32 probe.steps=4000
+        qies probe --model runs/first
 
     Args:
         overrides: A YAML file with tasks, arms, seeds and probe (the common settings), and overrides of its keys.
         preset: Probes that come with the package: quick.
-        out: The folder of the records; by default results/probes.
+        model: The folder of a finished run; its model is probed.
+        out: The folder of the records, by default results/probes; with --model the JSON file to write.
         workers: Probes trained at a time, each on one thread; by default one per core.
         dry_run: Print the probes and stop.
         json: Print the records as JSON.
@@ -46,6 +50,13 @@ def probe(
     from qies.probes.sweep import ProbeSweep, run_sweep, summary
 
     files, changes = config.split(overrides)
+    if model is not None:
+        if files or changes or preset is not None or dry_run:
+            raise UserError(
+                "--model probes a trained model and takes no tasks: give it alone, or with --out and --json."
+            )
+        _probe_model(model, out, json)
+        return
     if preset not in (None, "quick"):
         raise UserError(f"Unknown value '{preset}' for preset. Known: quick.")
     if len(files) + (preset is not None) > 1:
@@ -74,6 +85,49 @@ def probe(
 
     records = run_sweep(probes, out or Path("results/probes"), workers or ladder.cores(), progress)
     show(json, records, lambda: console.print(_table(summary(records))))
+
+
+def _probe_model(folder: Path, out: Path | None, json: bool) -> None:
+    """Probe the model of a run, with the context that it was trained on."""
+    from qies import records
+    from qies.cli.options import check_outputs
+    from qies.decoding import load_model
+    from qies.probes.checkpoint import probe_checkpoint
+    from qies.storage import write_json
+
+    check_outputs(out=out)
+    record = records.read(folder)
+    if record is None:
+        raise UserError(f"{folder} holds no run; give the folder of a finished run.")
+    model, tokenizer = load_model(folder)
+    console = Console(stderr=True)
+    with console.status("probes") as status:
+        result = probe_checkpoint(
+            model, tokenizer, seq_len=record.config["train"]["seq_len"], progress=lambda what: status.update(what)
+        )
+    result = {"arm": record.arm, "size": record.size, "run": record.config_hash, "tokens": record.tokens} | result
+    if out is not None:
+        write_json(out, result)
+    show(json, result, lambda: Console().print(*_model_tables(result), sep="\n"))
+
+
+def _model_tables(result: dict) -> list[Table | str]:
+    gains = f"gain on a repeated segment {result['induction']:.3f} nats, on shuffled pairs {result['recall']:.3f} nats"
+    stories = Table(title=f"{result['arm']} {result['size']}: answers to questions of stories")
+    for name in ("kind", "events", "accuracy (SE)", "chance", "log-probability", "Brier"):
+        stories.add_column(name, justify="left" if name == "kind" else "right")
+    for row in result["stories"]:
+        stories.add_row(
+            row["kind"], str(row["events"]), f"{row['accuracy']:.2f} ({row['stderr']:.2f})", f"{row['chance']:.2f}",
+            f"{row['log_probability']:.2f}", f"{row['brier']:.2f}",
+        )  # fmt: skip
+    linear = Table(title="linear probes by layer: accuracy (selectivity)")
+    linear.add_column("target")
+    for layer in range(len(next(iter(result["linear"].values())))):
+        linear.add_column(str(layer), justify="right")
+    for name, rows in result["linear"].items():
+        linear.add_row(name, *(f"{row['accuracy']:.2f} ({row['selectivity']:+.2f})" for row in rows))
+    return [gains, stories, linear]
 
 
 def _table(rows: list[dict]) -> Table:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from qies.data.stories import KINDS, brackets
+from qies.data.sources.stories import KINDS, brackets
 from qies.data.tokenizer import encode_texts
 from qies.errors import UserError
 from qies.model import QiesForCausalLM

@@ -1,4 +1,4 @@
-"""State tracking in text: a language model answers questions on unseen stories (`qies.data.stories`)."""
+"""State tracking in text: a language model answers questions on unseen stories (`qies.data.sources.stories`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from qies.data.stories import KINDS, Question
+from qies.data.sources.stories import KINDS, Question
 from qies.data.tokenizer import encode_texts
 from qies.errors import UserError, nearest
 from qies.model import QiesForCausalLM

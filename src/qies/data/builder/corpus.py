@@ -17,9 +17,11 @@ from qies.data.sources.documents import Document
 from qies.data.sources.files import Files, find_files
 from qies.data.sources.readers import LONGEST, without_nul
 from qies.data.sources.registry import packages as registry
+from qies.data.sources.stories import STORIES
 from qies.errors import UserError
 
 _DEDUP = "registry-dedup"
+_STORIES = "builtin-stories"
 
 # A text file of more than LONGEST characters is cut into documents; in a corpus of few files a shorter one too,
 _PIECES = 64  # so that there are about this many documents to choose from,
@@ -57,7 +59,8 @@ class Corpus:
 def load_corpus(source: str | Files) -> Corpus:
     """The cleaned corpus that `source` names, or of its files.
 
-    "builtin" is English prose of three genres from dependencies of this package (`sources.builtin`). "registry" is text
+    "builtin" is English prose of three genres from dependencies of this package (`sources.builtin`), "builtin-stories"
+    the same with generated stories (`sources.stories`). "registry" is text
     of pinned packages, downloaded unless they are cached (`sources.registry`), and "registry-dedup" the same text with
     near-duplicates on one side of the split (`builder.duplicates`). Anything else is a path to a UTF-8 text file, a
     folder (searched recursively, hidden names excluded) or a glob; all of its files are `.txt` or `.md`
@@ -79,9 +82,10 @@ def load_corpus(source: str | Files) -> Corpus:
         if kind == _DEDUP:
             corpus = replace(corpus, groups=tuple(clusters([own.text for own in corpus.documents]).tolist()))
         return corpus
-    if source == "builtin":
-        licences = {genre.name: (genre.licence, genre.version()) for genre in GENRES}
-        raw = (Document(text, genre.name, id) for genre in GENRES for id, text in genre.documents())
+    if source in ("builtin", _STORIES):
+        genres = (*GENRES, STORIES) if source == _STORIES else GENRES
+        licences = {genre.name: (genre.licence, genre.version()) for genre in genres}
+        raw = (Document(text, genre.name, id) for genre in genres for id, text in genre.documents())
         return _corpus(source, raw, licences)
     files = find_files(source) if isinstance(source, str) else source
     texts = sorted(_read(files), key=lambda document: document.source)
@@ -97,8 +101,8 @@ def fingerprint(source: str | Files) -> str:
     if isinstance(source, str) and _is_registry(source):
         split = f"; no cluster of containment {CLEAN} is split" if source.partition(":")[0] == _DEDUP else ""
         return registry.registry_fingerprint(source) + split
-    if source == "builtin":
-        return "; ".join(genre.version() for genre in GENRES)
+    if source in ("builtin", _STORIES):
+        return "; ".join(genre.version() for genre in ((*GENRES, STORIES) if source == _STORIES else GENRES))
     files = find_files(source) if isinstance(source, str) else source
     return sha256_of_parts(part for path, id in files.files for part in (id.encode(), read_whole(path)))
 

@@ -194,7 +194,7 @@ def describe(skipped: Sequence[Skipped]) -> str:
 def unknown(source: str) -> UserError:
     """The error for a name that is not a corpus, with the most similar name."""
     path = Path(os.path.expanduser(source))
-    known = {"builtin": "builtin", "registry": "registry"}
+    known = {name: name for name in ("builtin", "builtin-stories", "registry", "registry-dedup")}
     with contextlib.suppress(OSError):
         known |= {other.name: str(other) for other in path.parent.iterdir() if other.is_dir() or kind(other)}
     close = difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)

@@ -5,7 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from qies.data.stories import KINDS, MOST_EVENTS, stories
+from qies.config import RunConfig, load
+from qies.data.builder import corpus
+from qies.data.sources.stories import KINDS, MOST_EVENTS, stories
 
 
 def made(kind, events, n=40):
@@ -77,3 +79,17 @@ def test_a_corpus_is_fixed_by_its_seed_and_has_all_kinds():
     assert len({text for _, text in first}) == 9
     events = [text.count("with") for name, text in stories(1, 60) if name.startswith("holders")]
     assert max(events) <= 8 * (MOST_EVENTS + 4)
+
+
+def test_the_corpus_is_the_built_in_prose_and_the_stories(monkeypatch):
+    monkeypatch.setattr(corpus, "GENRES", ())  # the prose has its own tests
+    loaded = corpus.load_corpus("builtin-stories")
+    [source] = loaded.sources
+    assert (source.name, source.documents) == ("stories", 1000)
+    assert [own.text for own in loaded.documents] == [text.strip() for _, text in stories(0, 1000)]
+    assert corpus.fingerprint("builtin-stories") == "stories 1, seed 0, 1000 documents"
+
+
+def test_the_name_is_no_path(tmp_path):
+    (tmp_path / "run.yaml").write_text("data: {source: builtin-stories}\n")
+    assert load(RunConfig, tmp_path / "run.yaml").data.source == "builtin-stories"

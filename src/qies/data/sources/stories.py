@@ -124,6 +124,27 @@ KINDS: dict[str, Callable[[np.random.Generator, int], Story]] = {
 }
 
 
+@dataclass(frozen=True)
+class Stories:
+    """The stories of the corpus `builtin-stories`, as a source of documents."""
+
+    name: str = "stories"
+    licence: str = "generated"
+    seed: int = 0
+    count: int = 1000
+
+    def version(self) -> str:
+        """What determines the text; the number changes with the generators."""
+        return f"stories 1, seed {self.seed}, {self.count} documents"
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """Pairs (id, text) in a fixed order."""
+        return stories(self.seed, self.count)
+
+
+STORIES = Stories()
+
+
 def stories(seed: int, count: int) -> Iterator[tuple[str, str]]:
     """`count` documents (id, text) of eight stories of one kind, with 1 to `MOST_EVENTS` events each; kinds in turn."""
     kinds = list(KINDS)
