@@ -69,6 +69,7 @@ TABLE = {
         {"--size 100k --data builtin-stories": "--size 50k --tokens 256"}, f"{TINY} {TEXTS}"
     ),
     "qies probe --model runs/stories": How(slow=True),
+    "qies probe --model runs/first": How(slow=True),
     "qies ladder plan ladder.yaml": How(),
     "qies ladder run ladder.yaml --out ladders/first": How(),
     "qies ladder status --out ladders/first --watch": How(),

@@ -31,6 +31,7 @@ def test_killed_at_a_random_moment(inside, place):
     held(kills.kill(place, random.Random(1), inside=inside))
 
 
+@pytest.mark.slow
 def test_a_damaged_tensor_file(place):
     newest, _ = storage.newest_two(place.interrupted())
     held(storage.damaged(place, random.Random(0), 1, next(newest.glob("*.safetensors")).name, "flip"))

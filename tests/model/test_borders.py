@@ -198,6 +198,7 @@ def test_continuous_batching_is_refused(name):
         stirred(name).generate_batch([[5, 6, 7]], max_new_tokens=3)
 
 
+@pytest.mark.slow  # processes that import transformers
 def test_a_saved_folder_says_how_to_load_it(tmp_path):
     model = stirred("qies")
     model.save_pretrained(tmp_path)

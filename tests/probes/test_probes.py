@@ -39,6 +39,7 @@ def test_lengths_double_over_the_first_half():
     assert lengths == [16] * 30 + [32] * 10 + [64] * 40
 
 
+@pytest.mark.slow  # each of its processes imports torch
 def test_a_sweep_resumes_and_counts_seeds(tmp_path):
     sweep = ProbeSweep(("s3",), ("no_phase",), (0, 1), ProbeConfig(**SMALL))
     seen = []
