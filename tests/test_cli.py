@@ -339,7 +339,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_work(verb, shard_folde
     if os.access(place, os.W_OK):
         place = Path("/proc")
     argv = verbs_that_write(place)[verb]
-    monkeypatch.setattr("qies.bench.rivals.run", lambda *_: pytest.fail("worked before it asked"))
+    monkeypatch.setattr("qies.bench.baselines.run", lambda *_: pytest.fail("worked before it asked"))
     assert call(*argv, *(["--data", str(shard_folder)] if verb == "train" else [])) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and str(place) in captured.err and captured.out == ""

@@ -92,7 +92,7 @@ def test_real_registers_hold_as_many_numbers_as_their_complex_twins():
     assert complex_[0] == real[0]
     assert (complex_[1].mode, complex_[1].eigenvalues) == ("complex", "disc")
     assert (real[1].mode, real[1].eigenvalues) == ("real", "unit")
-    for name in ("heads", "channels", "values", "state_size", "spans"):
+    for name in ("heads", "channels", "values", "state_shape", "spans"):
         assert getattr(complex_[1], name) == getattr(real[1], name)
 
 

@@ -9,9 +9,9 @@ from qies.errors import UserError
 from qies.probes import tasks
 from qies.probes.groups import alternating, cyclic, product, symmetric
 from qies.probes.recall import ContextRecall, Needle, NoisyRecall, Recall, SelectiveCopy
+from qies.probes.state_tracking import Arithmetic, Dyck, WordProblem
 from qies.probes.task import IGNORED
 from qies.probes.tasks import TASKS, task
-from qies.probes.tracking import Arithmetic, Dyck, WordProblem
 
 GROUPS = {
     "Z1": (cyclic(1), 1),

@@ -8,7 +8,7 @@ from scipy.stats import ttest_ind, ttest_rel
 from two_arms import runs_of
 
 from qies.scaling.comparison.matching import cells_of, match, paired_tests, seed_noise
-from qies.scaling.tables.levels import levels
+from qies.scaling.tables.size_levels import levels
 
 LEFT, RIGHT = np.array([3.10, 3.14, 3.05, 3.12]), np.array([3.15, 3.17, 3.11, 3.15])
 

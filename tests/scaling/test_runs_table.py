@@ -10,7 +10,7 @@ from scaling_tables import grid, law, make_runs
 from qies.errors import UserError
 from qies.scaling import read_runs, sound
 from qies.scaling.tables.filtering import oddities
-from qies.scaling.tables.numbers import parse_number
+from qies.scaling.tables.number_parsing import parse_number
 
 ROWS = [
     {"params": 1e6, "tokens": 2e7, "loss": 4.5, "arm": "a", "seed": 1, "status": "done"},

@@ -21,7 +21,7 @@ def forward_flops_per_token(values: Mapping[str, Any], seq_len: int) -> dict[str
     """Forward FLOPs per token by group, at sequence length T; `values` as `presets.settings` gives them.
 
     projections: 2 for each parameter of a mixer, whatever its group. mlp, head: their products. The rest: what each
-    mixer computes besides (`MixerSpec.flops`), under its own label.
+    mixer computes in addition (`MixerSpec.flops`), under its own label.
     """
     out = {"projections": 0.0, "mlp": 0.0, "head": 2.0 * values["vocab_size"] * values["hidden_size"]}
     out |= {"attention": 0.0, "entanglement": 0.0}

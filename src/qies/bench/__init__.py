@@ -1,1 +1,1 @@
-"""Timing against named rivals, in one run on this machine (`qies bench`)."""
+"""Timing against named baselines, in one run on this machine (`qies bench`)."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qies.bench.rivals import own_step
+from qies.bench.baselines import own_step
 from qies.bench.timing import Comparison, compare
 from qies.errors import UserError
 from qies.ladder import cores
@@ -38,12 +38,12 @@ def bench_threads(
     pairs = [_parse(case) for case in cases] or list(dict.fromkeys([(n, 1), (1, n), (n, n)]))
     total = steps * max(runs for runs, _ in pairs)
     with contextlib.ExitStack() as held:
-        rivals = {
+        baselines = {
             f"{runs} runs x {threads} threads": held.enter_context(_team(runs, threads, total, (size, seq_len, batch)))
             for runs, threads in pairs
         }
         case = f"{size}, T={seq_len}, {total * batch * seq_len} tokens in all, {n} cores"
-        return [compare(case, rivals, rounds=rounds)]
+        return [compare(case, baselines, rounds=rounds)]
 
 
 def _parse(case: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Interleaved timing of rivals in one process: medians, and ratios by pairs."""
+"""Interleaved timing of baselines in one process: medians, and ratios by pairs."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Comparison:
         return asdict(self)
 
 
-def compare(case: str, rivals: Mapping[str, Callable[[], Any]], *, rounds: int = 5, warmup: int = 1) -> Comparison:
-    """Time `rivals` in turn, A B C A B C ..., after `warmup` rounds that do not count; the first is the subject."""
-    if rounds < 1 or not rivals:
-        raise ValueError("compare needs at least one rival and one round")
-    times: dict[str, list[float]] = {name: [] for name in rivals}
+def compare(case: str, baselines: Mapping[str, Callable[[], Any]], *, rounds: int = 5, warmup: int = 1) -> Comparison:
+    """Time `baselines` in turn, A B C A B C ..., after `warmup` rounds that do not count; the first is the subject."""
+    if rounds < 1 or not baselines:
+        raise ValueError("compare needs at least one baseline and one round")
+    times: dict[str, list[float]] = {name: [] for name in baselines}
     for i in range(warmup + rounds):
-        for name, call in rivals.items():
+        for name, call in baselines.items():
             start = time.perf_counter()
             call()
             if i >= warmup:
                 times[name].append(time.perf_counter() - start)
-    subject = next(iter(rivals))
+    subject = next(iter(baselines))
     ratios = {name: [t / s for t, s in zip(ts, times[subject], strict=True)] for name, ts in times.items()}
     return Comparison(
         case=case,

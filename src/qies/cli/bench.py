@@ -74,17 +74,17 @@ def _speed(what: str, cases: tuple[str, ...], rounds: int, threads: int | None, 
     import torch
     from rich.console import Console
 
-    from qies.bench import rivals
+    from qies.bench import baselines
     from qies.bench.threads import bench_threads
 
     require_at_least(1, rounds=rounds, threads=threads)
     check_outputs(out=out)
     torch.set_num_threads(threads or 1)
-    results = bench_threads(cases, rounds=rounds) if what == "threads" else rivals.run(what, cases, rounds)
+    results = bench_threads(cases, rounds=rounds) if what == "threads" else baselines.run(what, cases, rounds)
     value = _measured(what) | {"threads": threads, "cases": [r.to_dict() for r in results]}
     if out is not None:
         write_json(out, value)
-    show(json, value, lambda: Console().print(rivals.comparison_table(f"bench {what}", results)))
+    show(json, value, lambda: Console().print(baselines.comparison_table(f"bench {what}", results)))
 
 
 def _measured(what: str) -> dict[str, Any]:

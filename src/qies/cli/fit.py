@@ -116,7 +116,7 @@ def fit(
 
 def _points(words: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
     """N,D pairs."""
-    from qies.scaling.tables.numbers import parse_number
+    from qies.scaling.tables.number_parsing import parse_number
 
     points = []
     for word in words:
@@ -132,7 +132,7 @@ def _points(words: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
 
 def _flops(words: tuple[str, ...]) -> tuple[float, ...]:
     """FLOPs as in a table's cells."""
-    from qies.scaling.tables.numbers import parse_number
+    from qies.scaling.tables.number_parsing import parse_number
 
     found = []
     for word in words:

@@ -68,7 +68,7 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class Build:
-    """Options of `qies data build` besides the `config` of the text.
+    """Options of `qies data build` other than the `config` of the text.
 
     `tokenizer` is the name given, "" for one trained on the text; `limit_tokens` 0 means no limit; `pack` is the
     fingerprint of the evaluation pack, "" without one; `include` and `exclude` are patterns for the files of a source.

@@ -56,11 +56,6 @@ class HeadGroup:
         """[H, 2m, V] of the states of one sequence."""
         return self.heads, 2 * self.channels, self.values
 
-    @property
-    def state_size(self) -> int:
-        """Numbers in the states of one sequence."""
-        return math.prod(self.state_shape)
-
 
 def head_groups(values: Values) -> tuple[HeadGroup, ...]:
     """The groups of heads of an entanglement layer: memory heads, then register heads where there are any.

@@ -79,11 +79,11 @@ class MixerSpec:
     sentence, or None.
 
     states: the shapes, without the batch, of what a sequence carries from token to token, in float32. conv_inputs:
-    numbers that a short convolution carries besides. cached: numbers that are kept of every token, in half precision.
+    numbers that a short convolution carries in addition. cached: numbers kept of every token, in half precision.
     cache: "package.module:Class" of the layer of `QiesCache`, called with `number_of_states`. entangled: each state is
     a batch of bipartite states [H,2m,V], rows Re | Im, whose spectra and entropies are measured.
-    layer_type: the transformers name of its kind: "full_attention" for a mixer that attends, and so takes `angles` and
-    `causal_mask`; "linear_attention" for one with a state of constant size.
+    layer_type: the transformers name of its kind: "full_attention" for a mixer that attends, and so takes `angles`,
+    `causal_mask` and `blocks`; "linear_attention" for one with a state of constant size.
 
     activation_bytes: bytes per token that it keeps for the backward pass in bfloat16 on CUDA, without the norm before
     it; may raise `NotCounted`. None: not known.
@@ -133,7 +133,7 @@ class MixerSpec:
         return out
 
     def remembers(self, values: Values) -> bool:
-        """Whether a token acts on later ones in ways that an attention mask does not reach."""
+        """Whether the mixer carries state from token to token, which an attention mask does not control."""
         return bool(self.states(values) or self.conv_inputs(values))
 
     def state_bytes(self, values: Values) -> int:

@@ -117,7 +117,7 @@ class Entanglement(nn.Module):
         return torch.cat([1 - eigenvalue[..., :1], -eigenvalue[..., 1:]], -1)
 
     def _theta(self, x: Tensor) -> list[Tensor | None]:
-        """Phases of each group in radians per token, [B,T,H,m], or None; 0 in channels that do not rotate."""
+        """Phases of each group in radians per token, [B,T,H,m], or None. Channels that do not rotate get theta = 0."""
         config = self.config
         if config.phase == "none":
             return [None] * len(self.groups)

@@ -1,4 +1,4 @@
-"""Recall: the answer stands somewhere in the text, and must be found by what stands beside it."""
+"""Recall tasks: the answer occurs in the context and is retrieved by its key."""
 
 from __future__ import annotations
 

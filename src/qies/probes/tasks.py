@@ -13,8 +13,8 @@ from typing import Any
 from qies.errors import UserError, nearest
 from qies.probes.groups import alternating, cyclic, product, symmetric
 from qies.probes.recall import ContextRecall, Needle, NoisyRecall, Recall, SelectiveCopy
+from qies.probes.state_tracking import Arithmetic, Dyck, WordProblem
 from qies.probes.task import IGNORED, Ids, Task
-from qies.probes.tracking import Arithmetic, Dyck, WordProblem
 
 __all__ = ["IGNORED", "TASKS", "Ids", "Task", "task"]
 

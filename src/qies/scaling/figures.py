@@ -74,8 +74,8 @@ def surface_figure(fit: Result, runs: Any = None, axis: str = "flops") -> Figure
     """Runs and a law of N and D against one of "params", "tokens", "flops".
 
     Against N (or D): a curve for each of up to six levels of D (or N), with the runs of that level in its colour.
-    Against C: the runs and the frontier, the least loss at C = 6ND. `runs` (scaling.table.Runs) give the points;
-    without them the fit's residual table does, with C = 6ND. Bands need a fit, not its dict.
+    Against C: the runs and the frontier, the least loss at C = 6ND. `runs` (`qies.scaling.tables.runs.Runs`) give the
+    points; without them the fit's residual table does, with C = 6ND. Bands need a fit, not its dict.
     """
     if axis not in AXES:
         raise UserError(f"axis '{axis}' is unknown; choose from {', '.join(AXES)}.{nearest(axis, AXES)}")

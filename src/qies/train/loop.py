@@ -29,7 +29,7 @@ from qies.data.shards import Shards
 from qies.errors import Stopped, UserError
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.records import RunRecord, Status
-from qies.train import checkpoint, memory
+from qies.train import checkpoint, peak_memory
 from qies.train.distributed import Group, check_batch
 from qies.train.induction import due, induction_gain, onset
 from qies.train.loss_spikes import Spikes
@@ -151,11 +151,11 @@ class _Run:
         self.record = replace(self.record, error=None)  # of an attempt that failed
         if self.group.rank == 0:
             (self.folder / "error.log").unlink(missing_ok=True)
-        memory.reset_peak()
+        peak_memory.reset_peak()
         self._write("running")
         self.model.train()
         self._compile()
-        memory.reset_peak()
+        peak_memory.reset_peak()
         self.stop.stepping = True
         milestones = self.config.milestones
         while self.step < self.config.steps:
@@ -342,7 +342,7 @@ class _Run:
             spikes=self.spikes.count,
             wall_seconds=round(self.seconds, 3),
             tokens_per_second=round(done / self.seconds, 1) if self.seconds else None,
-            peak_memory_bytes=max(memory.peak(), self.record.peak_memory_bytes or 0),
+            peak_memory_bytes=max(peak_memory.peak(), self.record.peak_memory_bytes or 0),
             processes=self.group.size,
             threads=torch.get_num_threads(),
             precision="fp32" if self.precision is nullcontext else "bf16",

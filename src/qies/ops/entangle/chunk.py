@@ -1,6 +1,6 @@
 """The chunkwise form in torch operations, for any device and dtype: parallel inside chunks, a scan over their states.
 
-README.md derives it. On the CPU in float32 `fused` is the same form, several times faster.
+README.md derives it. On the CPU in float32, `backend="fused"` (`cpu/`) computes the same form, several times faster.
 """
 
 from __future__ import annotations

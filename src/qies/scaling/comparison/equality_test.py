@@ -1,7 +1,7 @@
 """Do two arms share their floor and exponents? One fit with them shared against two separate ones.
 
 Both models are fitted to both arms at once by least squares on log loss, whitened by the covariance of the cell means
-(`joint`), so that noise which matched runs or cells of one size share is used and not counted twice.
+(`joint_inference`), so that noise which matched runs or cells of one size share is used and not counted twice.
 F = (S_shared - S_separate) / restrictions, against F with the fewest degrees of freedom that any of the shared
 parameters' differences has. Exact for matched designs with one budget a size and laws linear in their parameters;
 otherwise as good as the law is near its optimum.

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from qies.scaling.result import public_fields
-from qies.scaling.tables.levels import levels
 from qies.scaling.tables.runs import Runs
+from qies.scaling.tables.size_levels import levels
 
 Array = NDArray[np.float64]
 

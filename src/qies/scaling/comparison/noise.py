@@ -39,11 +39,6 @@ class Strata:
     design: Array
     forms: Array
 
-    @property
-    def separable(self) -> bool:
-        """Whether these cells can show that sizes deviate from the law by more than their cells do."""
-        return not self.clustered or self.between >= FEWEST_BETWEEN
-
     def freedom(self, cell: Array, size: Array) -> Array:
         """Degrees of freedom of estimates whose variance is cell [n] from cells and size [n] from sizes."""
         if self.ratio == 0:

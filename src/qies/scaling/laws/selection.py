@@ -28,8 +28,8 @@ from qies.scaling.laws.forms import surface_form
 from qies.scaling.laws.intervals import ROUNDING, huber_moments
 from qies.scaling.laws.surface import DELTA, SurfaceFit, fit_surface
 from qies.scaling.result import Result
-from qies.scaling.tables.levels import levels
 from qies.scaling.tables.runs import Runs
+from qies.scaling.tables.size_levels import levels
 
 # Which form is a special case of which: by gamma = 1, and by alpha = beta.
 NESTED = {("approach3", "approach3-gamma"), ("gadre", "approach3"), ("gadre", "approach3-gamma")}

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qies.errors import UserError, nearest
+from qies.scaling.tables.columns import NUMBERS, TEXTS, missing, resolve, settings_of, text
 from qies.scaling.tables.files import read_rows
-from qies.scaling.tables.names import NUMBERS, TEXTS, missing, resolve, settings_of, text
-from qies.scaling.tables.numbers import read_numbers
+from qies.scaling.tables.number_parsing import read_numbers
 
 Array = NDArray[np.float64]
 

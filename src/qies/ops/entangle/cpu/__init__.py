@@ -24,9 +24,10 @@ from qies.ops.simd import LANES, flat, working
 
 @torch.compiler.disable  # a compiled model calls it between two compiled pieces
 def entangle_fused(x: Inputs, mode: str = "real") -> tuple[Tensor, Tensor]:
-    """`entangle` on CPU, in float32 whatever comes (bfloat16 included); same shapes and returns. Once differentiable.
+    """`entangle` on the CPU, computed in float32 for every input dtype; same shapes and returns. Once differentiable.
 
-    The backward keeps the state before every 32 key rows (at worst 17, where damping cuts) and nothing else as large.
+    The backward keeps the state before every 32 key rows (at worst 17, where damping cuts); no other tensor of
+    comparable size is saved.
     """
     if x.q.dtype != x.k.dtype:
         x = x._replace(q=x.q.float(), k=x.k.float())  # the kernel reads them side by side
@@ -37,6 +38,7 @@ def entangle_fused(x: Inputs, mode: str = "real") -> tuple[Tensor, Tensor]:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, beta, log_alpha, theta, state, r: int, keep: bool):
+        # r: key rows per token, 1 real, 2 complex; kept: states before each chunk; phases: turns before each chunk
         B, T, H, K = q.shape
         m, V = K // 2, v.shape[-1] // r
         decays, betas = (1 if x.ndim == 3 else x.shape[-1] for x in (log_alpha, beta))

@@ -1,4 +1,4 @@
-"""`qies bench`: the op and whole training steps against named rivals, in one run on this machine."""
+"""`qies bench`: the op and whole training steps against named baselines, in one run on this machine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(what: str, cases: Sequence[str], rounds: int) -> list[Comparison]:
 
 
 def autocast():
-    """The context of every rival: bf16 autocast where the CPU supports it."""
+    """The context of every baseline: bf16 autocast where the CPU supports it."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
@@ -53,10 +53,10 @@ def bench_op(shapes: Sequence[tuple[int, ...]] = OP_SHAPES, *, rounds: int = 5) 
     """Forward and backward of `entangle` (selective phase) against: itself without phase, transformers' chunked gated
     delta rule, and causal SDPA. shapes: (B, T, H, K, V) with K = V."""
     keep_memory()
-    return [compare(str(shape), op_rivals(*shape), rounds=rounds) for shape in shapes]
+    return [compare(str(shape), op_baselines(*shape), rounds=rounds) for shape in shapes]
 
 
-def op_rivals(B: int, T: int, H: int, K: int, V: int) -> dict[str, Callable[[], Any]]:
+def op_baselines(B: int, T: int, H: int, K: int, V: int) -> dict[str, Callable[[], Any]]:
     """Calls that each run one forward and backward on inputs in their own layout, all bf16 except the controls."""
     make = torch.Generator().manual_seed(0)
 
@@ -103,11 +103,13 @@ def bench_train(
     out = []
     for size, seq_len in cases:
         ids = torch.randint(0, vocab_size, (max(1, tokens // seq_len), seq_len + 1))
-        rivals = {f"{arm} arm": own_step(arm, size, ids, vocab_size) for arm in ("qies", "transformer", "gpt2")}
+        baselines = {f"{arm} arm": own_step(arm, size, ids, vocab_size) for arm in ("qies", "transformer", "gpt2")}
         if seq_len > 1024:
-            del rivals["gpt2 arm"]  # beyond its learned positions
-        rivals |= {name: foreign_step(model, ids) for name, model in foreign_models(size, vocab_size, seq_len).items()}
-        out.append(compare(f"{size}, T={seq_len}, {ids[:, 1:].numel()} tokens", rivals, rounds=rounds))
+            del baselines["gpt2 arm"]  # beyond its learned positions
+        baselines |= {
+            name: foreign_step(model, ids) for name, model in foreign_models(size, vocab_size, seq_len).items()
+        }
+        out.append(compare(f"{size}, T={seq_len}, {ids[:, 1:].numel()} tokens", baselines, rounds=rounds))
     return out
 
 
@@ -174,7 +176,7 @@ def comparison_table(title: str, comparisons: Sequence[Comparison]) -> Table:
     """Medians in milliseconds, and times relative to the subject."""
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("case")
-    table.add_column("rival")
+    table.add_column("baseline")
     for column in ("ms", "times the subject", "range"):
         table.add_column(column, justify="right", no_wrap=True)
     for c in comparisons:

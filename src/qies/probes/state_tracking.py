@@ -1,4 +1,4 @@
-"""State tracking: the answer depends on everything so far, and no part of it can be looked up."""
+"""State-tracking tasks: the answer depends on the whole prefix in its order."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The bench: rivals in turn, ratios round by round, and honest rivals."""
+"""The bench: baselines in turn, ratios round by round, and honest baselines."""
 
 import pytest
 
 from qies import presets
-from qies.bench import rivals, threads, timing
+from qies.bench import baselines, threads, timing
 from qies.errors import UserError
 
 
@@ -12,7 +12,7 @@ def test_ratios_are_those_of_each_round_and_cancel_drift(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     order, drift = [], [1.0]
 
-    def rival(name, cost):
+    def baseline(name, cost):
         def call():
             order.append(name)
             now[0] += cost * drift[0]
@@ -21,14 +21,14 @@ def test_ratios_are_those_of_each_round_and_cancel_drift(monkeypatch):
 
         return call
 
-    result = timing.compare("case", {"a": rival("a", 1.0), "b": rival("b", 3.0)}, rounds=3, warmup=1)
+    result = timing.compare("case", {"a": baseline("a", 1.0), "b": baseline("b", 3.0)}, rounds=3, warmup=1)
     assert order == ["a", "b"] * 4
     assert result.ratio == {"a": 1.0, "b": pytest.approx(3.0)}
     assert result.seconds == {"a": 4.0, "b": 12.0}
 
 
-def test_every_op_rival_runs_forward_and_backward():
-    found = rivals.op_rivals(1, 70, 2, 8, 8)
+def test_every_op_baseline_runs_forward_and_backward():
+    found = baselines.op_baselines(1, 70, 2, 8, 8)
     assert set(found) == {"entangle", "entangle, no phase", "transformers gated delta rule", "causal SDPA"}
     for call in found.values():
         call()
@@ -36,7 +36,7 @@ def test_every_op_rival_runs_forward_and_backward():
 
 def test_foreign_models_have_the_same_shape_and_about_the_same_size():
     values = presets.settings("qies", "400k", 512)
-    for name, model in rivals.foreign_models("400k", 512, 512).items():
+    for name, model in baselines.foreign_models("400k", 512, 512).items():
         config = model.config
         assert (config.hidden_size, config.num_hidden_layers) == (values["hidden_size"], values["num_hidden_layers"])
         body = sum(p.numel() for n, p in model.named_parameters() if "wte" not in n and "embed" not in n
@@ -44,8 +44,8 @@ def test_foreign_models_have_the_same_shape_and_about_the_same_size():
         assert body == pytest.approx(400_000, rel=0.15), name
 
 
-def test_a_training_step_of_every_rival_runs():
-    [result] = rivals.bench_train([("50k", 16)], rounds=1, vocab_size=300, tokens=32)
+def test_a_training_step_of_every_baseline_runs():
+    [result] = baselines.bench_train([("50k", 16)], rounds=1, vocab_size=300, tokens=32)
     assert len(result.seconds) == 5 and min(result.seconds.values()) > 0
 
 
@@ -54,7 +54,7 @@ def test_a_training_step_of_every_rival_runs():
 )
 def test_a_bad_case_is_named(what, case):
     with pytest.raises(UserError):
-        rivals.run(what, [case], 1)
+        baselines.run(what, [case], 1)
 
 
 @pytest.mark.parametrize("case", ["2", "2x", "0x1", "axb"])

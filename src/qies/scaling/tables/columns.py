@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qies.errors import UserError, nearest
-from qies.scaling.tables.numbers import parse_number
+from qies.scaling.tables.number_parsing import parse_number
 
 # Our names, and where a run record (DESIGN, section 3) keeps the same thing.
 RECORD = {
