@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from qies.cli import VERBS
-from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
-from qies.data.sources.stories import KINDS, stories
-from qies.data.tokenizer import load_tokenizer
+from qies.data.sources.stories import KINDS
 from qies.errors import UserError
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.probes.checkpoint import _depths, linear_probes, probe_checkpoint, recall_gain
@@ -49,10 +47,7 @@ def test_depth_is_that_of_open_brackets():
 
 
 @pytest.fixture(scope="module")
-def probed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer([text for _, text in stories(0, 30)], 400), folder)
-    tokenizer = load_tokenizer(folder)
+def probed(tokenizer):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 16}
     return QiesForCausalLM(QiesConfig(vocab_size=len(tokenizer), **sizes)), tokenizer

@@ -4,21 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
 from qies.data.sources.stories import KINDS
-from qies.data.tokenizer import load_tokenizer
 from qies.errors import UserError
 from qies.model import QiesConfig, QiesForCausalLM
 from qies.probes.stories import choice_log_probabilities, score_stories
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    from qies.data.sources.stories import stories
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer([text for _, text in stories(0, 30)], 400), folder)
-    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")

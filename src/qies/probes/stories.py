@@ -14,8 +14,7 @@ from qies.data.sources.stories import KINDS, Question
 from qies.data.tokenizer import encode_texts
 from qies.errors import UserError, nearest
 from qies.model import QiesForCausalLM
-
-IGNORED = -100
+from qies.probes.task import IGNORED
 
 
 def score_stories(

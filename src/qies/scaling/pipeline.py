@@ -147,7 +147,7 @@ def fit_file(
     best: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Outcome:
-    """Fit `form` to the runs of a file or folder (`table.read_runs`).
+    """Fit `form` to the runs of a file or folder (`tables.runs.read_runs`).
 
     `delta`, `criterion`, `bootstrap`, `resample`, `level`, `seed` as for `fit_surface` and `fit_power`; `method` of
     `fit_approach2`; `floor` and `ceiling` of `fit_downstream`, "free" where they are fitted (by default the floor is,
