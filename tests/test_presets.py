@@ -54,7 +54,7 @@ def test_counts_by_group_are_those_of_the_built_model(arm, overrides, size):
     "overrides",
     [
         {"gate": "channel"}, {"gate": "none"}, {"decay": "channel"}, {"conv_size": 0}, {"attention_conv_size": 0},
-        {"attention_conv": "input"}, {"register_mode": "real"},
+        {"attention_conv": "input"}, {"register_mode": "real"}, {"register_mode": "unitary"},
         {"phase": "selective", "phase_fraction": 0.5}, {"tie_word_embeddings": True},
         {"mode": "complex", "eigenvalues": "disc"},
         {"mode": "complex"}, {"phase": "selective", "phase_rank": 3}, {"num_hidden_layers": 6},

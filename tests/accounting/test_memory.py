@@ -84,7 +84,7 @@ CHANNELS = {"decay": "channel"}
     ("arm", "override"),
     [
         *(("qies", o) for o in ({"gate": "none"}, {"gate": "channel"}, {"conv_size": 0}, {"position": "rope"})),
-        *(("qies", o) for o in (REGISTERS, CHANNELS, REGISTERS | CHANNELS)),
+        *(("qies", o) for o in (REGISTERS, CHANNELS, REGISTERS | CHANNELS, {"register_mode": "unitary"})),
         ("complex", CHANNELS), ("complex", {"phase": "none"}), ("no_phase", CHANNELS),
     ],
 )  # fmt: skip

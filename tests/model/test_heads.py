@@ -14,7 +14,7 @@ from qies.entanglement import capture, entropies
 from qies.errors import UserError
 from qies.model import QiesCache, QiesConfig, QiesForCausalLM
 from qies.model import entanglement as mixer_module
-from qies.ops.entangle import Inputs
+from qies.ops.entangle import Inputs, evolve
 from qies.ops.entangle.naive import entangle_naive
 
 WITH_REGISTERS = ["registers", "complex_registers"]
@@ -86,6 +86,39 @@ def test_a_layer_is_the_sum_of_its_heads():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [1, 37, 700])
+def test_a_unitary_register_holds_the_product_of_its_gates(length):
+    """Gates I - (1 - lambda) k k^H, multiplied as dense complex matrices; each token reads its own product."""
+    mixer = stirred("unitary_registers", conv_size=0).model.layers[0].mixer
+    x = torch.randn(2, length, 32)
+    given = mixer.inputs(x)[1]
+    o, state = evolve(given, "complex")
+    k, q = (torch.complex(*F.normalize(y.double(), dim=-1).chunk(2, -1)) for y in (given.k, given.q))
+    eigenvalue = 1 - torch.view_as_complex(given.beta.double())
+    assert torch.allclose(eigenvalue.abs(), torch.ones(()).double(), atol=1e-6)
+    product = torch.eye(4, dtype=torch.complex128).expand(2, 4, 4, 4)
+    for t in range(length):
+        gate = torch.eye(4) - (1 - eigenvalue[:, t, :, None, None]) * k[:, t, :, :, None] * k[:, t, :, None].conj()
+        product = gate @ product
+        read = (q[:, t, :, None].conj() @ product)[:, :, 0]
+        assert torch.allclose(o[:, t].double(), torch.cat([read.real, read.imag], -1), atol=2e-5)
+    assert torch.allclose(state.double(), torch.cat([product.real, product.imag], -2), atol=2e-5)
+    assert torch.allclose(product @ product.mH, torch.eye(4, dtype=torch.complex128), atol=1e-5)
+
+
+def test_a_unitary_register_starts_without_gates_and_has_neither_values_nor_decays():
+    model = build("unitary_registers", conv_size=0)
+    mixer = model.model.layers[0].mixer
+    memory, register = mixer.groups
+    assert mixer.v_proj.weight.shape[0] == memory.value_width and mixer.decay_size == memory.decays
+    assert mixer.o_proj.weight.shape[1] == memory.read_width + 4 * 2 * 4
+    given = mixer.inputs(torch.zeros(1, 3, 32))[1]
+    assert not given.v.any() and not given.log_alpha.any() and not given.beta.any()  # lambda = 1
+    assert torch.equal(given.state[0, 0], torch.cat([torch.eye(4), torch.zeros(4, 4)]))
+    assert register.state_shape == (4, 8, 4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", [*ARMS, "complex_registers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_reaches_the_op(name, dtype, monkeypatch):
@@ -99,7 +132,6 @@ def test_what_reaches_the_op(name, dtype, monkeypatch):
         seen.append((x.q.shape[2], x.q.shape[3] // 2, new.shape[3], mode, x.beta.ndim, x.state is not None, new.dtype))
         return o, new
 
-    evolve = mixer_module.evolve
     monkeypatch.setattr(mixer_module, "evolve", watched)
     model = stirred(name).to(dtype)
     cache, layers = QiesCache(model.config), model.config.layer_types.count("linear_attention")

@@ -41,17 +41,18 @@ def test_lengths_double_over_the_first_half():
 
 @pytest.mark.slow  # each of its processes imports torch
 def test_a_sweep_resumes_and_counts_seeds(tmp_path):
-    sweep = ProbeSweep(("s3",), ("no_phase",), (0, 1), ProbeConfig(**SMALL))
+    sweep = ProbeSweep(("s3",), ("no_phase",), (0, 1), probe=ProbeConfig(**SMALL))
     seen = []
-    records = run_sweep(sweep.probes(), tmp_path, 2, seen.append)
+    records = run_sweep(sweep, tmp_path, 2, seen.append)
     assert len(records) == len(seen) == 2 == len(list(tmp_path.glob("*.json")))
     [lost] = tmp_path.glob("s3-no_phase-1-*.json")
     before = lost.read_text()
     lost.unlink()
-    again = run_sweep(sweep.probes(), tmp_path, 1, lambda record: None)
+    again = run_sweep(sweep, tmp_path, 1, lambda record: None)
     for record in (*again, *records, old := json.loads(before)):
         record.pop("seconds")
     assert again == records and old in again
+    assert [record["config"]["seed"] for record in again] == [0, 1]
     rows = summary(again)
     assert [(row["task"], row["seeds"]) for row in rows] == [("s3", 2)]
     assert all(row["solved"] == 0 for row in rows)
@@ -67,8 +68,49 @@ def test_a_sweep_resumes_and_counts_seeds(tmp_path):
         ({"hidden_size": 30}, "multiple of twice"),
         ({"steps": 0}, "at least 1"),
         ({"lr": float("nan")}, "positive"),
+        ({"arm": "transformer:layers=0"}, "at least 1"),
+        ({"arm": "transformer:layers"}, "KEY=VALUE"),
+        ({"arm": "no_phase:eigenvalue=unit"}, "Did you mean 'eigenvalues'"),
+        ({"arm": "no_phase:eigenvalues=half"}, "Unknown value 'half'"),
     ],
 )
 def test_bad_input_is_one_line_before_training(values, words):
     with pytest.raises(UserError, match=words):
         ProbeConfig(**values)
+
+
+def test_an_arm_takes_options():
+    values = ProbeConfig(arm="no_phase:eigenvalues=unit:layers=2", model={"eigenvalues": "disc", "gate": "none"}).values()
+    assert (values["eigenvalues"], values["gate"]) == ("unit", "none")
+    assert values["layer_types"] == ["linear_attention"] * 2 and values["num_hidden_layers"] == 2
+
+
+def test_a_learning_rate_is_chosen_for_each_arm_by_its_first_seed(tmp_path, monkeypatch):
+    """On validation rows; of equal ones the lower. The other seeds take it, and only these records are the result."""
+    best = {"qies": [0.1, 0.1, 0.9], "no_phase": [0.5, 0.5, 0.2]}
+    asked = []
+
+    def missing(probes, out, workers, progress):
+        asked.append([(p.arm, p.lr, p.seed) for p in probes])
+        lrs = (0.001, 0.003, 0.01)
+        return [
+            {"config": {"task": p.task, "arm": p.arm, "lr": p.lr, "seed": p.seed},
+             "validation": best[p.arm][lrs.index(p.lr)]}
+            for p in probes
+        ]  # fmt: skip
+
+    monkeypatch.setattr("qies.probes.sweep.train_missing", missing)
+    sweep = ProbeSweep(("s3",), ("qies", "no_phase"), (4, 5, 6), (0.001, 0.003, 0.01), ProbeConfig(**SMALL))
+    records = [r["config"] for r in run_sweep(sweep, tmp_path, 1, lambda record: None)]
+    assert asked[0] == [(arm, lr, 4) for arm in ("qies", "no_phase") for lr in (0.001, 0.003, 0.01)]
+    assert asked[1] == [("qies", 0.01, 5), ("qies", 0.01, 6), ("no_phase", 0.001, 5), ("no_phase", 0.001, 6)]
+    assert [(r["arm"], r["lr"], r["seed"]) for r in records] == [
+        *(("qies", 0.01, seed) for seed in (4, 5, 6)), *(("no_phase", 0.001, seed) for seed in (4, 5, 6))
+    ]  # fmt: skip
+    assert len(sweep) == 10
+
+
+@pytest.mark.parametrize("lrs", [(0.1, 0.1), (0.0,)])
+def test_bad_learning_rates_of_a_sweep(lrs):
+    with pytest.raises(UserError, match="repeats|positive"):
+        ProbeSweep(lrs=lrs)

@@ -34,11 +34,12 @@ def probe(
 
         qies probe --preset quick
         qies probe tasks=[s3,a5] arms=[qies,complex,transformer] seeds=[0,1,2,3,4] --out results/state-tracking
+        qies probe tasks=[s3] arms=[qies,no_phase:eigenvalues=unit,transformer:layers=4] lrs=[0.001,0.003,0.01]
         qies probe tasks=[mqar] probe.layers=2 probe.hidden_size=32 probe.steps=4000
         qies probe --model runs/first
 
     Args:
-        overrides: A YAML file with tasks, arms, seeds and probe (the common settings), and overrides of its keys.
+        overrides: A YAML file with tasks, arms, seeds, lrs and probe (the common settings), and overrides of its keys.
         preset: Probes that come with the package: quick.
         model: The folder of a finished run; its model is probed.
         out: The folder of the records, by default results/probes; with --model the JSON file to write.
@@ -68,22 +69,22 @@ def probe(
     sweep = (
         config.load(ProbeSweep, files[0], changes) if files else config.from_dict(ProbeSweep, config.merge({}, changes))
     )
-    probes = sweep.probes()
     console = Console(stderr=json)
     if dry_run:
-        lines = "\n".join(f"{p.task} {p.arm} seed {p.seed}" for p in probes)
-        show(json, [config.to_dict(p) for p in probes], lambda: print(lines))
+        lines = "\n".join(f"{p.task} {p.arm} lr {p.lr:g} seed {p.seed}" for p in sweep.first())
+        others = f"\nand {len(sweep) - len(sweep.first())} of other seeds, at the best learning rates"
+        show(json, config.to_dict(sweep), lambda: print(lines + (others if sweep.seeds[1:] else "")))
         return
     done = 0
 
     def progress(record: dict) -> None:
         nonlocal done
         done += 1
-        name = "{task} {arm} seed {seed}".format(**record["config"])
+        name = "{task} {arm} lr {lr:g} seed {seed}".format(**record["config"])
         longest, score = list(record["accuracy"].items())[-1]
-        console.print(f"{done} of {len(probes)}: {name}, accuracy at {longest} tokens {score:.3f}", highlight=False)
+        console.print(f"{done} of {len(sweep)}: {name}, accuracy at {longest} tokens {score:.3f}", highlight=False)
 
-    records = run_sweep(probes, out or Path("results/probes"), workers or ladder.cores(), progress)
+    records = run_sweep(sweep, out or Path("results/probes"), workers or ladder.cores(), progress)
     show(json, records, lambda: console.print(_table(summary(records))))
 
 
@@ -133,11 +134,11 @@ def _model_tables(result: dict) -> list[Table | str]:
 def _table(rows: list[dict]) -> Table:
     lengths = sorted({int(n) for row in rows for n in row["accuracy"]})
     table = Table(title="accuracy over all scored positions, mean over seeds, by number of tokens")
-    for name in ("task", "arm", "solved", "chance", *(f"{n:,}" for n in lengths), "N"):
+    for name in ("task", "arm", "solved", "lr", "chance", *(f"{n:,}" for n in lengths), "N"):
         table.add_column(name, justify="left" if name in ("task", "arm") else "right")
     for row in rows:
         scores = [f"{row['accuracy'][str(n)]:.3f}" if str(n) in row["accuracy"] else "" for n in lengths]
         solved = f"{row['solved']} of {row['seeds']}"
-        table.add_row(row["task"], row["arm"], solved, f"{row['chance']:.3f}", *scores, f"{row['parameters']:,}")
+        table.add_row(row["task"], row["arm"], solved, f"{row['lr']:g}", f"{row['chance']:.3f}", *scores, f"{row['parameters']:,}")
     table.caption = "solved: seeds with an accuracy of at least 0.99 at the longest; N: non-embedding parameters"
     return table

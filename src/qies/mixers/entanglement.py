@@ -40,16 +40,25 @@ class HeadGroup:
     spans: tuple[int, int]  # tokens that the first and the last head remember before training
 
     @property
+    def unitary(self) -> bool:
+        """Whether tokens only apply unitary gates: the state starts at the identity, and nothing is added or damped."""
+        return self.eigenvalues == "circle"
+
+    @property
     def key_width(self) -> int:
         return self.heads * 2 * self.channels
 
     @property
-    def value_width(self) -> int:
+    def read_width(self) -> int:
         return self.heads * self.values * (2 if self.mode == "complex" else 1)
 
     @property
+    def value_width(self) -> int:
+        return 0 if self.unitary else self.read_width
+
+    @property
     def betas(self) -> int:
-        return self.heads * (2 if self.eigenvalues == "disc" else 1)
+        return self.heads * (2 if self.eigenvalues in ("disc", "circle") else 1)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -57,30 +66,33 @@ class HeadGroup:
         return self.heads, 2 * self.channels, self.values
 
 
+REGISTERS = {"unitary": ("complex", "circle"), "complex": ("complex", "disc"), "real": ("real", "unit")}
+
+
 def head_groups(values: Values) -> tuple[HeadGroup, ...]:
     """The groups of heads of an entanglement layer: memory heads, then register heads where there are any.
 
-    A register of m levels is complex with eigenvalues in the disc, so that tokens apply any gate of U(m) to it, and
-    V = m: its state has m rows, so m columns hold a whole U(m), and more would repeat them. It starts with the longest
-    memory, since a register that forgets loses its count. With register_mode "real" its twin: the same number of heads
-    and of state numbers, real values, eigenvalues in [0, 1].
+    The state of a register of m levels is m by m. With register_mode "unitary" it starts at the identity and each token
+    multiplies it by a gate I - beta k k^H of U(m), the eigenvalue 1 - beta on the unit circle, so that Psi_t is the
+    product of the gates of all tokens. "complex": eigenvalues in the disc, and damped and written like a memory, with
+    the longest span. "real", the twin of both: the same number of heads and of state numbers, real values, eigenvalues
+    in [0, 1].
     """
 
     def group(heads: int, m: int, v: int, mode: str, eigenvalues: str, spans: tuple[int, int]) -> HeadGroup:
-        decays = heads * (m if values["decay"] == "channel" else 1)
+        decays = 0 if eigenvalues == "circle" else heads * (m if values["decay"] == "channel" else 1)
         return HeadGroup(heads, m, v, mode, eigenvalues, decays, heads * round(values["phase_fraction"] * m), spans)
 
     k, m, registers = values["head_dim"], values["register_channels"], values["register_heads"]
     memory = group(values["num_attention_heads"], k // 2, k, values["mode"], values["eigenvalues"], (16, 4096))
-    kind = ("complex", "disc") if values["register_mode"] == "complex" else ("real", "unit")
-    return (memory, group(registers, m, m, *kind, (4096, 4096))) if registers else (memory,)
+    return (memory, group(registers, m, m, *REGISTERS[values["register_mode"]], (4096, 4096))) if registers else (memory,)
 
 
 def weights(values: Values) -> dict[str, Weight]:
     d, groups = values["hidden_size"], head_groups(values)
-    heads, keys, wide, betas, decays, phases = (
+    heads, keys, wide, read, betas, decays, phases = (
         sum(getattr(group, name) for group in groups)
-        for name in ("heads", "key_width", "value_width", "betas", "decays", "phases")
+        for name in ("heads", "key_width", "value_width", "read_width", "betas", "decays", "phases")
     )
     out = {
         **conv_weights(d, values["conv_size"]),
@@ -98,7 +110,7 @@ def weights(values: Values) -> dict[str, Weight]:
         out["phase_up.weight"] = Weight((phases, values["phase_rank"]), "vector")
     if values["phase"] != "none":
         out["phase_bias"] = Weight((phases,), "vector", fp32=True)
-    return {**out, **gate_weights(values, heads, wide), "o_proj.weight": Weight((d, wide))}
+    return {**out, **gate_weights(values, heads, read), "o_proj.weight": Weight((d, read))}
 
 
 def flops(values: Values, seq_len: int) -> float:
@@ -123,15 +135,15 @@ def chunk_flops(values: Values, chunk: int) -> float:
 def activation_bytes(values: Values) -> float:
     """What the groups of heads share, and each group's op."""
     d, groups = values["hidden_size"], head_groups(values)
-    if any(g.mode == "complex" and g.eigenvalues != "disc" for g in groups):
+    if any(g.mode == "complex" and g.eigenvalues not in ("disc", "circle") for g in groups):
         raise NotCounted(
             'activations of complex heads are counted for model.eigenvalues="disc"; others have no count yet'
         )
-    heads, wide = sum(g.heads for g in groups), sum(g.value_width for g in groups)
+    heads, wide = sum(g.heads for g in groups), sum(g.read_width for g in groups)
     total = float(HALF * d * (2 if values["conv_size"] else 1))
     if values["phase"] == "selective" and any(g.phases for g in groups):
         total += HALF * values["phase_rank"]
-    total += sum(chunk_bytes(values, g) if g.eigenvalues == "disc" else kernel_bytes(values, g) for g in groups)
+    total += sum(chunk_bytes(values, g) if g.mode == "complex" else kernel_bytes(values, g) for g in groups)
     return total + gate_bytes(values, heads, wide)
 
 
@@ -175,7 +187,7 @@ def angle_bytes(values: Values, group: HeadGroup) -> float:
 
 
 CHOICES = {
-    "register_mode": ("complex", "real"),
+    "register_mode": tuple(REGISTERS),
     "mode": ("real", "complex"),
     "phase": ("selective", "fixed", "none"),
     "eigenvalues": ("unit", "signed", "disc"),

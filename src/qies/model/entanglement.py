@@ -36,7 +36,7 @@ class Entanglement(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.reads = config, layer_idx, True
         self.groups, width = config.head_groups, config.hidden_size
-        keys, values = sum(g.key_width for g in self.groups), sum(g.value_width for g in self.groups)
+        keys, values, read = (sum(getattr(g, f"{n}_width") for g in self.groups) for n in ("key", "value", "read"))
         self.beta_size, self.decay_size = sum(g.betas for g in self.groups), sum(g.decays for g in self.groups)
         phases = sum(g.phases for g in self.groups)
         self.conv = ShortConv(width, config.conv_size) if config.conv_size else None
@@ -52,8 +52,8 @@ class Entanglement(nn.Module):
             self.phase_up = linear(config.phase_rank, phases, std=0.0)
         if config.phase != "none":
             self.phase_bias = nn.Parameter(torch.zeros(phases))
-        self.gate = OutputGate(width, sum(g.heads for g in self.groups), values, config.gate)
-        self.o_proj = linear(values, width, std=0.0)
+        self.gate = OutputGate(width, sum(g.heads for g in self.groups), read, config.gate)
+        self.o_proj = linear(read, width, std=0.0)
         self.heads = nn.ModuleList(HeadHooks() for _ in self.groups)
         self.hook_out = HookPoint()
 
@@ -78,7 +78,10 @@ class Entanglement(nn.Module):
     def inputs(
         self, x: Tensor, mask: Tensor | None = None, states: Sequence[Tensor | None] | None = None
     ) -> list[Inputs]:
-        """The op's inputs of each group, for x [B,T,D] after the convolution, from `states` [B,H,2m,V] or None."""
+        """The op's inputs of each group, for x [B,T,D] after the convolution, from `states` [B,H,2m,V] or None.
+
+        A unitary group gets v = 0, log_alpha = 0, and the identity for a state that is None.
+        """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         beta, log_alpha = self.control_proj(x).float().split([self.beta_size, self.decay_size], -1)
         rate = -self.decay_rate.float().exp() * F.softplus(log_alpha + self.decay_bias.float())
@@ -94,16 +97,17 @@ class Entanglement(nn.Module):
             states or [None] * len(self.groups),
             strict=True,
         )
-        return [
-            Inputs(  # type: ignore[call-arg]
-                *(y.unflatten(-1, (group.heads, -1)) for y in (q, k, v)),
-                _kept(self._beta(group, logits), keep),
-                _kept(decay if self.config.decay == "head" else decay.unflatten(-1, (group.heads, -1)), keep),
-                _kept(theta, keep),
-                state,
-            )
-            for group, q, k, v, logits, decay, theta, state in parts
-        ]
+        given = []
+        for group, q, k, v, logits, decay, theta, state in parts:
+            if group.unitary:
+                v, decay = q.new_zeros(*q.shape[:2], group.read_width), rate.new_zeros(*rate.shape[:2], group.heads)
+                state = _identity(x.shape[0], group, x.device) if state is None else state
+            elif self.config.decay == "channel":
+                decay = decay.unflatten(-1, (group.heads, -1))
+            q, k, v = (y.unflatten(-1, (group.heads, -1)) for y in (q, k, v))
+            beta = _kept(self._beta(group, logits), keep)
+            given.append(Inputs(q, k, v, beta, _kept(decay, keep), _kept(theta, keep), state))  # type: ignore[arg-type]
+        return given
 
     def _beta(self, group: HeadGroup, logits: Tensor) -> Tensor:
         """beta = 1 - lambda of a group's heads, [B,T,H] or the pair [B,T,H,2]."""
@@ -113,7 +117,8 @@ class Entanglement(nn.Module):
             return 2 * torch.sigmoid(logits)
         z = logits.unflatten(-1, (group.heads, 2))
         radius = z.square().sum(-1, keepdim=True).add(1e-12).sqrt()
-        eigenvalue = z * (torch.tanh(radius) / radius)  # any point of the open complex unit disc
+        # any point of the unit circle, or of the open unit disc
+        eigenvalue = z / radius if group.unitary else z * (torch.tanh(radius) / radius)
         return torch.cat([1 - eigenvalue[..., :1], -eigenvalue[..., 1:]], -1)
 
     def _theta(self, x: Tensor) -> list[Tensor | None]:
@@ -135,8 +140,10 @@ class Entanglement(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start with lambda near 0 (a projective write), no phase, and memories of `spans` tokens over a group."""
-        init.zeros_(self.beta_bias)
+        """Start with lambda near 0 (a projective write), in unitary groups near 1 (no gate), no phase, and memories of
+        `spans` tokens over a group."""
+        biases = [torch.tensor([1.0, 0.0]).repeat(g.heads) if g.unitary else torch.zeros(g.betas) for g in self.groups]
+        init.copy_(self.beta_bias, torch.cat(biases).to(self.beta_bias))
         init.zeros_(self.decay_rate)
         spans = torch.cat([_spread(*g.spans, g.heads).repeat_interleave(g.decays // g.heads) for g in self.groups])
         init.copy_(self.decay_bias, (1 / spans).expm1().log().to(self.decay_bias))  # softplus(bias) = 1 / span
@@ -147,6 +154,12 @@ class Entanglement(nn.Module):
 def _spread(first: float, last: float, heads: int) -> Tensor:
     """`heads` values from first to last, evenly spaced on the log scale, [H]."""
     return torch.logspace(math.log10(first), math.log10(last), heads, dtype=torch.float32)
+
+
+def _identity(batch: int, group: HeadGroup, device: torch.device) -> Tensor:
+    """The state of a register before its first gate: the identity, [B,H,2m,m], rows Re | Im."""
+    one = F.pad(torch.eye(group.channels, dtype=torch.float32, device=device), (0, 0, 0, group.channels))
+    return one.expand(batch, group.heads, -1, -1)
 
 
 def _kept(x: Tensor | None, keep: Tensor | None) -> Tensor | None:

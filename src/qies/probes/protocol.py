@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from qies import presets
+from qies import presets, strict_yaml
 from qies.errors import UserError
 from qies.probes.task import IGNORED, Task
 from qies.probes.tasks import task
@@ -26,6 +26,8 @@ SCORED = 2**16  # tokens of every evaluation
 class ProbeConfig:
     """One run: an arm of one or few layers without a short convolution, trained from scratch on one task.
 
+    arm: the name of an arm, and after it options of this arm alone: `no_phase:eigenvalues=unit`, `transformer:layers=2`;
+    fields of QiesConfig, or `layers`.
     length: the longest of the training lengths, which double from 4 during the first half of the steps.
     longer: evaluation lengths as multiples of `length`. Every layer has the mixer of the arm's first one (its
     entanglement layer, or attention where it has none). model: fields of QiesConfig to replace.
@@ -60,30 +62,46 @@ class ProbeConfig:
 
     def values(self) -> dict[str, Any]:
         """The keyword arguments of `QiesConfig`."""
-        if self.arm not in presets.ARMS:
-            presets.settings(self.arm, "100k", 4096)  # raises, with the nearest name
-        arm = presets.ARMS[self.arm]
-        kinds = [arm.pattern[0]] * self.layers
-        for key in self.model:
+        name, options = arm_options(self.arm)
+        if name not in presets.ARMS:
+            presets.settings(name, "100k", 4096)  # raises, with the nearest name
+        arm, layers = presets.ARMS[name], options.pop("layers", self.layers)
+        if not isinstance(layers, int) or layers < 1:
+            raise UserError(f"Option 'layers' of arm '{name}' is {layers!r}; it must be a whole number of at least 1.")
+        kinds, changes = [arm.pattern[0]] * layers, self.model | options
+        for key in changes:
             if key not in presets.MODEL_FIELDS:
-                presets.settings(self.arm, "100k", 4096, **{key: None})  # raises, with the nearest name
+                presets.settings(name, "100k", 4096, **{key: None})  # raises, with the nearest name
         values = {
-            **presets.model_fields(kinds), **arm.settings, "num_hidden_layers": self.layers,
+            **presets.model_fields(kinds), **arm.settings, "num_hidden_layers": layers,
             "hidden_size": self.hidden_size,
             "num_attention_heads": self.heads, "head_dim": self.hidden_size // self.heads,
             "intermediate_size": 2 * self.hidden_size, "conv_size": 0, "attention_conv_size": 0, "logit_softcap": 0.0,
-            "layer_types": kinds, "vocab_size": task(self.task).vocab_size, **self.model,
+            "layer_types": kinds, "vocab_size": task(self.task).vocab_size, **changes,
         }  # fmt: skip
         if problem := presets.inconsistent(values):
             raise UserError(problem)
         return values
 
 
+def arm_options(text: str) -> tuple[str, dict[str, Any]]:
+    """`no_phase:eigenvalues=unit:register_heads=0` -> ("no_phase", {"eigenvalues": "unit", "register_heads": 0})."""
+    name, *options = text.split(":")
+    values = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not key or not equals:
+            raise UserError(f"Option '{option}' of arm '{name}' must be written KEY=VALUE, such as layers=2.")
+        values[key] = strict_yaml.loads(value)
+    return name, values
+
+
 def train_probe(config: ProbeConfig, progress: Callable[[int, float], None] | None = None) -> dict[str, Any]:
     """Train and score one probe in float32 on this process; the result as plain data.
 
     accuracy: {length: share of the scored positions that are right}; `last`: the same at the last scored position of
-    each row alone. AdamW, warm-up over 5 % of the steps, cosine decay to zero, gradients clipped to norm 1.
+    each row alone; `validation`: the mean accuracy over the lengths on other rows, by which a learning rate is chosen.
+    AdamW, warm-up over 5 % of the steps, cosine decay to zero, gradients clipped to norm 1.
     """
     from qies.model import QiesConfig, QiesForCausalLM
 
@@ -112,11 +130,14 @@ def train_probe(config: ProbeConfig, progress: Callable[[int, float], None] | No
         if progress is not None:
             progress(step, loss.item())
     seconds = time.monotonic() - start
-    scores = {config.length * m: accuracy(model, chosen, config.length * m, config.seed) for m in config.longer}
+    spans = [config.length * multiple for multiple in config.longer]
+    scores = {length: accuracy(model, chosen, length, [config.seed, 1, length]) for length in spans}
+    validation = [accuracy(model, chosen, length, [config.seed, 2, length], SCORED // 4)[0] for length in spans]
     return {
         "parameters": presets.count_parameters(values)["non_embedding"],
         "accuracy": {str(length): score[0] for length, score in scores.items()},
         "last": {str(length): score[1] for length, score in scores.items()},
+        "validation": float(np.mean(validation)),
         "chance": chosen.chance,
         "seconds": seconds,
     }
@@ -143,11 +164,13 @@ def _fits(chosen: Task, length: int) -> bool:
 
 
 @torch.no_grad()
-def accuracy(model: torch.nn.Module, chosen: Task, length: int, seed: int) -> tuple[float, float]:
-    """Share of right answers over about 2^16 tokens of rows that training did not see: all scored positions, and the
-    last of each row."""
-    rng = np.random.default_rng([seed, 1, length])
-    rows = max(16, SCORED // length)
+def accuracy(
+    model: torch.nn.Module, chosen: Task, length: int, seed: Sequence[int], tokens: int = SCORED
+) -> tuple[float, float]:
+    """Share of right answers over about `tokens` tokens of rows that training did not see: all scored positions, and
+    the last of each row."""
+    rng = np.random.default_rng(seed)
+    rows = max(16, tokens // length)
     model.eval()
     right: list[np.ndarray] = []
     last: list[np.ndarray] = []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,11 +25,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class ProbeSweep:
-    """A grid of probes, and what is common to all of them."""
+    """A grid of probes, and what is common to all of them.
+
+    lrs: learning rates that every arm tries on each task with the first seed; the one with the best accuracy on
+    validation rows, the lower of two equal ones, is that of the other seeds. None: `probe.lr`.
+    """
 
     tasks: tuple[str, ...] = ("s3",)
     arms: tuple[str, ...] = ("qies", "no_phase", "transformer")
     seeds: tuple[int, ...] = (0,)
+    lrs: tuple[float, ...] = ()
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
@@ -36,22 +42,45 @@ class ProbeSweep:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{name} must be a list of at least one, without repeats, not {list(values)}.")
-        self.probes()
+        if len(set(self.lrs)) < len(self.lrs):
+            raise UserError(f"lrs must be a list without repeats, not {list(self.lrs)}.")
+        self.first()
 
-    def probes(self) -> list[ProbeConfig]:
-        """Every probe of the grid, by task, arm and seed."""
-        common = {key: value for key, value in vars(self.probe).items() if key not in ("task", "arm", "seed")}
-        return [ProbeConfig(task=t, arm=a, seed=s, **common) for t in self.tasks for a in self.arms for s in self.seeds]
+    def first(self) -> list[ProbeConfig]:
+        """The first seed at every learning rate, by task and arm."""
+        probes = [replace(self.probe, task=t, arm=a, seed=self.seeds[0]) for t in self.tasks for a in self.arms]
+        return [replace(probe, lr=lr) for probe in probes for lr in self.lrs or (self.probe.lr,)]
+
+    def __len__(self) -> int:
+        """Probes of the whole sweep."""
+        return len(self.tasks) * len(self.arms) * (len(self.seeds) - 1 + max(1, len(self.lrs)))
 
 
 def run_sweep(
-    probes: Sequence[ProbeConfig], out: Path, workers: int, progress: Callable[[dict[str, Any]], None]
+    sweep: ProbeSweep, out: Path, workers: int, progress: Callable[[dict[str, Any]], None]
 ) -> list[dict[str, Any]]:
-    """Train the probes that have no record in `out` yet, `workers` at a time, each on one thread; all records.
+    """Train the probes that have no record in `out` yet, `workers` at a time, each on one thread; the records at the
+    chosen learning rates, by task, arm and seed.
 
     A record is one JSON file, written when its probe ends, so that a killed sweep loses only what was in training.
     """
     make_folder(out)
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in train_missing(sweep.first(), out, workers, progress):
+        cell = record["config"]["task"], record["config"]["arm"]
+        rank = record["validation"], -record["config"]["lr"]
+        if cell not in best or rank > (best[cell]["validation"], -best[cell]["config"]["lr"]):
+            best[cell] = record
+    chosen = [replace(sweep.probe, task=t, arm=a, lr=first["config"]["lr"]) for (t, a), first in best.items()]
+    others = [replace(probe, seed=seed) for probe in chosen for seed in sweep.seeds[1:]]
+    trained = iter(train_missing(others, out, workers, progress))
+    return [record for first in best.values() for record in (first, *itertools.islice(trained, len(sweep.seeds) - 1))]
+
+
+def train_missing(
+    probes: Sequence[ProbeConfig], out: Path, workers: int, progress: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    """The records of `probes`, of which those without one are trained."""
     records = [read_record(out, probe) for probe in probes]
     for record in records:
         if record is not None:
@@ -91,7 +120,7 @@ def read_record(out: Path, probe: ProbeConfig) -> dict[str, Any] | None:
 
 def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each task and arm: seeds, how many solved the task at the longest length (accuracy at least 0.99 over
-    all scored positions), mean accuracy by length, parameters."""
+    all scored positions), mean accuracy by length, learning rate, parameters."""
     cells: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         cells[record["config"]["task"], record["config"]["arm"]].append(record)
@@ -105,6 +134,7 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": len(group),
                 "solved": sum(record["accuracy"][str(lengths[-1])] >= SUCCESS for record in group),
                 "accuracy": {str(n): fmean(record["accuracy"][str(n)] for record in group) for n in lengths},
+                "lr": group[0]["config"]["lr"],
                 "chance": group[0]["chance"],
                 "parameters": group[0]["parameters"],
             }
@@ -113,7 +143,7 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _path(out: Path, probe: ProbeConfig) -> Path:
-    return out / f"{probe.task.replace(':', '_')}-{probe.arm}-{probe.seed}-{content_hash(probe)}.json"
+    return out / f"{probe.task}-{probe.arm}-{probe.seed}-{content_hash(probe)}.json".replace(":", "_")
 
 
 def _one_thread(plugins: Sequence[str]) -> None:
