@@ -65,6 +65,7 @@ TABLE = {
     "qies probe tasks=[s3,a5] arms=[qies,complex,transformer] seeds=[0,1,2,3,4] --out results/state-tracking": How(
         more="--dry-run"
     ),
+    "qies probe --plugin published_mixers tasks=[s3] arms=[qies,delta_product,diagonal_phase]": How(more="--dry-run"),
     "qies train --arm qies --size 100k --data builtin-stories --out runs/stories": How(
         {"--size 100k --data builtin-stories": "--size 50k --tokens 256"}, f"{TINY} {TEXTS}"
     ),
@@ -176,7 +177,8 @@ def workspace(text_folder, tmp_path, monkeypatch, forget_plugins):
     """A working folder with the files that the documents speak of."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(text_folder, "my_texts")
-    shutil.copy(ROOT / "examples" / "gated_recurrence.py", ".")
+    for name in ("gated_recurrence", "published_mixers"):
+        shutil.copy(ROOT / "examples" / f"{name}.py", ".")
     Path("results").mkdir()
     Path("results/reference").symlink_to(ROOT / "results" / "reference")
     rng = np.random.default_rng(0)
