@@ -68,6 +68,7 @@ def test_a_sweep_resumes_and_counts_seeds(tmp_path):
         ({"hidden_size": 30}, "multiple of twice"),
         ({"steps": 0}, "at least 1"),
         ({"lr": float("nan")}, "positive"),
+        ({"label_smoothing": 1.0}, r"lie in \[0, 1\)"),
         ({"arm": "transformer:layers=0"}, "at least 1"),
         ({"arm": "transformer:layers"}, "KEY=VALUE"),
         ({"arm": "no_phase:eigenvalue=unit"}, "Did you mean 'eigenvalues'"),

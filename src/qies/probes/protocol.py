@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from qies import presets, strict_yaml
 from qies.errors import UserError
@@ -31,6 +32,10 @@ class ProbeConfig:
     length: the longest of the training lengths, which double from 4 during the first half of the steps.
     longer: evaluation lengths as multiples of `length`. Every layer has the mixer of the arm's first one (its
     entanglement layer, or attention where it has none). model: fields of QiesConfig to replace.
+
+    label_smoothing: share of the target spread over all tokens. Without it the loss vanishes once every answer at the
+    trained length is right, and with it the gradient on how exactly the state is tracked, which decides the answers at
+    greater lengths.
     """
 
     task: str = "s3"
@@ -44,6 +49,7 @@ class ProbeConfig:
     steps: int = 2000
     batch_size: int = 64
     lr: float = 3e-3
+    label_smoothing: float = 0.1
     model: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,6 +62,8 @@ class ProbeConfig:
             raise UserError(f"hidden_size {self.hidden_size} must be a multiple of twice the {self.heads} heads.")
         if not 0 < self.lr < math.inf:
             raise UserError(f"lr is {self.lr}; it must be positive.")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1).")
         self.values()
         for length in {self.length, self.length * max(self.longer)}:
             task(self.task).sample(np.random.default_rng(0), 1, length)  # a length that does not fit is said now
@@ -121,7 +129,10 @@ def train_probe(config: ProbeConfig, progress: Callable[[int, float], None] | No
     start = time.monotonic()
     for step, length in enumerate(lengths):
         ids, targets = chosen.sample(rng, config.batch_size, length)
-        loss = model(torch.from_numpy(ids), shift_labels=torch.from_numpy(targets)).loss
+        logits = model(torch.from_numpy(ids), use_cache=False).logits
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), torch.from_numpy(targets).flatten(), label_smoothing=config.label_smoothing
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
