@@ -1,6 +1,11 @@
 """A probe from the configuration to the table."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +63,36 @@ def test_a_sweep_resumes_and_counts_seeds(tmp_path):
     assert all(row["solved"] == 0 for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers through /proc")
+def test_the_workers_of_a_killed_sweep_end(tmp_path):
+    words = ["tasks=[s3]", "arms=[no_phase]", "probe.steps=1000000", "--workers", "1", "--out", str(tmp_path)]
+    sweep = subprocess.Popen([sys.executable, "-m", "qies", "probe", *words], stdout=subprocess.DEVNULL)
+
+    def wait(happens) -> None:
+        deadline = time.monotonic() + 120
+        while not happens():
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+    def stat(process: str) -> list[str]:  # from the state on; a process that has ended may wait for its parent as Z
+        path = Path(f"/proc/{process}/stat")
+        return path.read_text().rpartition(")")[2].split() if path.exists() else ["Z"]
+
+    def seconds(process: str) -> float:  # of CPU time
+        return int(stat(process)[11]) / os.sysconf("SC_CLK_TCK")
+
+    try:
+        children = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children")
+        wait(lambda: any(seconds(child) > 10 for child in children.read_text().split()))  # imported, and in training
+        workers = children.read_text().split()
+    finally:
+        sweep.kill()
+        sweep.wait()
+    wait(lambda: all(stat(worker)[0] == "Z" for worker in workers))
+    assert not list(tmp_path.glob("*.json"))
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -81,7 +116,8 @@ def test_bad_input_is_one_line_before_training(values, words):
 
 
 def test_an_arm_takes_options():
-    values = ProbeConfig(arm="no_phase:eigenvalues=unit:layers=2", model={"eigenvalues": "disc", "gate": "none"}).values()
+    model = {"eigenvalues": "disc", "gate": "none"}
+    values = ProbeConfig(arm="no_phase:eigenvalues=unit:layers=2", model=model).values()
     assert (values["eigenvalues"], values["gate"]) == ("unit", "none")
     assert values["layer_types"] == ["linear_attention"] * 2 and values["num_hidden_layers"] == 2
 
@@ -113,5 +149,5 @@ def test_a_learning_rate_is_chosen_for_each_arm_by_its_first_seed(tmp_path, monk
 
 @pytest.mark.parametrize("lrs", [(0.1, 0.1), (0.0,)])
 def test_bad_learning_rates_of_a_sweep(lrs):
-    with pytest.raises(UserError, match="repeats|positive"):
+    with pytest.raises(UserError, match=r"repeats|positive"):
         ProbeSweep(lrs=lrs)

@@ -27,8 +27,8 @@ SCORED = 2**16  # tokens of every evaluation
 class ProbeConfig:
     """One run: an arm of one or few layers without a short convolution, trained from scratch on one task.
 
-    arm: the name of an arm, and after it options of this arm alone: `no_phase:eigenvalues=unit`, `transformer:layers=2`;
-    fields of QiesConfig, or `layers`.
+    arm: the name of an arm, and after it options of this arm alone, fields of QiesConfig or `layers`:
+    `no_phase:eigenvalues=unit`, `transformer:layers=2`.
     length: the longest of the training lengths, which double from 4 during the first half of the steps.
     longer: evaluation lengths as multiples of `length`. Every layer has the mixer of the arm's first one (its
     entanglement layer, or attention where it has none). model: fields of QiesConfig to replace.

@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -86,7 +87,7 @@ def train_missing(
         if record is not None:
             progress(record)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread, initargs=(loaded(),)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(loaded(),)) as pool:
         pending = {pool.submit(train_probe, p): i for i, p in enumerate(probes) if records[i] is None}
         try:
             for done in as_completed(pending):
@@ -146,9 +147,17 @@ def _path(out: Path, probe: ProbeConfig) -> Path:
     return out / f"{probe.task}-{probe.arm}-{probe.seed}-{content_hash(probe)}.json".replace(":", "_")
 
 
-def _one_thread(plugins: Sequence[str]) -> None:
+def _start(plugins: Sequence[str]) -> None:
+    """Prepare a worker: one thread, the plugins, and an end with the sweep, without which nobody writes its records."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)
     load(plugins)
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
