@@ -52,8 +52,8 @@ FAULTS = (
     Fault("batch", "NaN, infinity, a spike put into a batch",
           "no tensor of model or optimizers moves; the step is recorded and counted", bad_batches, 12, 4),
     Fault("processes", "2 -> 1 -> 2 processes",
-          f"same data order: every step within {EARLY_TOLERANCE} nats of one process up to step {EARLY}, "
-          f"{TOLERANCE} after", moves, 4, 1),
+          f"same data order: every step within {EARLY_TOLERANCE} nats of one process up to step {EARLY}, the mean step "
+          f"within {TOLERANCE} after", moves, 4, 1),
     Fault("hostile", "pickles, JSON bombs, path traversal, symlinks, folders that anyone may write",
           "nothing executed, nothing written outside; one line and exit 2, or passed over with the end the same",
           hostile_folders, EVERY, 4),

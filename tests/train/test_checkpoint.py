@@ -194,10 +194,11 @@ def test_a_copy_holds_what_is_sealed_and_nothing_else(tmp_path):
 
 @pytest.mark.slow
 def test_killed_inside_a_save_the_one_before_is_found(tmp_path):
-    """The process is killed at each of the calls that a save makes to the disk."""
+    """The process is killed at each of the calls that a save makes to the disk, in turn."""
     code = """
 import os, signal, sys, torch
 from pathlib import Path
+from qies import storage
 from qies.train import checkpoint
 folder, after, calls = Path(sys.argv[1]), int(sys.argv[2]), [0]
 def count(original):
@@ -209,18 +210,21 @@ def count(original):
     return call
 for step in (1, 2):
     if step == 2:
-        checkpoint.sync, checkpoint._digest = count(checkpoint.sync), count(checkpoint._digest)
-        os.rename, checkpoint.shutil.rmtree = count(os.rename), count(checkpoint.shutil.rmtree)
+        storage.sync, checkpoint._digest = count(storage.sync), count(checkpoint._digest)
+        os.replace, checkpoint.shutil.rmtree = count(os.replace), count(checkpoint.shutil.rmtree)
     checkpoint.save(folder, step, {"w": torch.full((5,), float(step)), "n": torch.tensor(0.0)}, {}, keep=1)
 """
-    seen = set()
-    for after in (1, 4, 6, 8, 9):
+    found = []
+    for after in range(1, 20):
         folder = tmp_path / str(after)
-        subprocess.run([sys.executable, "-c", code, str(folder), str(after)], check=False)
+        killed = subprocess.run([sys.executable, "-c", code, str(folder), str(after)], check=False).returncode
         meta, tensors = load(folder)
-        seen.add(meta["step"])
+        found.append(meta["step"])
         assert torch.equal(tensors["w"], torch.full((5,), float(meta["step"])))
-    assert seen == {1, 2}
+        if killed != -signal.SIGKILL:
+            break
+    assert killed == 0 and len(found) > 6  # two digests, three files and folders flushed, the renaming
+    assert found == sorted(found) and set(found) == {1, 2}
 
 
 def test_later_ones_that_were_passed_over_push_out_no_good_one(tmp_path):
