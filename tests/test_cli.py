@@ -67,7 +67,7 @@ def test_help(verb, capsys):
         (["study", "--preset", "quick", "--out", "OUT", "sizes=[50k, 50K, 0.05m]"], "a list without repeats"),
         (["study", "lr=3/s.yaml", "--out", "OUT"], "Give one study"),
         (["plan", "--tokens", "many"], "--tokens is 'many'"),
-        (["plan", "lr=3/s.yaml"], "Unknown key 'model.lr'"),
+        (["plan", "lr=3/s.yaml"], "Unknown key 'lr' in model"),
         (["data", "build", "builtin", "--out", "OUT", "--limit-tokens", "1x"], "--limit-tokens is '1x'"),
         (["train", "--out", "OUT", "train.seqlen=5"], "Did you mean 'seq_len'"),
         (["train", "--out", "OUT", "model.head_dm=5"], "Did you mean 'head_dim'"),

@@ -274,7 +274,7 @@ def test_an_attempt_is_interrupted_when_a_rank_was(codes, stopping, outcome, tmp
 def test_the_reason_of_a_failure_is_what_took_the_rank_not_that_it_is_missed(tmp_path):
     folder = planned(tmp_path)
     held = acquire(folder, "me", stale=60, retries=0)
-    script = "test $RANK = 0 && sleep 0.3 && echo rank 1 of 2 is gone '(killed, or failed by itself)' || echo no memory"
+    script = "test $RANK = 0 && sleep 0.3 && echo rank 1 of 2 has ended '(killed, or failed)' || echo no memory"
     ranks = ProcessGroup(["sh", "-c", f"{script}; exit 1"], dict(os.environ), held.log, 2)
     ranks.wait(20)
     ladder.controller._settle(ladder.Slot(None, folder, ranks, held), 0)

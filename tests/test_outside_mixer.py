@@ -205,7 +205,7 @@ def test_plugins_are_named_in_a_run_but_are_no_part_of_its_identity(workplace, f
 
 
 def test_a_study_takes_a_plugin_in_addition_and_keeps_its_runs(workplace, tmp_path):
-    from qies.study import claim
+    from qies.ladder.grid import claim
 
     old = StudyConfig(arms=("transformer",), sizes=("50k",))
     (tmp_path / "s").mkdir()
@@ -213,7 +213,7 @@ def test_a_study_takes_a_plugin_in_addition_and_keeps_its_runs(workplace, tmp_pa
         yaml.safe_dump({k: v for k, v in to_dict(old).items() if k != "plugins"})
     )
     new = dataclasses.replace(old, arms=("gated",), plugins=("gated_recurrence",))
-    both = claim(new, tmp_path / "s")
+    both = claim(new, tmp_path / "s").study
     assert (both.arms, both.plugins) == (("transformer", "gated"), ("gated_recurrence",))
     assert content_hash(old.runs()[0]) in {content_hash(run) for run in both.runs()}
 
@@ -251,7 +251,7 @@ def test_the_option_is_an_override_of_the_verbs_that_record_it(workplace, monkey
         (["plan", "--plugin", "needs"], "The plugin needs needs the module absent, which is not installed"),
         (["plan", "--plugin", "twice"], "The mixer 'full_attention' is registered already with another declaration"),
         (["plan", "--plugin", "gated_recurrence", "--arm", "gate"], "Did you mean 'gated'"),
-        (["plan", "--arm", "gated"], "Unknown value 'gated' for arm"),
+        (["plan", "--arm", "gated"], "Unknown arm 'gated'"),
     ],
 )
 def test_a_bad_plugin_is_one_line_before_anything_is_spent(argv, words, workplace, capsys):
@@ -295,7 +295,7 @@ def test_registering_twice(forget_plugins):
     [
         (["full_atention"], {}, "Unknown mixer 'full_atention'. Did you mean 'full_attention'"),
         ([], {}, "empty pattern"),
-        (["full_attention"], {"rope_tetha": 1}, "unknown field 'rope_tetha'. Did you mean 'rope_theta'"),
+        (["full_attention"], {"rope_tetha": 1}, "Unknown field 'rope_tetha' in arm 'odd'. Did you mean 'rope_theta'"),
     ],
 )
 def test_an_arm_that_makes_no_sense(pattern, settings, words, forget_plugins):

@@ -36,7 +36,7 @@ def settings(data_config, tiny) -> StudyConfig:
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "tiny"
-    return folder, study.run_study(settings, folder, Console(quiet=True))
+    return folder, study.run_study(claim(settings, folder), Console(quiet=True))
 
 
 def facts(record):
@@ -101,13 +101,13 @@ def test_every_arm_is_compared_with_the_baseline_and_the_model_with_its_controls
     assert pairs == [("qies", "transformer"), ("no_phase", "transformer"), ("qies", "no_phase")]
     assert compared["pairs"][2]["verdict"] == "no difference"  # the same runs under two names
     [refused] = compared["not_compared"]
-    assert refused["candidate"] == "gpt2" and "not in these runs" in refused["reason"]
+    assert refused["candidate"] == "gpt2" and "Unknown arm 'gpt2' in these runs" in refused["reason"]
 
 
 def test_a_second_call_trains_nothing(finished, settings):
     folder, records = finished
     before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/**/*")}
-    assert study.run_study(settings, folder, Console(quiet=True)) == records
+    assert study.run_study(claim(settings, folder), Console(quiet=True)) == records
     assert before == {p: p.stat().st_mtime_ns for p in folder.glob("runs/**/*")}
 
 
@@ -161,11 +161,11 @@ def test_another_study_is_refused_and_nothing_is_overwritten(finished, settings,
     ):
         other = configs.from_dict(StudyConfig, configs.to_dict(settings) | changed)
         with pytest.raises(UserError, match=f"different study .*{words}"):
-            study.run_study(other, folder, Console(quiet=True))
+            study.run_study(claim(other, folder), Console(quiet=True))
     assert (folder / "study.yaml").read_text() == before
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="holds no study"):
-        study.run_study(settings, tmp_path, Console(quiet=True))
+        study.run_study(claim(settings, tmp_path), Console(quiet=True))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -178,13 +178,13 @@ def test_a_claimed_grid_has_what_was_there_and_what_is_added(settings, tmp_path)
         "arms": ["qies", "no_phase"], "sizes": ["50k", "0.06m"], "seeds": [3], "tokens_per_parameter": 0.02,
         "variants": [{"train.lr_scale": 0.5}], "workers": 1, "prompts": ["x"],
     })  # fmt: skip
-    grid = claim(more, tmp_path / "out")
+    grid = claim(more, tmp_path / "out").study
     assert grid.arms == ("transformer", "qies", "no_phase") and grid.sizes == ("50k", "100k", "200k", "60k")
     assert grid.seeds == (0, 3) and grid.budgets == (0.012, 0.02) and grid.variants == ({}, {"train.lr_scale": 0.5})
     assert grid.workers == 1 and grid.prompts == ("x",)
     hashes = {configs.content_hash(c) for c in grid.runs()}
     assert {configs.content_hash(c) for c in (*settings.runs(), *more.runs())} < hashes
-    assert claim(settings, tmp_path / "out") == settings  # a claim writes nothing
+    assert claim(settings, tmp_path / "out").study == settings  # a claim writes nothing
 
 
 @pytest.mark.slow
@@ -192,7 +192,7 @@ def test_a_finished_study_grows_and_keeps_its_runs(finished, settings, tmp_path)
     folder = shutil.copytree(finished[0], tmp_path / "grown")
     before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/**/*") if p.is_file()}
     more = replace(settings, arms=("no_phase",), sizes=("50k",))
-    records = study.run_study(more, folder, Console(quiet=True))
+    records = study.run_study(claim(more, folder), Console(quiet=True))
     assert {r.arm for r in records} == {"transformer", "qies", "no_phase"} and len(records) == 9
     assert {r.status for r in records} == {"done"}
     assert all(p.stat().st_mtime_ns == at for p, at in before.items())
@@ -202,7 +202,7 @@ def test_a_finished_study_grows_and_keeps_its_runs(finished, settings, tmp_path)
     assert ("no_phase", "transformer") in {(p["candidate"], p["baseline"]) for p in pairs}
     assert "no_phase" in build_report(folder).read_text()
     told = io.StringIO()
-    run_all(settings, folder, Console(file=told))
+    run_all(claim(settings, folder), Console(file=told))
     assert "9 of 9 runs are done already" in told.getvalue()
 
 
@@ -216,7 +216,7 @@ def test_a_study_whose_arm_was_defined_anew_is_refused(finished, settings, tmp_p
     before = (folder / "study.yaml").read_text()
     more = replace(settings, seeds=(0, 1))
     with pytest.raises(UserError, match=r"model.register_heads: 2 -> 4\); give another --out"):
-        study.run_study(more, folder, Console(quiet=True))
+        study.run_study(claim(more, folder), Console(quiet=True))
     assert (folder / "study.yaml").read_text() == before
 
 
@@ -234,7 +234,7 @@ def test_a_study_killed_in_the_middle_ends_as_the_undisturbed_one(finished, sett
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    found = study.run_study(settings, out, Console(quiet=True))
+    found = study.run_study(claim(settings, out), Console(quiet=True))
     assert [facts(r) for r in found] == [facts(r) for r in expected]
     for record in expected:
         name = f"runs/{record.config_hash}"
@@ -259,7 +259,7 @@ def test_a_study_killed_while_it_reads_its_corpus_is_known_again(settings, tmp_p
 def test_a_bad_corpus_leaves_no_claim_behind(settings, tmp_path):
     empty = replace(settings, data=DataConfig(str(tmp_path / "nothing")))
     with pytest.raises(UserError):
-        study.run_study(empty, tmp_path / "out", Console(quiet=True))
+        study.run_study(claim(empty, tmp_path / "out"), Console(quiet=True))
     assert not (tmp_path / "out" / "study.yaml").exists()
 
 

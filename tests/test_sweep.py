@@ -10,6 +10,7 @@ from qies import records
 from qies.cli import main
 from qies.config import DataConfig, RunConfig, StudyConfig, content_hash, from_dict, override
 from qies.errors import UserError
+from qies.ladder.grid import claim
 from qies.ladder.sweep import sweep
 from qies.study import run_study
 
@@ -54,7 +55,7 @@ def test_variants_that_repeat_each_other_are_refused(variants):
 
 def test_a_study_refuses_a_sweep(tmp_path):
     with pytest.raises(UserError, match="qies ladder sweep"):
-        run_study(study(), tmp_path / "out", Console(quiet=True))
+        run_study(claim(study(), tmp_path / "out"), Console(quiet=True))
     assert not (tmp_path / "out").exists()
 
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from qies import plugins as extensions
 from qies import storage, strict_yaml
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 
 C = TypeVar("C")
 
@@ -116,7 +116,7 @@ class RunConfig:
         from qies import presets
 
         extensions.load(self.plugins)
-        _choice("arm", self.arm, presets.ARMS)
+        presets.find_arm(self.arm)
         object.__setattr__(self, "size", presets.size_name(presets.parse_size(self.size)))
         least = self.train.seq_len * self.train.batch_size
         _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "an integer of 64 bits")
@@ -194,7 +194,7 @@ class StudyConfig:
 
         extensions.load(self.plugins)
         for arm in self.arms:
-            _choice("arms", arm, presets.ARMS)
+            presets.find_arm(arm)
         object.__setattr__(self, "sizes", tuple(presets.size_name(presets.parse_size(s)) for s in self.sizes))
         for name, values in {**{k: getattr(self, k) for k in ("arms", "sizes", "seeds")},
                              "tokens_per_parameter": self.budgets}.items():  # fmt: skip
@@ -301,8 +301,7 @@ def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in known:
-            hint = nearest(str(key), known) or f" Known: {', '.join(known)}."
-            raise UserError(f"Unknown key '{prefix}{key}'.{hint}")
+            raise unknown("key", key, known, where=f"in {where}" if where else "")
     values = {k: _counted(v, f"{prefix}{k}") if k in counts else v for k, v in values.items()}
     return cls(**{k: _convert(hints[k], v, f"{prefix}{k}") for k, v in values.items()})
 
@@ -487,5 +486,4 @@ def _require(ok: bool, name: str, value: Any, wanted: str) -> None:
 
 def _choice(name: str, value: str, options: Collection[str]) -> None:
     if value not in options:
-        hint = nearest(value, options) or f" Known: {', '.join(options)}."
-        raise UserError(f"Unknown value '{value}' for {name}.{hint}")
+        raise unknown("value", value, options, where=f"for {name}")

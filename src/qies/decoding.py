@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from qies import plugins, records
 from qies.data.tokenizer import encode_texts
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.model import QiesForCausalLM
 
 transformers_logging.disable_progress_bar()  # loading a small model needs no progress bar
@@ -57,8 +57,7 @@ def continue_text(
     learned positions for (see `room`).
     """
     if decoding not in DECODINGS:
-        hint = nearest(decoding, DECODINGS) or f" Known: {', '.join(DECODINGS)}."
-        raise UserError(f"Unknown value '{decoding}' for decoding.{hint}")
+        raise unknown("decoding", decoding, DECODINGS)
     for name, number in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
         if number < 1:
             raise UserError(f"{name} is {number}; it must be at least 1.")

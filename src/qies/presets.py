@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from qies.accounting.parameters import count_parameters
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.mixers import BUILT_IN, mixers, names, register
 from qies.mixers.attention import ATTENTION
 from qies.mixers.common import below, first_problem, outside, unknown_choice
@@ -86,9 +86,15 @@ def register_arm(name: str, pattern: Sequence[str], *, last: str = "", **setting
     known = model_fields([*arm.pattern, *filter(None, [last])])
     for key in settings:
         if key not in known:
-            hint = nearest(key, known) or f" Known: {', '.join(known)}."
-            raise UserError(f"Arm '{name}' sets an unknown field '{key}'.{hint}")
+            raise unknown("field", key, known, where=f"in arm '{name}'")
     register(ARMS, name, arm, "arm")
+
+
+def find_arm(name: str) -> Arm:
+    """The arm of that name. Raises UserError for an unknown one."""
+    if name not in ARMS:
+        raise unknown("arm", name, ARMS)
+    return ARMS[name]
 
 
 # What the named options of the backbone may be.
@@ -135,11 +141,11 @@ GONE: dict[str, Any] = {"value_residual": False, "conv": "input"}
 
 # Settings that are not fields of the model, and where they are set.
 ELSEWHERE = {
-    "arm": " The arm is set by --arm, or by the key arm.",
-    "size": " The size is set by --size, or by the key size.",
-    "tokens": " The token budget is set by --tokens, or by the key tokens.",
-    "vocab_size": " The vocabulary belongs to the data: --vocab-size of qies plan, data.vocab_size of a run.",
-    "layer_types": " The arm decides the types of the layers; num_hidden_layers sets their number.",
+    "arm": "The arm is set by --arm, or by the key arm.",
+    "size": "The size is set by --size, or by the key size.",
+    "tokens": "The token budget is set by --tokens, or by the key tokens.",
+    "vocab_size": "The vocabulary belongs to the data: --vocab-size of qies plan, data.vocab_size of a run.",
+    "layer_types": "The arm decides the types of the layers; num_hidden_layers sets their number.",
 }
 
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
@@ -149,8 +155,7 @@ def parse_size(size: str) -> int:
     """'50k' -> 50_000, '1.5m' -> 1_500_000, '10b' -> 10_000_000_000. Raises UserError otherwise."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb])", str(size).lower())
     if match is None:
-        hint = nearest(size, SIZES) or " Write a number with k, m or b, from 20k to 20b, such as 400k."
-        raise UserError(f"Unknown value '{size}' for size.{hint}")
+        raise unknown("size", size, SIZES, otherwise="Write a number with k, m or b, from 20k to 20b, such as 400k.")
     number = round(Decimal(match[1]) * UNITS[match[2]])
     if not 20_000 <= number <= LARGEST:
         raise UserError(f"size is {size}; it must lie between 20k and 20b.")
@@ -196,13 +201,11 @@ def settings(arm: str, size: str, vocab_size: int, /, **overrides: Any) -> dict[
     `overrides` replace single fields; the MLP width then still brings the model to the size's N, unless it is
     given itself. Raises UserError for unknown names, or when no MLP width gives N to within 1 %.
     """
-    if arm not in ARMS:
-        raise UserError(f"Unknown value '{arm}' for arm.{nearest(arm, ARMS) or f' Known: {chr(44).join(ARMS)}.'}")
+    find_arm(arm)
     known = model_fields(names())  # of all mixers: a study's settings go to every arm
     for key, value in overrides.items():
         if key not in known:
-            hint = ELSEWHERE.get(key) or nearest(key, known) or f" Known: {', '.join(known)}."
-            raise UserError(f"Unknown key 'model.{key}'.{hint}")
+            raise unknown("key", key, [] if key in ELSEWHERE else known, where="in model", note=ELSEWHERE.get(key, ""))
         default = known[key]
         kind = int if default is None else type(default)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):

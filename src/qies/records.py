@@ -103,6 +103,7 @@ class RunRecord:
         return {key: value for key, value in values.items() if value is not None or key in NULLS}
 
 
+TOTALS = ("non_embedding", "total")  # the keys of `params` that every record has
 # Fields that are null in the file where they are not known yet; others are left out.
 NULLS = ("wall_seconds", "tokens_per_second", "peak_memory_bytes")
 
@@ -152,11 +153,10 @@ def learning_rates(config: RunConfig) -> dict[str, float]:
 
 
 def require_same_definitions(config: RunConfig, record: RunRecord, folder: Path) -> None:
-    """Raise UserError, naming the fields, where the record in `folder` has another model or other learning rates than
-    `config` stands for today: the definition of its arm, or the rule for a size, has changed since.
+    """Raise UserError, with the differences, if the record in `folder` has another model, other parameter counts or
+    other learning rates than `config` defines today: the arm, a mixer or the rule for the size has changed.
 
-    Fields that models had not yet, or have no more, are compared by what they meant. Learning rates are compared where
-    the record holds them.
+    Fields that were added or removed since are compared by their meaning. Learning rates are compared if recorded.
     """
     from qies import presets
 
@@ -164,8 +164,11 @@ def require_same_definitions(config: RunConfig, record: RunRecord, folder: Path)
     if not isinstance(then.get("vocab_size"), int):
         raise UserError(f"{folder / 'run.json'} describes no model; delete that run's folder and run it again.")
     now = {"model": presets.settings(config.arm, config.size, then["vocab_size"], **config.model)}
+    counted = presets.count_parameters(now["model"])  # a plugin can change a mixer's weights without changing a field
+    now["params"] = {total: counted[total] for total in TOTALS}
     then = presets.MODEL_FIELDS | presets.BEFORE | then
     old: dict[str, Any] = {"model": {k: v for k, v in then.items() if k not in presets.GONE or v != presets.GONE[k]}}
+    old["params"] = {total: record.params[total] for total in TOTALS}
     if record.learning_rates is not None:
         old["learning_rates"], now["learning_rates"] = record.learning_rates, learning_rates(config)
     if changed := differences(old, now):
@@ -224,7 +227,7 @@ def from_json(values: Any) -> RunRecord:
                 raise ValueError(f"{f.name} is missing")
         elif not _is(values[f.name], kinds[f.name]):
             raise ValueError(f"{f.name} is {json.dumps(values[f.name])[:40]}")
-    for total in ("non_embedding", "total"):
+    for total in TOTALS:
         if not _is(values["params"].get(total), (int,)):
             raise ValueError(f"params.{total} is missing")
     return RunRecord(**values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import inspect
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from qies import __version__, plugins
-from qies.errors import INTERRUPTED, Stopped, UserError, nearest, speaks
+from qies.errors import INTERRUPTED, Stopped, UserError, reports_errors, unknown
 
 Verb = Callable[..., None]
 Parameters = Mapping[str, inspect.Parameter]
@@ -55,7 +56,7 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
         _dispatch(verbs, plugins.take_option(args), description)
         sys.stdout.flush()
     except UserError as e:  # all processes of a run raise it; the first prints it
-        return _complain(str(e)) if speaks() else _silent()
+        return _complain(str(e)) if reports_errors() else _silent()
     except Stopped as e:
         return _complain(str(e), e.code)
     except KeyboardInterrupt:
@@ -91,8 +92,7 @@ def _dispatch(verbs: Verbs, args: list[str], description: str, prog: str = "qies
     name, *rest = args
     if name not in verbs:
         options = ["--help", "--version"] if prog == "qies" else ["--help"]
-        hint = nearest(name, [*verbs, *options]) or f" Known: {', '.join(verbs)}."
-        raise UserError(f"Unknown {'option' if name.startswith('-') else 'verb'} '{name}'.{hint}")
+        raise unknown("option" if name.startswith("-") else "verb", name, [*verbs, *options])
     verb = verbs[name]
     if isinstance(verb, Group):
         _dispatch(verb.verbs, rest, verb.help, f"{prog} {name}")
@@ -129,7 +129,7 @@ def _parse(verb: Verb, args: list[str], prog: str) -> Callable[[], None]:
     The parser takes only one contiguous group of positional arguments, so the rest are added to those of a verb with
     `overrides`.
     """
-    parameters = inspect.signature(verb).parameters
+    parameters = _parameters(verb)
     _refuse_empty_paths(parameters, args)
     _refuse_unknown_options(parameters, args, prog)
     errors = io.StringIO()
@@ -147,6 +147,18 @@ def _parse(verb: Verb, args: list[str], prog: str) -> Callable[[], None]:
     return lambda: verb(*map(_expanded, values), **{key: _expanded(value) for key, value in options.items()})
 
 
+def _parameters(verb: Verb) -> Parameters:
+    """The parameters of the verb, with the fields of a dataclass in the place of the dataclass."""
+    found: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(verb).parameters.items():
+        if dataclasses.is_dataclass(parameter.default):
+            for f in dataclasses.fields(parameter.default):
+                found[f.name] = inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        else:
+            found[name] = parameter
+    return found
+
+
 def _refuse_unknown_options(parameters: Parameters, args: list[str], prog: str) -> None:
     """Raise UserError for an option that the verb does not have, with the most similar one that it has."""
     known = [f"--{name.replace('_', '-')}" for name, p in parameters.items() if p.kind != p.POSITIONAL_ONLY]
@@ -154,7 +166,7 @@ def _refuse_unknown_options(parameters: Parameters, args: list[str], prog: str) 
     for word in args:
         option = word.partition("=")[0].replace("_", "-")
         if option.startswith("--") and option not in (*known, *negated, "--help", "--"):
-            raise UserError(f"Unknown option '{option}'.{nearest(option, known)} See {prog} --help.")
+            raise unknown("option", option, known, otherwise="", note=f"See {prog} --help.")
 
 
 def _refuse_empty_paths(parameters: Parameters, args: list[str]) -> None:
@@ -205,8 +217,7 @@ def _one_line(text: str, parameters: Parameters, prog: str) -> str:
     if found := re.search(r"invalid choice '(.*?)' for argument '(\S+)'. Expected one of \((.*?)\)", words):
         choices = [word for word in re.findall(r"'(.*?)'", found[3]) if word != "None"]
         name = found[2] if found[2].startswith("-") else found[2].upper()
-        hint = nearest(found[1], choices) or f" Known: {', '.join(choices)}."
-        return f"Unknown value '{found[1]}' for {name}.{hint}"
+        return str(unknown("value", found[1], choices, where=f"for {name}"))
     if found := re.search(r"Error parsing (\S+): (?:no type matching (\S+) could be instantiated from \[)?(.*)", words):
         kinds = found[2] or ("INT" if "int()" in found[3] else "FLOAT")
         wanted = [f"'{literal}'" for literal in re.findall(r"{(.*?)}", kinds) if literal != "None"]

@@ -157,12 +157,13 @@ def test_a_branch_finds_the_text_in_its_trunk(here: Path, capsys, monkeypatch) -
 def test_a_study_knows_its_text_again(here: Path, tiny) -> None:
     plain = StudyConfig("x", ("qies",), ("50k",), train=tiny, data=DataConfig("d", 400, 0.2))
     first = grid.claim(locate(plain), here / "out")
-    grid.prepare(first, here / "out", Console(quiet=True))
+    grid.prepare(first, Console(quiet=True))
     shutil.move("d", "moved")
     moved = locate(replace(plain, data=replace(plain.data, source="moved/")))
     claimed = grid.claim(moved, here / "out")
-    assert [content_hash(c) for c in claimed.runs()] == [content_hash(c) for c in first.runs()]
-    assert grid.prepare(claimed, here / "out", Console(quiet=True)) == here / "out" / "data"
+    assert [content_hash(c) for c in claimed.study.runs()] == [content_hash(c) for c in first.study.runs()]
+    grid.prepare(claimed, Console(quiet=True))
+    assert claimed.data == here / "out" / "data" and (claimed.data / "manifest.json").is_file()
     next(Path("moved").glob("*.txt")).write_text("other text")
     with pytest.raises(UserError, match=r"different study \(data.hash: "):
         grid.claim(locate(moved), here / "out")
@@ -175,7 +176,7 @@ def test_a_study_from_before_texts_had_hashes_keeps_the_names_of_its_runs(before
     (here / "out").mkdir()
     configs.save(old, here / "out" / "study.yaml")
     claimed = grid.claim(locate(old), here / "out")
-    assert [content_hash(c) for c in claimed.runs()] == [content_hash(c) for c in old.runs()]
+    assert [content_hash(c) for c in claimed.study.runs()] == [content_hash(c) for c in old.runs()]
 
 
 def test_a_run_from_before_texts_had_hashes_goes_on(here: Path, tiny) -> None:

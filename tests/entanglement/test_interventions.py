@@ -191,7 +191,10 @@ def test_the_context_ends_with_an_error_too(ids):
 
 def test_mistakes_are_one_line(ids):
     model = stirred()
-    with pytest.raises(UserError, match=r"no hook point 'hook_betta'.*hook_beta"), on.zero(model, "hook_betta"):
+    with (
+        pytest.raises(UserError, match=r"Unknown hook point 'hook_betta'\. Did you mean 'hook_beta'"),
+        on.zero(model, "hook_betta"),
+    ):
         pass
     words = r"Layers \[3\] have no hook point 'hook_beta'; choose among \[0, 1, 2\]"
     with pytest.raises(UserError, match=words), on.zero(model, "hook_beta", layers=[1, 3]):

@@ -84,7 +84,7 @@ def lost_rank(lab: Lab, rng: random.Random, lost: int, torchrun: bool = False) -
     codes = launch.codes(SECONDS_TO_END)
     what += f"; the rest ended after {time.monotonic() - started:.1f} s"
     said = launch.errors[0] if torchrun else launch.errors[1 - lost]
-    named = f"rank      : {lost}" in said if torchrun else f"rank {lost} of 2 is gone" in said
+    named = f"rank      : {lost}" in said if torchrun else f"rank {lost} of 2 has ended" in said
     if (codes[0] if torchrun else codes[1 - lost]) != 1:
         return Outcome(what, f"the exit codes are {codes}")
     return Outcome(what, "" if named else f"the lost rank is not named: {said[-300:]}")

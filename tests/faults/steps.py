@@ -106,11 +106,11 @@ def _in_victim(what: str, step: int, rank: int | None, note: Path) -> None:
     context = spoiled(what, {step}, rank)
     moved = context.__enter__()
 
-    leave = os._exit  # how a child of multiprocessing ends, and a rank of several, without what atexit holds
+    exit_now = os._exit  # how a child of multiprocessing ends, and a rank of several, without what atexit holds
 
     def end(status: int) -> NoReturn:
         context.__exit__(None, None, None)
         own.write_text(json.dumps(moved))
-        leave(status)
+        exit_now(status)
 
     os._exit = end

@@ -21,7 +21,7 @@ from faults.kills import EARLY, EARLY_TOLERANCE, SECONDS_TO_END, TOLERANCE, kill
 from faults.lab import Lab, Outcome
 from faults.steps import bad_batches
 from faults.storage import damages, full_disks, hostile_folders
-from qies.errors import UserError, nearest
+from qies.errors import unknown
 
 EVERY = 1000  # more than the cases there are
 
@@ -85,7 +85,7 @@ def chosen(names: Sequence[str]) -> list[Fault]:
     known = {f.name: f for f in FAULTS}
     for name in names:
         if name not in known:
-            raise UserError(f"No fault '{name}'.{nearest(name, known) or ' Known: ' + ', '.join(known) + '.'}")
+            raise unknown("fault", name, known)
     return [known[name] for name in names] or list(FAULTS)
 
 

@@ -94,7 +94,7 @@ def test_an_analysis_from_outside_that_fails_is_a_note(outside, seeds):
         analyses.require_computed(chosen, seeds)
     text = page_of(seeds).text
     assert "The analysis of Depth.json failed" in text and "The part on Depth is left out" in text
-    assert "Unknown analysis 'gone_lab'" in text and "Validation loss against" in text
+    assert "Unknown analysis or module 'gone_lab'" in text and "Validation loss against" in text
 
 
 def test_a_stored_result_of_the_same_inputs_is_kept(seeds):
@@ -117,7 +117,7 @@ def test_a_stored_result_of_the_same_inputs_is_kept(seeds):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["los"], "Unknown analysis 'los', and no module of this name. Did you mean 'loss'"),
+        (["los"], "Unknown analysis or module 'los'. Did you mean 'loss'"),
         (["lab.seed_spread"], "Known: builtin, loss"),
         (["json"], "json is not an analysis: it has no function section"),
         (["seed_spread:other"], "seed_spread:other is not an analysis"),

@@ -108,6 +108,8 @@ def test_the_baseline_is_named_with_its_positions(study):
             {"position": "none", "conv_size": 3, "layer_types": ["linear_attention"]},
             "no position embedding (NoPE); entanglement layers with short convolution on the input (3 taps)",
         ),
+        ({"position": "none", "conv_size": 3, "layer_types": ["full_attention"]}, "no position embedding (NoPE)"),
+        ({"position": "none", "conv_size": 3, "layer_types": ["not_registered"]}, "no position embedding (NoPE)"),
     ],
 )
 def test_positions_in_words(model, words):

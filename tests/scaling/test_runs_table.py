@@ -224,7 +224,11 @@ def test_flops_conventions(tmp_path):
         ("N,tokens,loss\n1,2,3\n", {}, "no column 'params'; name it with --columns params="),
         ("params,tokens,lss\n1,2,3\n", {}, "Did you mean 'lss'"),
         ("params,tokens,loss\n1,2,3\n", {"columns": {"params": "parms"}}, "Did you mean 'params'"),
-        ("params,tokens,loss\n1,2,3\n", {"columns": {"parms": "params"}}, "'parms' is not a column"),
+        (
+            "params,tokens,loss\n1,2,3\n",
+            {"columns": {"parms": "params"}},
+            "Unknown column 'parms' in --columns. Did you mean 'params'",
+        ),
         ("params,tokens,loss\n1,2,three\n", {}, "row 1, column 'loss': 'three' is not a number"),
         ("Step,a - loss,a - loss__MIN,a - loss__MAX\n1,2,3,4\n", {}, "wide export of W&B.*'a - loss', without loss"),
         ("Step,a - loss\n1,2\n", {"columns": {"loss": "a - loss"}}, "wide export of W&B.*without params"),

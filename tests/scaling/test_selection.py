@@ -9,6 +9,7 @@ from scaling_tables import CHINCHILLA, grid, law, make_runs, noisy, published
 from qies.errors import UserError
 from qies.scaling import compare_forms, fit_surface, leave_largest_out, read_runs
 from qies.scaling.laws.selection import huber_log_likelihood
+from qies.scaling.options import FitOptions
 from qies.scaling.pipeline import fit_file
 
 
@@ -134,7 +135,7 @@ def test_forms_compete_by_the_criterion_that_was_asked_for(tmp_path):
     path = tmp_path / "runs.csv"
     rows = [f"{row[0]},{row[1]},{row[2]}" for row in zip(n.tolist(), d.tolist(), runs.loss.tolist(), strict=True)]
     path.write_text("\n".join(["params,tokens,loss", *rows]))
-    beside = fit_file(path, beside=("gadre",), criterion="loss", bootstrap=0).comparison
+    beside = fit_file(path, FitOptions(beside=("gadre",), criterion="loss", bootstrap=0)).comparison
     assert beside.scores[0].objective == pytest.approx(found.scores[0].objective, rel=1e-6)
 
 

@@ -82,6 +82,7 @@ def test_any_other_change_is_shown_and_logged(config, shards, unfinished, caplog
         ("model", "attention_conv", None, r"model.attention_conv: input -> keys"),
         ("model", "register_heads", None, r"model.register_heads: 0 -> 4"),
         ("model", "value_residual", True, r"model.value_residual: True -> absent"),
+        ("params", "non_embedding", 49_000, r"params.non_embedding: 49000 -> "),
         ("learning_rates", "matrix", 0.02, r"learning_rates.matrix: 0.02 -> 0.04"),
     ],
 )

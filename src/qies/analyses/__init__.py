@@ -26,7 +26,7 @@ from qies.analyses.charts import line_chart
 from qies.analyses.finished import Finished
 from qies.analyses.parts import Chart, Passage, Section, Table
 from qies.analyses.records import Study, stored
-from qies.errors import Stopped, UserError, nearest
+from qies.errors import Stopped, UserError, unknown
 from qies.storage import write_json
 
 __all__ = [
@@ -81,8 +81,7 @@ def _from_outside(name: str) -> tuple[str, Any]:
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module}.".startswith(f"{missing}."):
-            hint = nearest(name, [*BUILTIN, "builtin"]) or f" Known: builtin, {', '.join(BUILTIN)}."
-            raise UserError(f"Unknown analysis '{name}', and no module of this name.{hint}") from None
+            raise unknown("analysis or module", name, ["builtin", *BUILTIN]) from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"The analysis {name} cannot be imported ({reason}); correct its module.") from error
     own = getattr(own, attribute, None) if attribute else own

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qies.config import StudyConfig
-from qies.ladder.grid import data_folder
+from qies.ladder.grid import StudyFolder
 from qies.presets import parse_size
 from qies.records import RunRecord
 
@@ -22,7 +22,7 @@ class Finished:
     @property
     def data(self) -> Path:
         """The folder of token shards."""
-        return data_folder(self.config, self.folder)
+        return StudyFolder(self.config, self.folder).data
 
     @property
     def hashes(self) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import qies
-from qies.errors import INTERRUPTED, leave
+from qies.errors import INTERRUPTED, exit_process
 
 try:  # a second in which Ctrl-C is likely too
     from qies.cli.bench import bench
@@ -43,4 +43,4 @@ VERBS: dict[str, Verb | Group] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0, 2 on bad input, 1 on an internal failure, 128 + n after signal n."""
     args = list(sys.argv[1:] if argv is None else argv)
-    leave(run(VERBS, args, str(qies.__doc__)))
+    exit_process(run(VERBS, args, str(qies.__doc__)))

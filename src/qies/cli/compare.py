@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from qies.cli.options import check_outputs, column_names, save_figures
+from qies.cli.options import check_outputs, save_figures
 
 
 def compare(
@@ -51,6 +51,7 @@ def compare(
     from qies.scaling import read_runs
     from qies.scaling.figures import comparison_figures
     from qies.scaling.pipeline import dropped_table
+    from qies.scaling.tables.columns import column_names
     from qies.storage import write_json
 
     check_outputs(figures, json=json)

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-from qies.cli.options import check_outputs, column_names, save_figures
-from qies.errors import UserError
+import tyro
+
+from qies.cli.options import check_outputs, save_figures
+from qies.scaling.options import DEFAULTS, FitOptions
 
 
 def fit(
     runs: Path,
     /,
-    form: str = "approach3",
-    axis: str = "params",
-    columns: tuple[str, ...] = (),
-    arm: str | None = None,
-    flops: str | None = None,
-    delta: float | None = None,
-    criterion: Literal["log", "loss"] | None = None,
-    method: Literal["parabola", "akima"] | None = None,
-    floor: float | Literal["free"] | None = None,
-    ceiling: float | Literal["free"] | None = None,
-    drop_worst: int | None = None,
-    bootstrap: int | None = None,
-    resample: str = "runs",
-    level: float = 0.95,
-    seed: int = 0,
-    leave_largest: int = 0,
-    beside: tuple[str, ...] = (),
-    predict: tuple[str, ...] = (),
-    at_compute: tuple[str, ...] = (),
-    best_per_cell: bool = False,
+    options: Annotated[FitOptions, tyro.conf.arg(name="")] = DEFAULTS,
     json: Path | None = None,
     figures: Path | None = None,
 ) -> None:
@@ -52,30 +35,7 @@ def fit(
 
     Args:
         runs: CSV, TSV, JSONL, JSON or Parquet with columns params, tokens and loss, or a folder of run records.
-        form: The law.
-        axis: Independent variable of a power law: params, tokens or flops.
-        columns: Column names, as OURS=THEIRS, or OURS=THEIRS*FACTOR to convert the unit. Ours: params, tokens, unique
-            (tokens), loss, flops, arm, seed, weight, status, name, run (shared by the rows of a training curve).
-        arm: Fit the runs of this arm only.
-        flops: Convention of C: 6ND or another multiple, or given; by default that of the table, else 6ND.
-        delta: Threshold of the Huber loss; by default the form's (1e-3 for approach3).
-        criterion: Residuals of log loss, or of the loss itself (least squares, unless --delta is given); by default the
-            form's.
-        method: For approach2: a parabola, or an Akima spline, through the sizes of each budget.
-        floor: For downstream: the chance accuracy, or free (default) to fit it.
-        ceiling: For downstream: the maximum accuracy (default 1), or free to fit it.
-        drop_worst: Drop this number of runs, one at a time, each the furthest from the fit, instead of runs detected as
-            diverged; 0 drops none.
-        bootstrap: Number of bootstrap draws for the intervals; 0 for Student's t. By default Student's t, unless a
-            bootstrap shows that it is too narrow.
-        resample: Unit of the bootstrap: runs, or seeds within runs.
-        level: Confidence level of the intervals.
-        seed: Seed of the bootstrap.
-        leave_largest: Also fit with this number of largest sizes held out, and predict them.
-        beside: Other forms of N and D to compare with.
-        predict: Points N,D at which to predict the loss.
-        at_compute: FLOPs, counted as in the table, at which to give the best N and D.
-        best_per_cell: Fit only the lowest loss of each arm, N and D, for hyperparameter sweeps.
+        options: Options of the fit.
         json: Write the result to this JSON file.
         figures: Write SVG figures to this folder: loss against N, D and C, residuals, bootstrap.
     """
@@ -87,20 +47,16 @@ def fit(
     from qies.storage import write_json
 
     check_outputs(figures, json=json)
+    draws = AUTO_DRAWS if options.bootstrap is None else options.bootstrap
     bar = Progress(console=Console(stderr=True), transient=True)
-    task = bar.add_task("bootstrap", total=AUTO_DRAWS if bootstrap is None else bootstrap)
+    task = bar.add_task("bootstrap", total=draws)
 
     def tell(done: int) -> None:
         bar.start()
         bar.update(task, completed=done)
 
     try:
-        outcome = fit_file(
-            runs, form, columns=column_names(columns), flops=flops, arm=arm, axis=axis, delta=delta,
-            criterion=criterion, method=method, floor=floor, ceiling=ceiling, drop_worst=drop_worst,
-            bootstrap=bootstrap, resample=resample, level=level, seed=seed, leave_largest=leave_largest, beside=beside,
-            predict=_points(predict), at_compute=_flops(at_compute), best=best_per_cell, progress=tell,
-        )  # fmt: skip
+        outcome = fit_file(runs, options, progress=tell)
     finally:
         if bar.live.is_started:  # stopping one that was not prints an empty line
             bar.stop()
@@ -112,34 +68,3 @@ def fit(
     for table in outcome.tables():
         console.print(table)
     console.print(outcome.summary(), highlight=False)
-
-
-def _points(words: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
-    """N,D pairs."""
-    from qies.scaling.tables.number_parsing import parse_number
-
-    points = []
-    for word in words:
-        try:
-            n, d = (parse_number(part) for part in word.split(","))
-            if not (0 < n < float("inf") and 0 < d < float("inf")):
-                raise ValueError
-        except ValueError:
-            raise UserError(f"--predict needs N,D such as 6.9e9,1.38e11; got '{word}'.") from None
-        points.append((n, d))
-    return tuple(points)
-
-
-def _flops(words: tuple[str, ...]) -> tuple[float, ...]:
-    """FLOPs as in a table's cells."""
-    from qies.scaling.tables.number_parsing import parse_number
-
-    found = []
-    for word in words:
-        try:
-            found.append(parse_number(word))
-            if not 0 < found[-1] < float("inf"):
-                raise ValueError
-        except ValueError:
-            raise UserError(f"--at-compute needs FLOPs such as 1e21 or 3EFLOPs; got '{word}'.") from None
-    return tuple(found)

@@ -93,15 +93,16 @@ def run(
         "workers": workers, "threads": threads, "gpus": gpus,
         "retries": retries, "retry_failed": retry_failed, "track": parse(track),
     }  # fmt: skip
+    if sbatch and submit is None:
+        raise UserError("--sbatch belongs to --submit slurm; give both.")
+    claimed = claim(chosen, folder)
     if submit is not None:
-        ids = submit_all(chosen, folder, console, cluster=submit, jobs=jobs, minutes=minutes, sbatch=sbatch, **how)
+        ids = submit_all(claimed, console, cluster=submit, jobs=jobs, minutes=minutes, sbatch=sbatch, **how)
         message = f"submitted {', '.join(ids)}; qies ladder status --out {folder} --watch"
         show(json, {"jobs": ids, "folder": str(folder)}, lambda: console.print(message))
         return
-    if sbatch:
-        raise UserError("--sbatch belongs to --submit slurm; give both.")
-    records = run_all(chosen, folder, console, **how)
-    show(json, [r.to_dict() for r in records], lambda: console.print(result_table(claim(chosen, folder), records)))
+    records = run_all(claimed, console, **how)
+    show(json, [r.to_dict() for r in records], lambda: console.print(result_table(claimed.study, records)))
     require_done(records, folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,14 +47,3 @@ def save_figures(drawn: dict[str, Figure], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         figure.save(folder / f"{name}.svg")
-
-
-def column_names(words: tuple[str, ...]) -> dict[str, str]:
-    """Parse words of OURS=THEIRS, separated by commas; a comma not followed by OURS= is part of THEIRS."""
-    found = {}
-    for part in (p for word in words for p in re.split(r",(?=\s*\w+\s*=)", word)):
-        ours, equals, theirs = part.partition("=")
-        if not (ours.strip() and equals and theirs.strip()):
-            raise UserError(f"--columns needs OURS=THEIRS, such as params=N,tokens=D; got '{part}'.")
-        found[ours.strip()] = theirs.strip()
-    return found

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from qies.errors import UserError
+from qies.errors import UserError, unknown
 from qies.terminal import show
 
 Probes = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[PROBES.yaml] [KEY=VALUE ...]")]
@@ -59,7 +59,7 @@ def probe(
         _probe_model(model, out, json)
         return
     if preset not in (None, "quick"):
-        raise UserError(f"Unknown value '{preset}' for preset. Known: quick.")
+        raise unknown("preset", preset, ["quick"])
     if len(files) + (preset is not None) > 1:
         raise UserError("Give one set of probes: a PROBES.yaml or --preset quick.")
     if workers < 0:
@@ -139,6 +139,8 @@ def _table(rows: list[dict]) -> Table:
     for row in rows:
         scores = [f"{row['accuracy'][str(n)]:.3f}" if str(n) in row["accuracy"] else "" for n in lengths]
         solved = f"{row['solved']} of {row['seeds']}"
-        table.add_row(row["task"], row["arm"], solved, f"{row['lr']:g}", f"{row['chance']:.3f}", *scores, f"{row['parameters']:,}")
+        table.add_row(
+            row["task"], row["arm"], solved, f"{row['lr']:g}", f"{row['chance']:.3f}", *scores, f"{row['parameters']:,}"
+        )
     table.caption = "solved: seeds with an accuracy of at least 0.99 at the longest; N: non-embedding parameters"
     return table

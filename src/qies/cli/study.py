@@ -59,8 +59,8 @@ def study(
         show(json, [r.to_dict() for r in records], lambda: console.print(plan_table(chosen)))
         console.print(f"{total_time(chosen)}; nothing was run.")
         return
-    chosen = claim(chosen, folder)
-    records = studies.run_study(chosen, folder, console)
-    show(json, [r.to_dict() for r in records], lambda: console.print(result_table(chosen, records)))
+    claimed = claim(chosen, folder)
+    records = studies.run_study(claimed, console)
+    show(json, [r.to_dict() for r in records], lambda: console.print(result_table(claimed.study, records)))
     console.print(f"report: {folder / 'report.html'}")
-    studies.require_success(chosen, records, folder)
+    studies.require_success(claimed, records)

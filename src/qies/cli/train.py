@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qies.cli.options import Overrides
-from qies.errors import UserError, speaks
+from qies.errors import UserError, reports_errors
 from qies.terminal import show, training_bar
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def train(
         # A run outlives its shell (nohup, a closed terminal), but not its torchrun, which alone restarts ranks.
         parent=os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None,
     )
-    if speaks():
+    if reports_errors():
         show(json, record.to_dict(), lambda: _print_record(record, out))
 
 

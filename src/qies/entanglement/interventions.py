@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.model import QiesForCausalLM
 from qies.model.hooks import HookPoint, hook_points, is_compiled
 
@@ -38,7 +38,7 @@ def points(model: nn.Module, name: str, layers: Sequence[int] | None = None) -> 
     named = {path: p for path, p in known.items() if name in (path, path.rpartition(".")[2])}
     if not named:
         names = sorted({path.rpartition(".")[2] for path in known})
-        raise UserError(f"There is no hook point '{name}'; known: {', '.join(names)}.{nearest(name, names)}")
+        raise unknown("hook point", name, names)
     if layers is None:
         return named
     chosen = {path: p for path, p in named.items() if _layer(path) in layers}

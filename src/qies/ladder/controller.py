@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qies import records
 from qies.config import RunConfig, content_hash
-from qies.errors import GONE, UserError
+from qies.errors import RANK_ENDED, UserError
 from qies.ladder import lease as leases
 from qies.ladder.lease import STALE_SECONDS, Lease
 from qies.ladder.process_group import ProcessGroup
@@ -224,7 +224,8 @@ def _settle(slot: Slot, retries: int, stopping: bool = False) -> str:
         held.end(record.status, "")
         return record.status
     lines = held.log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
-    last = next((line for line in reversed(lines) if GONE not in line), lines[-1])  # what took a rank, not its loss
+    # The first cause, not the messages of ranks that stopped because of it.
+    last = next((line for line in reversed(lines) if RANK_ENDED not in line), lines[-1])
     reason = f"its process ended with code {code}: {last}"
     stopped = stopping and not {130, 143, -2, -15}.isdisjoint(slot.process.codes)
     outcome = "interrupted" if stopped else "refused" if code == 2 else "failed"

@@ -1,8 +1,9 @@
-"""The folder of a ladder or study: its grid and corpus, and the checks before training starts."""
+"""Validate and claim the folder of a study or ladder, and prepare it for training."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,35 @@ from qies.config import StudyConfig
 from qies.errors import UserError
 from qies.ladder.controller import check_runs
 
-# Keys of a study that may gain values once it has runs, and keys that do not affect its runs.
+# The keys of a study that may gain values once it has runs, and the keys that do not affect its runs.
 AXES = ("arms", "sizes", "seeds", "tokens_per_parameter", "variants", "plugins")
 FREE = ("workers", "prompts", "analyses")
 
 
-def claim(study: StudyConfig, folder: Path) -> StudyConfig:
-    """The study as `folder` will hold it: the grid of the values that it has and those that `study` adds to each axis.
+@dataclass(frozen=True)
+class StudyFolder:
+    """A study and its folder. Created by `claim`, which checks that they belong together."""
 
-    A study that was started before its corpus was identified by a hash, or from another path, keeps the hashes of its
-    runs. Writes nothing. Raises UserError if the folder holds something else.
+    study: StudyConfig
+    path: Path
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the runs."""
+        return self.path / "runs"
+
+    @property
+    def data(self) -> Path:
+        """The folder of the shards: the source if it is a folder of shards, else `data` in the study's folder."""
+        source = Path(self.study.data.source)
+        return source if (source / "manifest.json").is_file() else self.path / "data"
+
+
+def claim(study: StudyConfig, folder: Path) -> StudyFolder:
+    """Check that `folder` is free or holds this study, and merge the axes of both grids.
+
+    If the corpus of the stored study has another path or no hash, the data settings of the stored study are kept, and
+    with them the hashes of its runs. Writes nothing. Raises UserError if the folder holds anything else.
     """
     path = folder / "study.yaml"
     if path.is_file():
@@ -38,15 +58,15 @@ def claim(study: StudyConfig, folder: Path) -> StudyConfig:
             )
         source = study.data.source if known.data.hash else known.data.source
         data = dataclasses.replace(study.data, source=source, hash=known.data.hash)
-        return dataclasses.replace(study, data=data, **_union(known, study))
+        return StudyFolder(dataclasses.replace(study, data=data, **_union(known, study)), folder)
     storage.refuse_file(folder)
     if folder.exists() and any(not storage.is_temporary(path.name) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; give another --out.")
-    return study
+    return StudyFolder(study, folder)
 
 
 def _union(known: StudyConfig, study: StudyConfig) -> dict[str, Any]:
-    """The axes of a grid with the values of both studies, those of `known` first."""
+    """The union of the values of both studies on each axis of the grid, those of `known` first."""
 
     def joined(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
         return a + tuple(value for value in b if value not in a)
@@ -59,26 +79,16 @@ def _union(known: StudyConfig, study: StudyConfig) -> dict[str, Any]:
     return axes | {"tokens_per_parameter": budgets if len(budgets) > 1 else budgets[0]}
 
 
-def data_folder(study: StudyConfig, folder: Path) -> Path:
-    """The folder of the study's shards: the source if it is a folder of shards, else `data` in the study's folder."""
-    source = Path(study.data.source)
-    return source if (source / "manifest.json").is_file() else folder / "data"
-
-
-def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
-    """Validate the settings of every run, claim `folder`, build the corpus and validate the existing runs.
-
-    Writes the grid to `study.yaml`. Returns the folder of shards.
-    """
+def prepare(claimed: StudyFolder, console: Console) -> None:
+    """Validate the settings of every run, write `study.yaml`, build the corpus and validate the existing runs."""
     from qies.data.builder.pipeline import build_shards
     from qies.data.manifest import summary
     from qies.data.shards import open_shards
     from qies.train.loop import check_data
 
-    study = claim(study, folder)
+    study, folder, data = claimed.study, claimed.path, claimed.data
     for config in study.runs():  # raises for a bad setting before any work is done
         records.plan(config, study.data.vocab_size)
-    data = data_folder(study, folder)
     path = folder / "study.yaml"
     before = path.read_text(encoding="utf-8") if path.is_file() else None
     if before is None:  # first, so that a study killed while it builds its corpus can resume
@@ -93,11 +103,10 @@ def prepare(study: StudyConfig, folder: Path, console: Console) -> Path:
                 console.print(summary(manifest))
         shards = open_shards(data)
         check_data(shards, study.train)
-        check_runs(study.runs(), folder / "runs", shards)
+        check_runs(study.runs(), claimed.runs, shards)
     except UserError:
         if before is None:  # so that the folder is not claimed for a corpus that cannot be built
             path.unlink()
         raise
     if before is not None and configs.to_yaml(study) != before:
         configs.save(study, path)
-    return data

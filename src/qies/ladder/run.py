@@ -1,4 +1,4 @@
-"""Every run of a grid in one folder, trained here or in submitted jobs, and the table of results."""
+"""Train every run of a study on this host or in submitted jobs, and tabulate the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qies import records
 from qies.config import StudyConfig
 from qies.errors import Stopped
 from qies.ladder.controller import check_batches, cores, devices, execute, finished, run_folder
-from qies.ladder.grid import claim, prepare
+from qies.ladder.grid import StudyFolder, prepare
 from qies.ladder.jobs import check, submit
 from qies.ladder.plan import longest_first
 from qies.ladder.progress import LadderProgress
@@ -21,8 +21,7 @@ from qies.records import RunRecord
 
 
 def run_all(
-    study: StudyConfig,
-    folder: Path,
+    claimed: StudyFolder,
     console: Console,
     *,
     workers: int | None = None,
@@ -30,27 +29,33 @@ def run_all(
     gpus: int = 0,
     **how: Any,
 ) -> list[RunRecord]:
-    """Train every run of the study, with a progress bar. Returns the records.
+    """Train every run of the study, with a progress bar, and return the records.
 
-    workers: by default the study's, else one per `threads` cores. how: keywords of `execute`.
+    Args:
+        claimed: The study and its folder.
+        console: Where progress is printed.
+        workers: Concurrent runs; by default those of the study, else one per `threads` cores.
+        threads: CPU threads per run.
+        gpus: GPUs per run.
+        how: Further keyword arguments of `execute`.
     """
-    study = claim(study, folder)
+    study, root = claimed.study, claimed.runs
     workers = workers or study.workers or max(1, cores() // threads)
     check_batches(study.runs(), gpus)
     devices(workers, gpus)
-    data, root, planned = prepare(study, folder, console), folder / "runs", longest_first(study)
+    prepare(claimed, console)
+    planned = longest_first(study)
     todo = [c for c in planned if not finished(run_folder(root, c))]
     if len(todo) < len(planned):
         console.print(f"{len(planned) - len(todo)} of {len(planned)} runs are done already.")
     if todo:
         with LadderProgress(study, todo, workers, console) as watch:
-            execute(planned, root, data, event=watch.event, workers=workers, threads=threads, gpus=gpus, **how)
+            execute(planned, root, claimed.data, event=watch.event, workers=workers, threads=threads, gpus=gpus, **how)
     return [r for c in study.runs() if (r := records.read(run_folder(root, c))) is not None]
 
 
 def submit_all(
-    study: StudyConfig,
-    folder: Path,
+    claimed: StudyFolder,
     console: Console,
     *,
     cluster: str,
@@ -61,32 +66,36 @@ def submit_all(
     gpus: int = 0,
     **how: Any,
 ) -> list[str]:
-    """Submit `jobs` jobs that train every run of the study. Returns their ids.
+    """Submit `jobs` jobs that together train every run of the study, and return their ids.
 
-    workers: of each job, by default the study's, else one. The other arguments are those of `jobs.submit`.
+    Args:
+        claimed: The study and its folder.
+        console: Where progress is printed.
+        workers: Concurrent runs of each job; by default those of the study, else one.
+        cluster, jobs, minutes, sbatch, gpus, how: Arguments of `jobs.submit`.
     """
-    study = claim(study, folder)
+    study = claimed.study
     workers = workers or study.workers or 1
     check_batches(study.runs(), gpus)
     if cluster == "local":
         devices(workers, gpus)
     check(cluster, sbatch, jobs, gpus)
-    data = prepare(study, folder, console)
+    prepare(claimed, console)
     return submit(
-        longest_first(study), folder / "runs", data, folder / "jobs",
+        longest_first(study), claimed.runs, claimed.data, claimed.path / "jobs",
         cluster=cluster, jobs=jobs, minutes=minutes, sbatch=sbatch, workers=workers, gpus=gpus, **how,
     )  # fmt: skip
 
 
 def require_done(found: list[RunRecord], folder: Path) -> None:
-    """Raise Stopped, naming the attempts below the study's `folder`, when runs have failed."""
+    """Raise Stopped if runs have failed. The message lists the logs of their attempts."""
     failed = [str(folder / "runs" / r.config_hash / "attempts") for r in found if r.status == "failed"]
     if failed:
         raise Stopped(f"{len(failed)} runs failed; see {', '.join(failed)}")
 
 
 def result_table(study: StudyConfig, found: list[RunRecord]) -> Table:
-    """Held-out bits per byte by arm, size and budget, means over the seeds, with throughput and peak memory."""
+    """Held-out bits per byte by arm, size and budget (mean over seeds), throughput and peak memory."""
     title = f"study {study.name}: held-out bits per byte (loss in nats per token; on the clean part), tokens/s, memory"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)

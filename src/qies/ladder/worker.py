@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qies.errors import Stopped, UserError, leave, speaks
+from qies.errors import Stopped, UserError, exit_process, reports_errors
 
 PATIENCE = 7 * 86_400.0  # seconds to wait for an orphan of a dead controller that still holds the run's folder
 
@@ -33,7 +33,7 @@ def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> i
         print(error, file=sys.stderr)
         return error.code
     except UserError as error:
-        if speaks():
+        if reports_errors():
             print(error, file=sys.stderr)
         return 2
     return 0
@@ -44,4 +44,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     *options, run, shards, number = sys.argv[1:]
     names = [name for option in options for name in option.removeprefix("--track=").split(",")]
-    leave(main(Path(run), Path(shards), int(number), names))
+    exit_process(main(Path(run), Path(shards), int(number), names))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.mixers.attention import ATTENTION
 from qies.mixers.entanglement import ENTANGLEMENT
 from qies.mixers.spec import MixerSpec, NotCounted, Weight, resolve
@@ -46,10 +46,12 @@ def register(registry: dict[str, R], name: str, row: R, kind: str) -> None:
 def mixer(name: str) -> MixerSpec:
     """The declaration of a mixer. Raises UserError for an unknown name."""
     if name not in _SPECS:
-        hint = nearest(name, _SPECS) or f" Known: {', '.join(_SPECS)}."
-        raise UserError(
-            f"Unknown mixer '{name}'.{hint} One from outside the package is known once the module that registers it is "
-            "imported: --plugin MODULE, or plugins: [MODULE] in the configuration."
+        raise unknown(
+            "mixer",
+            name,
+            _SPECS,
+            note="A mixer from outside the package is known once the module that registers it is imported: "
+            "--plugin MODULE, or plugins: [MODULE] in the configuration.",
         )
     return _SPECS[name]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from qies.errors import nearest
+from qies.errors import unknown
 from qies.mixers.spec import Values, Weight
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
@@ -39,8 +39,7 @@ def unknown_choice(values: Values, choices: Mapping[str, Collection[str]]) -> st
     """The first field whose value is none of its choices, in one sentence."""
     for name, options in choices.items():
         if values[name] not in options:
-            hint = nearest(str(values[name]), options) or f" Known: {', '.join(options)}."
-            return f"Unknown value '{values[name]}' for model.{name}.{hint}"
+            return str(unknown("value", values[name], options, where=f"for model.{name}"))
     return None
 
 

@@ -71,9 +71,7 @@ class ProbeConfig:
     def values(self) -> dict[str, Any]:
         """The keyword arguments of `QiesConfig`."""
         name, options = arm_options(self.arm)
-        if name not in presets.ARMS:
-            presets.settings(name, "100k", 4096)  # raises, with the nearest name
-        arm, layers = presets.ARMS[name], options.pop("layers", self.layers)
+        arm, layers = presets.find_arm(name), options.pop("layers", self.layers)
         if not isinstance(layers, int) or layers < 1:
             raise UserError(f"Option 'layers' of arm '{name}' is {layers!r}; it must be a whole number of at least 1.")
         kinds, changes = [arm.pattern[0]] * layers, self.model | options

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qies.data.sources.stories import KINDS, Question
 from qies.data.tokenizer import encode_texts
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.model import QiesForCausalLM
 from qies.probes.task import IGNORED
 
@@ -40,7 +40,7 @@ def score_stories(
     Raises UserError for an unknown kind or a number out of range.
     """
     if kind not in KINDS:
-        raise UserError(f"Unknown kind of story '{kind}'.{nearest(kind, KINDS) or f' Known: {chr(44).join(KINDS)}.'}")
+        raise unknown("kind of story", kind, KINDS)
     for name, value in (("events", events), ("count", count), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1.")

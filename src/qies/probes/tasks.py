@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.probes.groups import alternating, cyclic, product, symmetric
 from qies.probes.recall import ContextRecall, Needle, NoisyRecall, Recall, SelectiveCopy
 from qies.probes.state_tracking import Arithmetic, Dyck, WordProblem
@@ -42,7 +42,7 @@ def task(name: str) -> Task:
     """The task of that name. Raises UserError for an unknown one, and for an option that it does not have."""
     name, *options = name.split(":")
     if name not in TASKS:
-        raise UserError(f"Unknown task '{name}'.{nearest(name, TASKS) or f' Known: {chr(44).join(TASKS)}.'}")
+        raise unknown("task", name, TASKS)
     make = TASKS[name]
     chosen: Any = make()
     fields = {f.name: str(f.type).removesuffix(" | None") for f in dataclasses.fields(chosen)}

@@ -10,6 +10,7 @@ from qies.analyses.formatting import estimate, fixed, number, si
 from qies.analyses.induction import copying, in_words
 from qies.analyses.records import Cell, Study, listed, mapping
 from qies.config import INDUCTION_ONSET
+from qies.mixers import mixer, names
 from qies.scaling.comparison.copying import Copying, before_onset, set_in
 from qies.scaling.comparison.result import plural
 from qies.scaling.figures import INSIDE
@@ -188,8 +189,10 @@ def positions(model: dict[str, Any]) -> str:
         if every:
             words += f", NoPE in every {every:.0f}th attention layer"
     words += _convolution(model, "attention_conv")
-    if "linear_attention" in listed(model.get("layer_types")):
-        words += f"; entanglement layers{_convolution(model, 'conv').replace(',', ' with', 1)}"
+    kinds = dict.fromkeys(listed(model.get("layer_types")))
+    recurrent = [spec for spec in map(mixer, names()) if spec.name in kinds and not spec.attends]
+    for label in dict.fromkeys(spec.label for spec in recurrent if "conv_size" in spec.fields):
+        words += f"; {label} layers{_convolution(model, 'conv').replace(',', ' with', 1)}"
     return words
 
 

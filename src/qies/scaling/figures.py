@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.plotting import GREY, Axis, Band, Figure, Line, Note, Panel, Points, Style, style, styles
 from qies.plotting.axes import si
 from qies.plotting.marks import Mark
@@ -78,7 +78,7 @@ def surface_figure(fit: Result, runs: Any = None, axis: str = "flops") -> Figure
     points; without them the fit's residual table does, with C = 6ND. Bands need a fit, not its dict.
     """
     if axis not in AXES:
-        raise UserError(f"axis '{axis}' is unknown; choose from {', '.join(AXES)}.{nearest(axis, AXES)}")
+        raise unknown("axis", axis, AXES)
     plain = _plain(fit)
     n, d, c, loss, names = _columns(plain, runs)
     predict = getattr(fit, "predict_band", None) or _predictor(plain)
@@ -165,7 +165,7 @@ def gain_figure(comparison: Result | Sequence[Result], kind: str = "compute") ->
     "time". Raises UserError for another kind, or where no comparison knows this gain.
     """
     if kind not in GAINS:
-        raise UserError(f"gain '{kind}' is unknown; choose from {', '.join(GAINS)}.{nearest(kind, GAINS)}")
+        raise unknown("gain", kind, GAINS)
     key, x_title, unit = GAINS[kind]
     pairs = [p for p in _several(comparison) if p["gain"]["curves"].get(kind)]
     looks = _pair_styles(pairs)

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.plotting import Figure
 from qies.scaling import figures
 from qies.scaling.laws.curves import CURVE_COLUMNS, CurveFit, fit_annealing, fit_downstream
 from qies.scaling.laws.divergence import sound
 from qies.scaling.laws.envelopes import EnvelopeFit, fit_approach1, fit_approach2
-from qies.scaling.laws.forms import FORMS
+from qies.scaling.laws.forms import FORMS, Array
 from qies.scaling.laws.intervals import reach
 from qies.scaling.laws.power_law import PowerLaw, fit_power
 from qies.scaling.laws.selection import FormComparison, HeldOut, HeldOutRun, compare_forms, leave_largest_out
 from qies.scaling.laws.surface import Residual, SurfaceFit, fit_surface
+from qies.scaling.options import DEFAULTS, FitOptions
 from qies.scaling.result import Result, plain
+from qies.scaling.tables.columns import column_names
 from qies.scaling.tables.filtering import best_per_cell, oddities
+from qies.scaling.tables.number_parsing import parse_number
 from qies.scaling.tables.runs import Dropped, Runs, read_columns, read_runs
 
 POWERS = ("power", "power+floor")
 ENVELOPES = ("approach1", "approach2")
 ALL_FORMS = (*FORMS, *POWERS, *ENVELOPES, *CURVE_COLUMNS)
 AXES = ("params", "tokens", "flops")
+# The forms on which an option has an effect. Options that are not listed apply to every form.
+APPLIES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("leave_largest", "beside", "predict", "drop_worst"), tuple(FORMS)),
+    **dict.fromkeys(("delta", "criterion", "bootstrap"), (*FORMS, *POWERS)),
+    "at_compute": (*FORMS, *ENVELOPES),
+    "method": ("approach2",),
+    "floor": ("downstream",),
+    "ceiling": ("downstream",),
+}
 
 
 @dataclass(frozen=True)
@@ -124,63 +136,30 @@ class Outcome(Result):
 
 def fit_file(
     path: str | Path,
-    form: str = "approach3",
+    options: FitOptions = DEFAULTS,
     *,
-    columns: Mapping[str, str] | None = None,
-    flops: str | None = None,
-    arm: str | None = None,
-    axis: str = "params",
-    delta: float | None = None,
-    criterion: str | None = None,
-    method: str | None = None,
-    floor: float | Literal["free"] | None = None,
-    ceiling: float | Literal["free"] | None = None,
-    drop_worst: int | None = None,
-    bootstrap: int | None = None,
-    resample: str = "runs",
-    level: float = 0.95,
-    seed: int = 0,
-    leave_largest: int = 0,
-    beside: tuple[str, ...] = (),
-    predict: tuple[tuple[float, float], ...] = (),
-    at_compute: tuple[float, ...] = (),
-    best: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Outcome:
-    """Fit `form` to the runs of a file or folder (`tables.runs.read_runs`).
+    """Fit a law to the runs of a file or folder (`tables.runs.read_runs`).
 
-    `delta`, `criterion`, `bootstrap`, `resample`, `level`, `seed` as for `fit_surface` and `fit_power`; `method` of
-    `fit_approach2`; `floor` and `ceiling` of `fit_downstream`, "free" where they are fitted (by default the floor is,
-    and the ceiling 1). `at_compute`: FLOPs, counted as the table's, at which to give the best N and D.
+    Args:
+        path: The table, or the folder of run records.
+        options: The form of the law, and what to fit, hold out, predict and compare.
+        progress: Called with the number of bootstrap draws that are done.
 
-    `drop_worst`: the number of outliers to drop, 0 for none; it replaces the search for diverged runs against a fit,
-    but runs that did not finish or have no finite loss are always dropped. `leave_largest`: also fit without this many
-    of the largest sizes and predict them. `beside`: other forms to compare with. `predict`: pairs of N and D. `best`:
-    keep only the lowest loss of each arm, N and D. `axis`: the variable of `power` and `power+floor`. Raises UserError
-    for an unknown form or axis, an option that does not apply to the form, and what the parts raise.
+    Raises UserError for an unknown form or axis, an option that does not apply to the form, and bad input of the parts.
     """
-    if form not in ALL_FORMS:
-        raise UserError(f"form '{form}' is unknown; choose from {', '.join(ALL_FORMS)}.{nearest(form, ALL_FORMS)}")
-    if axis not in AXES:
-        raise UserError(f"axis '{axis}' is unknown; choose from {', '.join(AXES)}.{nearest(axis, AXES)}")
-    _allow(form, tuple(FORMS), leave_largest=leave_largest, beside=beside, predict=predict, drop_worst=drop_worst)
-    _allow(form, (*FORMS, *POWERS), delta=delta, criterion=criterion, bootstrap=bootstrap)
-    _allow(form, (*FORMS, *ENVELOPES), at_compute=at_compute)
-    _allow(form, ("approach2",), method=method)
-    _allow(form, ("downstream",), floor=floor, ceiling=ceiling)
+    form, level = options.form, options.level
+    _check(options)
+    columns, points, budgets = column_names(options.columns), _points(options.predict), _flops(options.at_compute)
     if form in CURVE_COLUMNS:
-        table = read_columns(path, CURVE_COLUMNS[form], columns)
-        x, weight = [table[name] for name in CURVE_COLUMNS[form]], table.get("weight", 1.0)
-        if form == "annealing":
-            return Outcome(fit_annealing(*x, weight=weight, level=level), None, ())
-        low, high = (None if v == "free" else v for v in (floor, 1.0 if ceiling is None else ceiling))
-        return Outcome(fit_downstream(*x, weight=weight, floor=low, ceiling=high, level=level), None, ())
-    everything = read_runs(path, columns, flops)
-    chosen = np.array([arm is None or a == arm for a in everything.arm])
-    if arm is not None:
-        everything.of_arm(arm)  # which says what arms there are
+        return Outcome(_fit_curve(read_columns(path, CURVE_COLUMNS[form], columns), options), None, ())
+    everything = read_runs(path, columns, options.flops)
+    chosen = np.array([options.arm is None or a == options.arm for a in everything.arm])
+    if options.arm is not None:
+        everything.of_arm(options.arm)  # raises for an unknown arm
     index = np.flatnonzero(chosen)
-    runs, unsound = sound(everything.select(index), against_fit=drop_worst is None)
+    runs, unsound = sound(everything.select(index), against_fit=options.drop_worst is None)
     dropped = [dataclasses.replace(d, index=int(index[d.index])) for d in unsound]
     if not len(runs):
         raise UserError(f"{path}: no sound run is left; the first was left out because: {dropped[0].reason}")
@@ -189,62 +168,50 @@ def fit_file(
             f"{path}: every loss is {runs.loss[0]:g}, so no law can be fitted; check the column of the loss."
         )
     kept = np.delete(index, [d.index for d in unsound])
-    if best:
+    if options.best_per_cell:
         rows = best_per_cell(runs)
         runs, kept = runs.select(rows), kept[rows]
-    mixed = [] if len(runs.arms) < 2 else [f"runs of {len(runs.arms)} arms are fitted as one; choose with --arm"]
-    repeated = 0 if runs.unique is None else int((runs.unique < runs.tokens).sum())
-    if repeated and form != "data-constrained":
-        mixed.append(
-            f"{repeated} of {len(runs)} runs repeat data (unique below tokens), which {form} ignores; fit them with "
-            "--form data-constrained"
-        )
-    warnings = (*mixed, *oddities(runs))
+    warnings = (*_mixtures(runs, form), *oddities(runs))
     if form in POWERS:
         law = fit_power(
-            getattr(runs, axis),
+            getattr(runs, options.axis),
             runs.loss,
             weight=runs.weight,
             floor=form == "power+floor",
-            delta=delta,
-            criterion=criterion or "log",
+            delta=options.delta,
+            criterion=options.criterion or "log",
             level=level,
-            interval="bootstrap" if bootstrap else "auto" if bootstrap is None else "t",
-            draws=bootstrap or 400,
-            seed=seed,
+            interval="bootstrap" if options.bootstrap else "auto" if options.bootstrap is None else "t",
+            draws=options.bootstrap or 400,
+            seed=options.seed,
         )
-        return Outcome(law, runs, tuple(dropped), warnings, axis=axis)
+        return Outcome(law, runs, tuple(dropped), warnings, axis=options.axis)
     if form in ENVELOPES:
         envelope = (
             fit_approach1(runs, level=level)
             if form == "approach1"
-            else fit_approach2(runs, method=method or "parabola", level=level)
+            else fit_approach2(runs, method=options.method or "parabola", level=level)
         )
-        optima = tuple(_optimum(envelope, runs, c) for c in at_compute)
+        optima = tuple(_optimum(envelope, runs, c) for c in budgets)
         return Outcome(envelope, runs, tuple(dropped), warnings, optima=optima)
+    residuals: dict[str, Any] = {"delta": options.delta, "criterion": options.criterion}
     fit = fit_surface(
-        runs, form, delta=delta, criterion=criterion, bootstrap=bootstrap, resample=resample, level=level,
-        drop_worst=drop_worst or 0, seed=seed, progress=progress,
+        runs, form, **residuals, bootstrap=options.bootstrap, resample=options.resample, level=level,
+        drop_worst=options.drop_worst or 0, seed=options.seed, progress=progress,
     )  # fmt: skip
     dropped += [dataclasses.replace(d, index=int(kept[d.index])) for d in fit.dropped]
     fit = dataclasses.replace(fit, dropped=tuple(dropped))
     used = runs.select(~np.isin(kept, [d.index for d in dropped]))
-    predictions = []
-    for n, d in predict:
-        loss, lo, hi = (float(v) for v in fit.predict_band(n, d))
-        band = {"lo": lo, "hi": hi} if np.isfinite(lo) else {}
-        predictions.append({"params": n, "tokens": d, "loss": loss, **band, "reach": _reach(used, n, d)})
+    largest, beside = options.leave_largest, options.beside
     return Outcome(
         fit,
         used,
         tuple(dropped),
         warnings,
-        held_out=leave_largest_out(used, form, leave_largest, delta=delta, criterion=criterion)
-        if leave_largest
-        else None,
-        comparison=compare_forms(used, (form, *beside), delta=delta, criterion=criterion) if beside else None,
-        predictions=tuple(predictions),
-        optima=tuple(_optimum(fit, used, c) for c in at_compute),
+        held_out=leave_largest_out(used, form, largest, **residuals) if largest else None,
+        comparison=compare_forms(used, (form, *beside), **residuals) if beside else None,
+        predictions=tuple(_prediction(fit, used, n, d) for n, d in points),
+        optima=tuple(_optimum(fit, used, c) for c in budgets),
     )
 
 
@@ -256,12 +223,74 @@ def dropped_table(dropped: tuple[Dropped, ...]) -> Table:
     return shown
 
 
-def _allow(form: str, forms: tuple[str, ...], **given: Any) -> None:
-    """Raise UserError for an option that was given and does nothing for this form."""
-    for name, value in given.items():
+def _check(options: FitOptions) -> None:
+    """Raise UserError for an unknown form or axis, and for an option that has no effect on the form."""
+    if options.form not in ALL_FORMS:
+        raise unknown("form", options.form, ALL_FORMS)
+    if options.axis not in AXES:
+        raise unknown("axis", options.axis, AXES)
+    for name, forms in APPLIES.items():
+        value = getattr(options, name)
         absent = value is None or value == () or (isinstance(value, int) and value == 0)
-        if form not in forms and not absent:
-            raise UserError(f"--{name.replace('_', '-')} is for {', '.join(forms)}, not for {form}")
+        if options.form not in forms and not absent:
+            raise UserError(f"--{name.replace('_', '-')} is for {', '.join(forms)}, not for {options.form}")
+
+
+def _points(words: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
+    """Parse pairs of N and D."""
+    points = []
+    for word in words:
+        try:
+            n, d = (parse_number(part) for part in word.split(","))
+            if not (0 < n < float("inf") and 0 < d < float("inf")):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"--predict needs N,D such as 6.9e9,1.38e11; got '{word}'.") from None
+        points.append((n, d))
+    return tuple(points)
+
+
+def _flops(words: tuple[str, ...]) -> tuple[float, ...]:
+    """Parse FLOPs, as in the cells of a table."""
+    found = []
+    for word in words:
+        try:
+            found.append(parse_number(word))
+            if not 0 < found[-1] < float("inf"):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"--at-compute needs FLOPs such as 1e21 or 3EFLOPs; got '{word}'.") from None
+    return tuple(found)
+
+
+def _fit_curve(table: dict[str, Array], options: FitOptions) -> CurveFit:
+    """Fit the law of a training curve or of an accuracy."""
+    x, weight = [table[name] for name in CURVE_COLUMNS[options.form]], table.get("weight", 1.0)
+    if options.form == "annealing":
+        return fit_annealing(*x, weight=weight, level=options.level)
+    low, high = (
+        None if v == "free" else v for v in (options.floor, 1.0 if options.ceiling is None else options.ceiling)
+    )
+    return fit_downstream(*x, weight=weight, floor=low, ceiling=high, level=options.level)
+
+
+def _mixtures(runs: Runs, form: str) -> list[str]:
+    """Warnings for runs of several arms, and for repeated data that the form ignores."""
+    found = [] if len(runs.arms) < 2 else [f"runs of {len(runs.arms)} arms are fitted as one; choose with --arm"]
+    repeated = 0 if runs.unique is None else int((runs.unique < runs.tokens).sum())
+    if repeated and form != "data-constrained":
+        found.append(
+            f"{repeated} of {len(runs)} runs repeat data (unique below tokens), which {form} ignores; fit them with "
+            "--form data-constrained"
+        )
+    return found
+
+
+def _prediction(fit: SurfaceFit, runs: Runs, n: float, d: float) -> dict[str, float]:
+    """The loss at N and D, with its interval if there is one."""
+    loss, lo, hi = (float(v) for v in fit.predict_band(n, d))
+    band = {"lo": lo, "hi": hi} if np.isfinite(lo) else {}
+    return {"params": n, "tokens": d, "loss": loss, **band, "reach": _reach(runs, n, d)}
 
 
 def _optimum(fit: SurfaceFit | EnvelopeFit, runs: Runs, compute: float) -> dict[str, float]:

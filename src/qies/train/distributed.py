@@ -28,7 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from qies import storage
 from qies.config import TrainConfig
-from qies.errors import GONE, Stopped, UserError
+from qies.errors import RANK_ENDED, Stopped, UserError
 from qies.model import QiesForCausalLM
 from qies.train.sharded_init import fill, weights_on_meta
 
@@ -221,7 +221,7 @@ class _PeerWatch:
             if gone:
                 which = ", ".join(map(str, gone))
                 return (
-                    f"rank {which} of {len(self.locks)} {GONE}, so rank {self.rank} stops; "
+                    f"rank {which} of {len(self.locks)} {RANK_ENDED}, so rank {self.rank} stops; "
                     "run the same command again to resume."
                 )
             if time.monotonic() >= end:

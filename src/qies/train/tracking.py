@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qies import records
-from qies.errors import UserError, nearest, require
+from qies.errors import UserError, require, unknown
 
 SERIES = ("loss", "grad_norm", "lr_factor", "tokens", "seconds")  # of a row; what is missing or None is left out
 RESULTS = ("val_loss", "val_loss_clean", "val_bpb", "train_loss")  # of a finished run, after its last step
@@ -94,8 +94,7 @@ def parse(text: str) -> tuple[str, ...]:
     names = tuple(word.strip() for word in text.split(",") if word.strip())
     for name in names:
         if name not in TRACKERS:
-            hint = nearest(name, TRACKERS) or f" Known: {', '.join(TRACKERS)}."
-            raise UserError(f"Unknown value '{name}' for --track.{hint}")
+            raise unknown("value", name, TRACKERS, where="for --track")
         require(name, f"--track {name}", "track")
     if "trackio" in names and (remote := [name for name in Trackio.REMOTE if os.environ.get(name)]):
         raise UserError(f"--track trackio writes trackio's local store only; unset {', '.join(remote)}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.ops.autograd import transformed
 from qies.ops.entangle.chunk import entangle_chunk
 from qies.ops.entangle.fla import entangle_fla, obstacle
@@ -158,9 +158,9 @@ def _check(q, k, v, beta, log_alpha, theta, state, mode, backend, texts) -> None
             hint = "; without damping give zeros" if name == "log_alpha" else ""
             raise UserError(f"{name} must be a tensor, not {type(x).__name__}{hint}.")
     if mode not in MODES:
-        raise UserError(f"mode '{mode}' is unknown; use one of {', '.join(MODES)}.{nearest(mode, MODES)}")
+        raise unknown("mode", mode, MODES)
     if backend not in BACKENDS:
-        raise UserError(f"backend '{backend}' is not available; use one of {', '.join(BACKENDS)}.")
+        raise unknown("backend", backend, BACKENDS)
     if q.ndim != 4 or q.shape[-1] % 2:
         raise UserError(f"q must be [B, T, H, 2m] with an even last axis; got {list(q.shape)}.")
     B, T, H, K = q.shape

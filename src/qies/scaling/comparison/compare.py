@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.scaling.comparison.copying import Copying, before_onset
 from qies.scaling.comparison.equality_test import equality_test
 from qies.scaling.comparison.gain_axes import SHARED, GainAxes, GainAxis, fit_gain_axes
@@ -125,12 +125,12 @@ def compare(
 def _check(runs: Runs, candidate: str, baseline: str, form: str, level: float, points: int) -> None:
     for arm in (candidate, baseline):
         if arm not in runs.arms:
-            known = ", ".join(runs.arms) or "none; name their column with --columns arm=COLUMN"
-            raise UserError(f"arm '{arm}' is not in these runs (arms: {known})." + nearest(arm, runs.arms))
+            note = "" if runs.arms else "The table has no column of arms; name it with --columns arm=COLUMN."
+            raise unknown("arm", arm, runs.arms, where="in these runs", note=note)
     if candidate == baseline:
         raise UserError(f"both arms are '{candidate}'; name a candidate and another arm as its baseline")
     if form not in FORMS:
-        raise UserError(f"form '{form}' is unknown; choose from {', '.join(FORMS)}." + nearest(form, FORMS))
+        raise unknown("form", form, FORMS)
     if not (0 < level < 1 and points >= 2):
         raise UserError(f"0 < level < 1 and points >= 2 are needed; got {level}, {points}")
 

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import Akima1DInterpolator
 from scipy.optimize import minimize_scalar
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.plotting import Figure
 from qies.scaling import figures
 from qies.scaling.laws.intervals import relative, t_quantile
@@ -134,7 +134,7 @@ def fit_approach2(runs: Runs, *, method: str = "parabola", level: float = 0.95) 
     Raises UserError for an unknown method and fewer than two budgets left.
     """
     if method not in METHODS:
-        raise UserError(f"method '{method}' is unknown; choose from {', '.join(METHODS)}.{nearest(method, METHODS)}")
+        raise unknown("method", method, METHODS)
     points, used, weight, widest = [], [], list[float](), 0.0
     left_out: dict[str, list[float]] = {}
     for group in isoflop_groups(runs.flops):

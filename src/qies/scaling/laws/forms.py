@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qies.errors import UserError, nearest
+from qies.errors import unknown
 
 Array = NDArray[np.float64]
 Curvature = Callable[[Array], Array]
@@ -315,7 +315,7 @@ FORMS: dict[str, Form] = {
 def surface_form(name: str) -> Form:
     """The law of that name. Raises UserError for another."""
     if name not in FORMS:
-        raise UserError(f"form '{name}' is not a law of N and D; choose from {', '.join(FORMS)}.{nearest(name, FORMS)}")
+        raise unknown("law of N and D", name, FORMS)
     return FORMS[name]
 
 

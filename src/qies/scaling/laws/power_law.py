@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.plotting import Figure
 from qies.scaling import figures
 from qies.scaling.laws.intervals import (
@@ -398,8 +398,6 @@ def _check(
         raise UserError("a power law needs x > 0, loss > 0 and weight > 0; leave the other runs out")
     check_criterion(criterion)
     if interval not in INTERVALS:
-        raise UserError(
-            f"interval '{interval}' is unknown; choose from {', '.join(INTERVALS)}." + nearest(interval, INTERVALS)
-        )
+        raise unknown("interval", interval, INTERVALS)
     if not (delta > 0 and 0 < level < 1 and draws >= 2):
         raise UserError(f"delta > 0, 0 < level < 1 and draws >= 2 are needed; got {delta}, {level}, {draws}")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
 
-from qies.errors import UserError, nearest
+from qies.errors import unknown
 from qies.scaling.laws.forms import Form
 
 Array = NDArray[np.float64]
@@ -36,9 +36,7 @@ CRITERIA = ("log", "loss")  # what residuals are taken of: log L, or L
 def check_criterion(criterion: str) -> None:
     """Raise UserError for one that is none of `CRITERIA`."""
     if criterion not in CRITERIA:
-        raise UserError(
-            f"criterion '{criterion}' is unknown; choose from {', '.join(CRITERIA)}.{nearest(criterion, CRITERIA)}"
-        )
+        raise unknown("criterion", criterion, CRITERIA)
 
 
 def huber(residual: Array, delta: float) -> Array:

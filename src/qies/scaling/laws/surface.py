@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.plotting import Figure
 from qies.scaling import figures
 from qies.scaling.laws.forms import LEAST_FLOOR, STEEPEST, Form, surface_form
@@ -466,9 +466,7 @@ def _check(
     runs: Runs, law: Form, delta: float, bootstrap: int, resample: str, level: float, drop_worst: int, criterion: str
 ) -> None:
     if resample not in RESAMPLE:
-        raise UserError(
-            f"resample '{resample}' is unknown; choose from {', '.join(RESAMPLE)}.{nearest(resample, RESAMPLE)}"
-        )
+        raise unknown("value", resample, RESAMPLE, where="for resample")
     check_criterion(criterion)
     if not (delta > 0 and 0 < level < 1 and bootstrap >= 0 and bootstrap != 1 and drop_worst >= 0):
         raise UserError("delta > 0, 0 < level < 1, drop_worst >= 0 and bootstrap 0 or at least 2 are needed")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError, nearest, unknown
 from qies.scaling.tables.number_parsing import parse_number
 
 # Our names, and where a run record (DESIGN, section 3) keeps the same thing.
@@ -28,6 +29,17 @@ COLUMNS = NUMBERS + TEXTS
 SETTINGS = ("config.train.", "config.model.")
 
 
+def column_names(words: tuple[str, ...]) -> dict[str, str]:
+    """Parse words of OURS=THEIRS, separated by commas; a comma not followed by OURS= is part of THEIRS."""
+    found = {}
+    for part in (p for word in words for p in re.split(r",(?=\s*\w+\s*=)", word)):
+        ours, equals, theirs = part.partition("=")
+        if not (ours.strip() and equals and theirs.strip()):
+            raise UserError(f"--columns needs OURS=THEIRS, such as params=N,tokens=D; got '{part}'.")
+        found[ours.strip()] = theirs.strip()
+    return found
+
+
 def resolve(
     columns: Mapping[str, str], known: list[str], path: Path, allowed: tuple[str, ...] = COLUMNS
 ) -> dict[str, tuple[str, float]]:
@@ -35,13 +47,13 @@ def resolve(
     found = {}
     for ours, theirs in columns.items():
         if ours not in allowed:
-            raise UserError(f"'{ours}' is not a column; choose from {', '.join(allowed)}.{nearest(ours, allowed)}")
+            raise unknown("column", ours, allowed, where="in --columns")
         name, factor = _same(theirs, known), 1.0
         if name is None and "*" in theirs and ours not in TEXTS:
             theirs, _, times = (part.strip() for part in theirs.rpartition("*"))
             name, factor = _same(theirs, known), _factor(times, ours)
         if name is None:
-            raise UserError(f"{path} has no column '{theirs}' for {ours}.{nearest(theirs, known) or _listed(known)}")
+            raise unknown("column", theirs, known, where=f"for {ours} in {path}", otherwise=_listed(known))
         found[ours] = name, factor
     for ours in allowed:
         for theirs in (ours, RECORD.get(ours, ours)):
@@ -86,11 +98,11 @@ def missing(need: str, known: list[str], path: Path) -> UserError:
             "of runs instead (one row a run), or name the columns of one run for --form annealing"
         )
     hint = nearest(need, known) or _listed(known)
-    return UserError(f"{path} has no column '{need}'; name it with --columns {need}=THEIR_NAME.{hint}")
+    return UserError(f"{path} has no column '{need}'; name it with --columns {need}=THEIR_NAME. {hint}")
 
 
 def _listed(known: Iterable[str]) -> str:
-    return f" It has: {', '.join(list(known)[:12])}."
+    return f"It has: {', '.join(list(known)[:12])}."
 
 
 def text(cell: Any) -> str:

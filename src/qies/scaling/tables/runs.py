@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qies.errors import UserError, nearest
+from qies.errors import UserError, unknown
 from qies.scaling.tables.columns import NUMBERS, TEXTS, missing, resolve, settings_of, text
 from qies.scaling.tables.files import read_rows
 from qies.scaling.tables.number_parsing import read_numbers
@@ -99,7 +99,7 @@ class Runs:
     def of_arm(self, arm: str) -> Runs:
         """The runs of one arm. Raises UserError when there is none."""
         if arm not in self.arms:
-            raise UserError(f"no run of arm '{arm}'; the table has {', '.join(self.arms)}.{nearest(arm, self.arms)}")
+            raise unknown("arm", arm, self.arms, where="in this table")
         return self.select(np.array([a == arm for a in self.arm]))
 
 
