@@ -141,13 +141,13 @@ def test_the_kernel_cuts_chunks_head_by_head():
     damping = torch.full((1, 70, 2), -0.5)
     damping[:, 40, 0] = damping[:, 50:, 1] = -100.0
     sizes = workspace.Sizes(70, 2, 4, 4, 1, 1, 1, False, 16, 16)
-    first, starts, place, kept = scan.plan(damping.numpy().reshape(-1), sizes, 1)
+    first, starts, kept_at, kept = scan.plan(damping.numpy().reshape(-1), sizes, 1)
     assert first.tolist() == [0, 4, 4 + 23]
     assert starts.tolist()[:4] == [0, 32, 40, 70]
     assert starts.tolist()[4:] == [0, 32, *range(50, 71)]
     # sections of 32 tokens: [0, 32), [32, 40), [40, 70), the end; [0, 32), [32, 64), [64, 70), the end
-    assert place.tolist()[:4] == [0, 1, 2, 3]
-    assert place.tolist()[4:] == [4, 5, *range(-1, -15, -1), 6, *range(-1, -6, -1), 7]
+    assert kept_at.tolist()[:4] == [0, 1, 2, 3]
+    assert kept_at.tolist()[4:] == [4, 5, *range(-1, -15, -1), 6, *range(-1, -6, -1), 7]
     assert kept == 8
 
 

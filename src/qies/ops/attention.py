@@ -1,10 +1,10 @@
-"""Causal softmax attention over whole, unpadded sequences, or over several packed into one.
+"""Causal softmax attention over unpadded sequences, or over several texts packed into one.
 
 Legend: B batch, H heads, T position, K width per head.
 
-On CPU torch's flash kernel is slow backward. Up to LONGEST positions the scores are instead made in blocks of some
-heads, ROWS queries and all keys up to the last of them, so that nearly half of the scores are never computed and
-each row's softmax is whole. The probabilities are kept for the backward pass: T / 2 numbers a head and position.
+The backward pass of torch's flash kernel is slow on CPU. Up to LONGEST positions, the scores are instead computed in
+blocks of some heads, ROWS queries and all keys up to the last query. This skips nearly half of the scores and leaves
+each row's softmax in one block. The probabilities are saved for the backward pass: T / 2 numbers per head and position.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from torch import Tensor
 
 from qies.ops.autograd import first_order, transformed
 
-ROWS = 128  # queries in a block
-SCORES = 1 << 20  # most scores in a block: few calls weigh more here than the cache
-LONGEST = 4096  # beyond, what is kept weighs more than being twice as fast as the flash kernel
+ROWS = 128  # queries per block
+SCORES = 1 << 20  # maximum number of scores per block: fewer calls matter more than cache locality here
+LONGEST = 4096  # beyond, the memory of the probabilities outweighs twice the speed of the flash kernel
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, texts: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(K) + causal mask) v: q, k, v `[B, H, T, K]` -> `[B, H, T, K]`.
+    """softmax(q k^T / sqrt(K) + causal mask) v. q, k, v and the result are `[B, H, T, K]`.
 
-    texts `[B, T]`: a number for each token; a token attends to those of its own number alone (None: to all before it).
+    texts `[B, T]`: a number for each token; a token attends only to tokens with the same number. None: one text per
+    row.
 
-    Exact; in autocast's dtype where that is on. Has no second derivative where it was written by hand (on CPU, when
-    a gradient is wanted, outside torch.func).
+    Exact, in autocast's dtype if enabled. The hand-written gradient (on CPU, outside torch.func) has no second
+    derivative.
     """
     if transformed() and not torch.compiler.is_exporting():
         return _written_out(q, k, v, texts)
@@ -50,13 +51,13 @@ def _definition(q: Tensor, k: Tensor, v: Tensor, texts: Tensor | None) -> Tensor
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, texts: Tensor | None) -> Tensor:
-    """The same in operations that have every derivative, unlike torch's fused kernels."""
+    """Attention in operations that have derivatives of any order, unlike torch's fused kernels."""
     scores = q @ k.mT * q.shape[-1] ** -0.5
     return scores.masked_fill(~_allowed(q, texts), -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 def _allowed(q: Tensor, texts: Tensor | None) -> Tensor:
-    """Which keys a query attends to, `[T, T]` or `[B, 1, T, T]` bool."""
+    """The keys that each query attends to, bool `[T, T]` or `[B, 1, T, T]`."""
     causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     return causal if texts is None else causal & (texts[:, None, :, None] == texts[:, None, None, :])
 
@@ -93,7 +94,7 @@ class _CausalAttention(torch.autograd.Function):
             d_q[heads, rows] = _product(scores, ks[heads, keys], q.shape[-1] ** -0.5)
             d_key = _product(scores.mT, qs[heads, rows], q.shape[-1] ** -0.5)
             d_value = _product(probs.mT, gs[heads, rows])
-            if keys.stop == q.shape[2]:  # the first block of these heads reaches all keys
+            if keys.stop == q.shape[2]:  # the first block of these heads covers all keys
                 d_k[heads], d_v[heads] = d_key, d_value
             else:
                 d_k[heads, keys] += d_key.to(wide)
@@ -102,7 +103,7 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Heads, queries and their keys of each block of an x `[heads, T, K]`, the last queries first."""
+    """Heads, queries and keys of each block of x `[heads, T, K]`, the last queries first."""
     count, length, _ = x.shape
     group = max(1, SCORES // (min(ROWS, length) * length))
     for head in range(0, count, group):
@@ -112,7 +113,7 @@ def _blocks(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """scale a b for batches of matrices; operands that are neither contiguous nor transposed cost a slow copy."""
+    """scale a b for batches of matrices. Operands that are neither contiguous nor transposed are copied first."""
     a, b = (t.mT.contiguous().mT if t.stride(-1) != 1 else t.contiguous() for t in (a, b))
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)

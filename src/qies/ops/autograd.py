@@ -1,4 +1,4 @@
-"""What the hand-written gradients share."""
+"""Helpers of the hand-written gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
-    """Whether an op must run as its plain definition, which torch can differentiate and trace in every way.
+    """Whether an op must use its plain definition, which torch can transform and trace.
 
     True inside a transform of torch.func (grad, jvp, vmap), in forward-mode differentiation and in an export.
     """
@@ -21,10 +21,10 @@ def transformed() -> bool:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks the backward of an autograd.Function that has no derivative of its own.
+    """Decorate the backward of an autograd.Function that has no second derivative.
 
-    Unlike `once_differentiable`, which drops the terms that come through the saved tensors without a word, it
-    raises RuntimeError whenever a graph of the backward pass is asked for (`create_graph=True`).
+    `once_differentiable` silently drops the terms of the saved tensors; this raises RuntimeError if a graph of the
+    backward pass is requested (`create_graph=True`).
     """
 
     @wraps(backward)
@@ -32,7 +32,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"{type(ctx).__name__.removesuffix('Backward')} has no second derivative; "
-                "call its plain definition where create_graph=True is needed"
+                "call its plain definition if you need create_graph=True"
             )
         return backward(ctx, *grads)
 

@@ -1,4 +1,4 @@
-"""How the kernels are compiled, and where the compiled code is kept."""
+"""Compilation of the kernels, and the cache of the compiled code."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ def digest(folder: Path) -> str:
 
 
 class _Cache(FunctionCache):
-    """Compiled code on disk that is made anew when any file of the ops changes.
+    """A cache of compiled code on disk that is invalidated when any file of the ops changes.
 
-    numba looks at the file of the compiled function alone, though the code of all that it calls is in it. And it
-    numbers the files of code without a lock, so that two processes could give two codes one number: here each process
-    has names of its own.
+    numba checks only the file of the compiled function, although the code of its callees is inlined. It also numbers
+    its cache files without a lock, so two processes could use the same number; here each process has unique names.
     """
 
     sources = digest(Path(__file__).parent)
@@ -39,8 +38,8 @@ class _Cache(FunctionCache):
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """`function` compiled by numba on first use, and kept on disk for the next process."""
+    """Compile `function` with numba on first use, and cache the code on disk."""
     compiled = njit(**OPTIONS)(function)
-    with contextlib.suppress(RuntimeError):  # nowhere to write: compiled in every process
+    with contextlib.suppress(RuntimeError):  # the cache cannot be written: every process compiles
         compiled._cache = _Cache(function)
     return compiled

@@ -18,15 +18,19 @@ from qies.ops.autograd import first_order, transformed
 def causal_conv(
     x: Tensor, weight: Tensor, state: Tensor | None = None, texts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """y_t = sum_j weight[:, j] x_{t-k+1+j}: tap k-1 is the present token, tap 0 the oldest.
+    """Depthwise causal convolution, y_t = sum_j weight[:, j] x_{t-k+1+j}. Tap k-1 is the current token.
 
-    x `[B, T, D]`, weight `[D, k]`, state `[B, k-1, D]` the inputs before x (None: zeros). Returns y `[B, T, D]` in
-    the dtype of x and the new state `[B, k-1, D]`, the last k-1 inputs, to be handed in with the next ones.
+    Args:
+        x: `[B, T, D]`.
+        weight: `[D, k]`.
+        state: `[B, k-1, D]`, the inputs before x; None for zeros.
+        texts: `[B, T]`, a number for each token, equal within a text and different in adjacent texts. Each text is
+            convolved separately. Cannot be combined with a state.
 
-    texts `[B, T]`: a number for each token, equal within a text and different in neighbouring ones; every text is
-    convolved as if it were alone. It goes with no state.
+    Returns:
+        y `[B, T, D]` in the dtype of x, and the new state `[B, k-1, D]`, the last k-1 inputs.
 
-    On CPU and without a state it has no second derivative outside torch.func. Raises UserError for shapes that do not
+    On CPU without a state there is no second derivative outside torch.func. Raises UserError for shapes that do not
     fit.
     """
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 1:
@@ -43,7 +47,7 @@ def causal_conv(
             [x.new_zeros(batch, left - recent.shape[1], width), recent], 1
         )
     if texts is not None:
-        raise UserError("causal_conv takes a state or texts, not both; the first text would not be alone.")
+        raise UserError("causal_conv takes a state or texts, not both; the state would enter the first text only.")
     if state.shape != (batch, left, width):
         raise UserError(f"this convolution's state is {[batch, left, width]}; got {list(state.shape)}.")
     return _definition(x, weight, state)
@@ -64,7 +68,7 @@ def _definition(x: Tensor, weight: Tensor, state: Tensor, texts: Tensor | None =
 
 
 class _CausalConv(torch.autograd.Function):
-    """The convolution from zeros, as shifted multiply-adds: faster than conv1d, most of all backward."""
+    """The convolution without a state, as shifted multiply-adds: faster than conv1d, mainly in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, texts: Tensor | None) -> Tensor:
@@ -94,15 +98,15 @@ class _CausalConv(torch.autograd.Function):
 
 
 def _same_text(texts: Tensor, lag: int) -> Tensor:
-    """Whether the token `lag` before is of the same text, `[B, T - lag, 1]`."""
+    """Whether the token `lag` positions before belongs to the same text, bool `[B, T - lag, 1]`."""
     return (texts[:, lag:] == texts[:, : max(0, texts.shape[1] - lag)]).unsqueeze(-1)
 
 
 def _within(x: Tensor, texts: Tensor | None, lag: int) -> Tensor:
-    """x `[B, T - lag, D]`, zero where the token `lag` before is of another text."""
+    """x `[B, T - lag, D]`, zero where the token `lag` positions before belongs to another text."""
     return x if texts is None or not lag else x * _same_text(texts, lag)
 
 
 def _newest_first(x: Tensor, weight: Tensor) -> Tensor:
-    """The taps `[.., D]` that reach into a sequence of x's length; in rows, for a strided tap is read slowly."""
+    """The taps `[.., D]` that fit the length of x, newest first. Contiguous, since strided taps are slow to read."""
     return weight.to(x.dtype).T.flip(0)[: max(1, x.shape[1])].contiguous()

@@ -1,11 +1,11 @@
-"""Next-token cross-entropy straight from the hidden states: the `[N, V]` logits are never held at once.
+"""Next-token cross-entropy from the hidden states, without materialising the `[N, V]` logits.
 
 Legend: N tokens, D model width, V vocabulary.
 
-The fast path goes through the tokens in chunks and makes the gradients on the way forward, so that each
-logit is computed once and dies in cache. Its logits stand as `[V, chunk]`, the layout with the fastest matrix
-products. Soft-capped logits are bounded, so the softmax needs no maximum. Its denominator is known only when
-the whole vocabulary has passed, so it scales the `[chunk, D]` operands of the gradients' products.
+The fast path processes the tokens in chunks and computes the gradients in the forward pass, so each logit is computed
+once and stays in cache. The logits have the layout `[V, chunk]`, which gives the fastest matrix products. Soft-capped
+logits are bounded, so the softmax needs no maximum. Its denominator is known only after the whole vocabulary, so it
+scales the `[chunk, D]` operands of the gradients' products.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from qies.ops.autograd import first_order, transformed
 from qies.ops.compiled import kernel
 from qies.ops.simd import exp, flat, get, put, reread, write
 
-TILE = 1 << 17  # half as many numbers of the head as are cast, or whose gradient is added up, at once: a 2 MB cache
-CHUNK = 512  # most tokens whose logits are held at once
-HELD = 1 << 23  # most logits held at once, unless that left fewer than CHUNK_MIN tokens
+TILE = 1 << 17  # half the numbers of the head that are cast or accumulated at once, for a cache of 2 MB
+CHUNK = 512  # maximum number of tokens per chunk
+HELD = 1 << 23  # maximum number of logits per chunk, unless a chunk then had fewer than CHUNK_MIN tokens
 CHUNK_MIN = 256
 LARGEST_CAP = 60.0  # beyond, exp(softcap) times a large vocabulary may overflow fp32
 
 
-@torch.compiler.disable  # its kernel is compiled already
+@torch.compiler.disable  # the kernel is already compiled
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -41,12 +41,19 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy in nats of `targets` under logits = softcap * tanh(hidden weight^T / softcap).
 
-    hidden `[N, D]`, weight `[V, D]`, targets int64 `[N]` in [0, V) or `ignore_index`. `softcap=None` leaves
-    the logits as they are. "mean" averages over the targets not ignored (0 when all are); "none" gives
-    `[N]`, 0 where ignored. The product runs in autocast's dtype, all else and the result in fp32 (float64 for
-    float64). Where the fast path runs (on CPU, for "mean", outside torch.func) it has no second derivative. Raises
-    UserError for shapes that do not fit.
     Soft-capping of logits: Gemma 2, arXiv:2408.00118.
+
+    Args:
+        hidden: `[N, D]`.
+        weight: `[V, D]`.
+        targets: int64 `[N]`, in [0, V) or `ignore_index`.
+        softcap: The cap of the logits; None for no cap.
+        ignore_index: The target of tokens that are ignored.
+        reduction: "mean" averages over the targets that are not ignored (0 if all are); "none" returns `[N]`, 0 for
+            ignored targets.
+
+    The product runs in autocast's dtype; the rest and the result are float32 (float64 for float64). The fast path (on
+    CPU, for "mean", outside torch.func) has no second derivative. Raises UserError for shapes that do not fit.
     """
     if hidden.dim() != 2 or weight.shape[1:] != hidden.shape[1:] or targets.shape != hidden.shape[:1]:
         raise UserError(
@@ -89,7 +96,7 @@ def _count(targets: Tensor, ignore_index: int) -> Tensor:
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The dtype of hidden @ weight^T where the fast path can run, else None."""
+    """The dtype of hidden @ weight^T if the fast path can run, else None."""
     if hidden.device.type != "cpu" or weight.device.type != "cpu":
         return None
     dtypes = {hidden.dtype, weight.dtype}
@@ -134,7 +141,7 @@ def _chunked(
     hidden_grad: bool,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses `[N]` and, where wanted, the gradients of their mean with respect to hidden and weight."""
+    """Losses `[N]` and, if requested, the gradients of their mean with respect to hidden and weight."""
     tokens, width = hidden.shape
     vocab = weight.shape[0]
     kept = targets != ignore_index
@@ -142,7 +149,7 @@ def _chunked(
     if targets.min() < 0 or targets.max() >= vocab:
         raise UserError(f"a target lies outside [0, {vocab}) and is not {ignore_index}; check the token ids.")
 
-    # With a cap c the products are made as u = 2 logit / c, so that c tanh(logit / c) = 2 c sigmoid(u) - c.
+    # With a cap c the products are u = 2 logit / c, since c tanh(logit / c) = 2 c sigmoid(u) - c.
     wide = torch.float32
     gain = 1.0 if softcap is None else softcap / 2
     x = hidden.detach().to(dtype)
@@ -156,7 +163,7 @@ def _chunked(
     d_weight = x.new_empty(vocab, width, dtype=wide) if weight_grad else None
 
     chunk = min(CHUNK, max(CHUNK_MIN, HELD // vocab))
-    chunk = -(-tokens // -(-tokens // chunk))  # as many chunks, of equal size
+    chunk = -(-tokens // -(-tokens // chunk))  # the same number of chunks, of equal size
     w_t = w.T.contiguous() if hidden_grad and tokens > 4 * chunk else w.T  # the copy pays off slowly
     held = x.new_empty(vocab * chunk)
     for start in range(0, tokens, chunk):
@@ -176,7 +183,8 @@ def _chunked(
         _exponentials(flat(logits), count, softcap or 0.0, flat(peak), flat(total), hidden_grad or weight_grad)
         losses[span] = total.log() - target
 
-        # logits holds exp(logit - peak) d logit / d product: a gradient but for targets, rate / total, and 4 with a cap
+        # logits holds exp(logit - peak) d logit / d product; the targets, rate / total, and 4 with a cap complete the
+        # gradient.
         if hidden_grad or weight_grad:
             logits.scatter_(0, at_target, ((target.exp() - total) * slope).to(dtype).unsqueeze(0))
         scale = (rate[span] / total).unsqueeze(1) * (4 if softcap else 1)
@@ -194,9 +202,10 @@ def _chunked(
 
 @kernel
 def _exponentials(logits, columns, softcap, peak, total, keep):
-    """Adds up exp(logit - peak) over the rows of products `[v, columns]` into total `[columns]`; softcap 0 is none.
+    """Add exp(logit - peak), summed over the rows of the products `[v, columns]`, to total `[columns]`.
 
-    With `keep` each product is overwritten by exp(logit - peak) d logit / d product, a quarter of it with a cap.
+    A softcap of 0 is no cap. With `keep`, overwrite each product by exp(logit - peak) d logit / d product, or a quarter
+    of it with a cap.
     """
     if softcap > 0:
         cap = np.float32(softcap)

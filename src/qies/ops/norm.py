@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation without a weight."""
+"""Root-mean-square normalisation (RMSNorm) without a weight."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from qies.ops.autograd import first_order, transformed
 
 
 def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis. `[..., D]` -> same shape and dtype.
+    """x / sqrt(mean(x^2) + eps) over the last axis. x `[..., D]`; returns the same shape and dtype.
 
-    Computed in at least fp32. Zhang and Sennrich, arXiv:1910.07467, without the gain. Has no second
-    derivative on CPU outside torch.func.
+    Computed in float32 or wider. RMSNorm without a gain: Zhang and Sennrich, arXiv:1910.07467. On CPU there is no
+    second derivative outside torch.func.
     """
     if x.device.type == "cpu" and x.numel() > 0 and not transformed():
         return _RmsNorm.apply(x, eps)
@@ -34,7 +34,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         wide = _widen(x)
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass, and nothing as large as x written
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass, without a temporary of the size of x
         rate = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, rate)
         return (wide * rate).to(x.dtype)

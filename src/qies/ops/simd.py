@@ -1,9 +1,10 @@
-"""Building blocks of kernels for one processor core, compiled by numba: matrix tiles in registers, bfloat16, exp, sin.
+"""SIMD building blocks of the CPU kernels, compiled by numba: register-tiled matrix products, bfloat16, exp, cos, sin.
 
-Everything works on flat float32 arrays by offset (`x + i * stride`), so that a kernel's buffers are one piece of
-memory and no views are made inside loops. Nothing is bounds-checked: sizes are the caller's, multiples of ROWS and
-LANES. The vectors are LLVM's, so every processor that numba supports runs this; LANES and ROWS fit those with 32
-vector registers of 512 bits.
+All functions take flat float32 arrays and offsets (`x + i * stride`), so a kernel's buffers are one allocation and no
+views are created. There are no bounds checks; sizes must be multiples of ROWS and LANES. The vectors are LLVM's, so
+this runs on every processor that numba supports. LANES and ROWS are chosen for 32 vector registers of 512 bits.
+
+Legend: x an array; to, source, out, left, right offsets into it; a_row, b_row, step strides between rows.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from qies.ops.compiled import OPTIONS
 
-LANES = 16  # floats in a vector
-ROWS = 8  # rows of a matrix tile held in registers: ROWS x 2 accumulators
+LANES = 16  # float32 numbers per vector
+ROWS = 8  # rows of a matrix tile; its accumulators, ROWS x 2 vectors, stay in registers
 
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 _VEC = ir.VectorType(_F32, LANES)
@@ -68,7 +69,7 @@ class _Vectors:
 def _product(builder, vectors, a, row, column, b, b_row, n, columns: int):
     """A B for A `[ROWS, n]` with strides row, column and B `[n, columns * LANES]`, as registers by (row, vector)."""
     sums = {(i, j): cgutils.alloca_once(builder, _VEC) for i in range(ROWS) for j in range(columns)}
-    for acc in sums.values():  # LLVM makes registers of them
+    for acc in sums.values():  # LLVM promotes them to registers
         builder.store(ir.Constant(_VEC, None), acc)
     starts = [vectors.at(a, row, i) for i in range(ROWS)]
     with cgutils.for_range(builder, n, intp=_I64) as loop:
@@ -114,8 +115,10 @@ def _micro(columns: int):
 
 
 def _eliminate(columns: int, order: int):
-    """C <- (I + D)^-1 (C - A B) for one tile, D `[ROWS, ROWS]` with the strides of A: strictly lower for order 1, whose
-    rows are solved from the first on, strictly upper for order -1, from the last."""
+    """C <- (I + D)^-1 (C - A B) for one tile, by substitution. D `[ROWS, ROWS]` has the strides of A.
+
+    order: 1 for a strictly lower triangular D (forward substitution), -1 for strictly upper (back substitution).
+    """
 
     @intrinsic
     def eliminate(typing_context, x, a, row, column, b, b_row, c, c_row, n, d):
@@ -148,15 +151,16 @@ _wide, _narrow = _micro(2), _micro(1)
 _wide_down, _narrow_down = _eliminate(2, 1), _eliminate(1, 1)
 _wide_up, _narrow_up = _eliminate(2, -1), _eliminate(1, -1)
 
-# What `gemm` may know of A: all of it counts, or only what stands on and below, or on and above, its diagonal blocks.
+# The structure of A in `gemm`: dense, block lower triangular or block upper triangular, with the diagonal blocks.
 FULL, LOWER, UPPER = 0, 1, 2
 
 
 @njit(**OPTIONS)
 def gemm(x, c, c_row, a, a_row, a_column, b, b_row, rows, columns, inner, sign, add, shape):
-    """C = sign A B, or C + sign A B with `add`: A `[rows, inner]` with any strides, B and C with unit columns.
+    """C = sign A B, or C += sign A B with `add`.
 
-    rows: a multiple of ROWS; columns: of LANES. `shape` tells which blocks of A are known to be zero.
+    A `[rows, inner]` has any strides; the rows of B and C are contiguous. rows is a multiple of ROWS, columns of LANES.
+    shape (FULL, LOWER, UPPER): which blocks of A are skipped as zero.
     """
     for i in range(0, rows, ROWS):
         start = min(i, inner) if shape == UPPER else 0
@@ -172,7 +176,10 @@ def gemm(x, c, c_row, a, a_row, a_column, b, b_row, rows, columns, inner, sign, 
 
 @njit(**OPTIONS)
 def substitute(x, values, A, A_row, rows, columns):
-    """values <- (I + A)^-1 values for a strictly lower A: never an inverse, so many parallel keys lose no digits."""
+    """values <- (I + A)^-1 values for a strictly lower triangular A, by substitution.
+
+    An inverse would lose all digits when many keys are parallel.
+    """
     for i in range(0, rows, ROWS):
         out, left = values + i * columns, A + i * A_row
         j = 0
@@ -185,7 +192,7 @@ def substitute(x, values, A, A_row, rows, columns):
 
 @njit(**OPTIONS)
 def substitute_back(x, values, A, A_row, rows, columns):
-    """values <- (I + A)^-T values."""
+    """values <- (I + A)^-T values, by substitution."""
     for i in range(rows - ROWS, -1, -ROWS):
         out, diagonal, n = values + i * columns, A + i * A_row + i, rows - ROWS - i
         left, right = diagonal + ROWS * A_row, out + ROWS * columns
@@ -199,7 +206,7 @@ def substitute_back(x, values, A, A_row, rows, columns):
 
 @intrinsic
 def _transpose_block(typing_context, x, to, to_row, source, source_row):
-    """LANES x LANES numbers transposed in registers: four rounds of interleaving rows i and i + LANES/2."""
+    """Transpose LANES x LANES numbers in registers, by four rounds of interleaving rows i and i + LANES / 2."""
 
     def codegen(context, builder, sig, args):
         array, to, to_row, source, source_row = args
@@ -219,7 +226,7 @@ def _transpose_block(typing_context, x, to, to_row, source, source_row):
 
 @njit(**OPTIONS)
 def transpose(x, to, to_row, source, source_row, rows, columns):
-    """B^T into `to`, for B `[rows, columns]`, both multiples of LANES."""
+    """Write B^T to `to`, for B `[rows, columns]`, both multiples of LANES."""
     for i in range(0, rows, LANES):
         for j in range(0, columns, LANES):
             _transpose_block(x, to + j * to_row + i, to_row, source + i * source_row + j, source_row)
@@ -227,7 +234,7 @@ def transpose(x, to, to_row, source, source_row, rows, columns):
 
 @intrinsic
 def _raw(typing_context, x, i):
-    """x[i] of an array that is never written while it is read: told to LLVM, so that loops may use vectors."""
+    """x[i] of an array that is not written meanwhile; LLVM is told so, and can vectorise loops."""
 
     def codegen(context, builder, sig, args):
         value = builder.load(builder.gep(_data(context, builder, sig.args[0], args[0]), [args[1]], inbounds=True))
@@ -239,7 +246,7 @@ def _raw(typing_context, x, i):
 
 @intrinsic
 def get(typing_context, x, i):
-    """x[i], without the test for negative i."""
+    """x[i], without support for negative i."""
 
     def codegen(context, builder, sig, args):
         return builder.load(builder.gep(_data(context, builder, sig.args[0], args[0]), [args[1]], inbounds=True))
@@ -249,7 +256,7 @@ def get(typing_context, x, i):
 
 @intrinsic
 def put(typing_context, x, i, value):
-    """x[i] = value, without the test for negative i."""
+    """x[i] = value, without support for negative i."""
 
     def codegen(context, builder, sig, args):
         builder.store(args[2], builder.gep(_data(context, builder, sig.args[0], args[0]), [args[1]], inbounds=True))
@@ -260,7 +267,7 @@ def put(typing_context, x, i, value):
 
 @intrinsic
 def _prefetch(typing_context, x, i):
-    """Ask for x[i] to be brought near."""
+    """Prefetch the cache line of x[i]."""
 
     def codegen(context, builder, sig, args):
         flag = ir.IntType(32)
@@ -275,8 +282,7 @@ def _prefetch(typing_context, x, i):
 
 @njit(**OPTIONS)
 def prefetch(x, at, step, width, rows):
-    """Ask for rows `x[at + i * step:]` of `width` numbers, long before they are read: they lie too far apart for the
-    processor to see what comes next."""
+    """Prefetch the rows `x[at + i * step:]` of `width` numbers. Their stride is too large for hardware prefetching."""
     line = 64 // x.itemsize
     for i in range(rows):
         for c in range(0, width, line):
@@ -284,7 +290,7 @@ def prefetch(x, at, step, width, rows):
 
 
 def read(x, i):
-    """x[i] in float32, of an array that the kernel never writes; uint16 holds the bits of bfloat16."""
+    """x[i] as float32, of an array that the kernel does not write. uint16 holds the bits of bfloat16."""
 
 
 def reread(x, i):
@@ -292,7 +298,7 @@ def reread(x, i):
 
 
 def write(x, i, value):
-    """x[i] = value (float32); rounded to nearest even where x is uint16, bfloat16's bits."""
+    """x[i] = value (float32), rounded to nearest even if x is uint16 (the bits of bfloat16)."""
 
 
 @overload(read, jit_options=OPTIONS)
@@ -324,8 +330,8 @@ def _write(x, i, value):
 
 @njit(**{**OPTIONS, "fastmath": {"contract"}})  # not "reassoc", which may undo the two-step reduction of the range
 def exp(x):
-    """e^x in float32 for x <= 60, to its rounding; 0 below -87, NaN of NaN. Taylor's series, without branches, so that
-    loops of it become vectors."""
+    """e^x in float32 for x <= 60, to rounding error; 0 below -87, NaN for NaN. A Taylor polynomial without branches, so
+    loops vectorise."""
     n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
     n = max(n, np.float32(-126))
     y = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
@@ -338,7 +344,7 @@ def exp(x):
 
 @njit(**OPTIONS)
 def cos_sin(turns):
-    """cos and sin of 2 pi turns in float32, for turns (float64) in [0, 1]: Taylor's series up to a quarter turn."""
+    """cos and sin of 2 pi turns in float32, for turns (float64) in [0, 1]. Taylor polynomials up to a quarter turn."""
     x = np.float32(turns - 1.0 if turns > 0.5 else turns)
     far = abs(x) > np.float32(0.25)
     x = ((np.float32(0.5) if x > 0 else np.float32(-0.5)) - x) if far else x
@@ -353,8 +359,8 @@ def cos_sin(turns):
 
 
 def flat(x: Tensor | None) -> np.ndarray:
-    """All numbers of a CPU tensor in order, for a kernel: bfloat16 as its bits in uint16, all else in float32; copied
-    only where they must be. None is empty."""
+    """A CPU tensor as a flat array for a kernel: bfloat16 as its bits in uint16, other dtypes as float32. Copies if
+    needed. None gives an empty array."""
     if x is None:
         return np.empty(0, np.float32)
     x = x.detach().resolve_neg().to(working(x)).contiguous().view(-1)
@@ -362,5 +368,5 @@ def flat(x: Tensor | None) -> np.ndarray:
 
 
 def working(x: Tensor) -> torch.dtype:
-    """The dtype in which a kernel takes x."""
+    """The dtype in which a kernel reads x."""
     return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32

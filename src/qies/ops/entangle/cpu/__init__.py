@@ -1,6 +1,6 @@
 """The chunk form as one CPU kernel, compiled by numba; the buffers of a chunk stay in the cache.
 
-README.md in the folder above derives the formulas; `chunk.py` there is the same form in torch operations.
+../README.md derives the formulas; ../chunk.py is the same form in torch operations.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from qies.ops.simd import LANES, flat, working
 def entangle_fused(x: Inputs, mode: str = "real") -> tuple[Tensor, Tensor]:
     """`entangle` on the CPU, computed in float32 for every input dtype; same shapes and returns. Once differentiable.
 
-    The backward keeps the state before every 32 key rows (at worst 17, where damping cuts); no other tensor of
-    comparable size is saved.
+    The backward pass saves the state before every 32 key rows (17 at worst, where damping shortens chunks) and no other
+    tensor of comparable size.
     """
     if x.q.dtype != x.k.dtype:
         x = x._replace(q=x.q.float(), k=x.k.float())  # the kernel reads them side by side
@@ -38,7 +38,8 @@ def entangle_fused(x: Inputs, mode: str = "real") -> tuple[Tensor, Tensor]:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, beta, log_alpha, theta, state, r: int, keep: bool):
-        # r: key rows per token, 1 real, 2 complex; kept: states before each chunk; phases: turns before each chunk
+        # r: key rows per token, 1 in real mode, 2 in complex mode. kept_states: the states before the sections.
+        # kept_phases: the running phase before each chunk, in turns.
         B, T, H, K = q.shape
         m, V = K // 2, v.shape[-1] // r
         decays, betas = (1 if x.ndim == 3 else x.shape[-1] for x in (log_alpha, beta))
@@ -47,7 +48,7 @@ class _Fused(torch.autograd.Function):
         arrays = Arrays(*map(flat, inputs))
         *parts, count = plan(arrays.log_alpha, sizes, B)
         chunks = Chunks(*parts)
-        kept, phases = (
+        kept_states, kept_phases = (
             torch.empty(count * K * V if keep else 0, dtype=torch.float32),
             np.empty(len(chunks.starts) * m if keep else 0),
         )
@@ -59,19 +60,19 @@ class _Fused(torch.autograd.Function):
 
         def part(begin: int, end: int) -> None:
             buffers = buffer_layout(sizes.k, sizes.v, m)
-            forward(arrays, flat(last), flat(o), sizes, *buffers, begin, end, chunks, flat(kept), phases)
+            forward(arrays, flat(last), flat(o), sizes, *buffers, begin, end, chunks, flat(kept_states), kept_phases)
 
         in_parts(part, B * H)
         if keep:
-            ctx.save_for_backward(*inputs, kept)
-            ctx.rest = sizes, chunks, phases, None if state is None else state.dtype
+            ctx.save_for_backward(*inputs, kept_states)
+            ctx.rest = sizes, chunks, kept_phases, None if state is None else state.dtype
         return o.to(v.dtype), last
 
     @staticmethod
     @first_order
     def backward(ctx: Any, do: Tensor, dlast: Tensor):
-        *inputs, kept = ctx.saved_tensors
-        sizes, chunks, phases, state_dtype = ctx.rest
+        *inputs, kept_states = ctx.saved_tensors
+        sizes, chunks, kept_phases, state_dtype = ctx.rest
         grads = [None if x is None else torch.empty(x.shape, dtype=working(x)) for x in inputs]
         dstate = dlast.float().clone(memory_format=torch.contiguous_format)
         arrays, gradients = Arrays(*map(flat, inputs)), Arrays(*map(flat, grads))
@@ -79,7 +80,7 @@ class _Fused(torch.autograd.Function):
 
         def part(begin: int, end: int) -> None:
             buffers = buffer_layout(sizes.k, sizes.v, sizes.m)
-            backward(arrays, gradients, *rest, *buffers, begin, end, chunks, flat(kept), phases)
+            backward(arrays, gradients, *rest, *buffers, begin, end, chunks, flat(kept_states), kept_phases)
 
         in_parts(part, len(chunks.first) - 1)
         grads = [g if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
@@ -87,7 +88,7 @@ class _Fused(torch.autograd.Function):
 
 
 def in_parts(part: Callable[[int, int], None], units: int) -> None:
-    """part(begin, end) over all units, on as many threads as torch uses."""
+    """Call part(begin, end) so that the calls cover all units, on as many threads as torch uses."""
     threads = min(torch.get_num_threads(), units)
     if threads <= 1:
         return part(0, units) if units else None

@@ -1,9 +1,6 @@
 """The arithmetic of one chunk of one head, forward. ../README.md derives the formulas.
 
-Legend: x the workspace, one float32 array; t the offsets of the buffers in it (`Buffers`); s the sizes of the call
-(`Sizes`); chunk the batch row b, head h, first token and number of tokens (`Chunk`); K = 2m and V of the op; r key rows
-per token (1 real, 2 complex); n rows in use of the MAX_ROWS of a chunk. Buffers are padded to whole vectors of k and v
-numbers; sums never run over padding.
+Legend: see workspace.py.
 """
 
 from __future__ import annotations
@@ -41,44 +38,44 @@ MAX_GRADIENT_NORM = 1e25  # bounds the gradient through the direction of a tiny 
 
 
 @njit(**OPTIONS)
-def gates(x, t, s, log_alpha, theta, turns, chunk):
-    """Decays and phases of a chunk; `turns` advances.
+def decays_and_phases(x, t, s, log_alpha, theta, phase, chunk):
+    """Compute the scales and the rotations of a chunk, and advance the running phase.
 
-    With g the running sum of log_alpha without the first token's and c half its last value: reads = e^{g - c}, undo =
-    e^{2(c - g)}; enter = e^{c} times the first token's decay, leave = e^{c}.
+    Let g be the running sum of log_alpha without the first token's, and c half of its last value. Then read_scale =
+    e^{g - c}, read_to_write = e^{2(c - g)}, scale_in = e^{c} times the first token's decay, and scale_out = e^{c}.
     """
     K, per = 2 * s.m, s.decays
     step = s.H * per
     at = token(s, chunk, 0) * per
     for i in range(chunk.tokens):
-        row = t.reads + i * s.k
+        row = t.read_scale + i * s.k
         for c in range(per):
             before = get(x, row - s.k + c) + read(log_alpha, at + i * step + c) if i else np.float32(0)
             put(x, row + c, before)
-    last = t.reads + (chunk.tokens - 1) * s.k
+    last = t.read_scale + (chunk.tokens - 1) * s.k
     for c in range(per):
-        put(x, t.leave + c, get(x, last + c) * np.float32(0.5))
+        put(x, t.scale_out + c, get(x, last + c) * np.float32(0.5))
     for i in range(chunk.tokens):
-        row = t.reads + i * s.k
+        row = t.read_scale + i * s.k
         for c in range(per):
-            value = exp(get(x, row + c) - get(x, t.leave + c))
+            value = exp(get(x, row + c) - get(x, t.scale_out + c))
             put(x, row + c, value)
-            put(x, t.undo + i * s.k + c, np.float32(1) / (value * value))
+            put(x, t.read_to_write + i * s.k + c, np.float32(1) / (value * value))
         broadcast_channels(x, row, per, s.m, K)
-        broadcast_channels(x, t.undo + i * s.k, per, s.m, K)
+        broadcast_channels(x, t.read_to_write + i * s.k, per, s.m, K)
     for c in range(per):
-        put(x, t.enter + c, exp(get(x, t.leave + c) + read(log_alpha, at + c)))
-        put(x, t.leave + c, exp(get(x, t.leave + c)))
-    broadcast_channels(x, t.enter, per, s.m, K)
-    broadcast_channels(x, t.leave, per, s.m, K)
-    if s.phases:
+        put(x, t.scale_in + c, exp(get(x, t.scale_out + c) + read(log_alpha, at + c)))
+        put(x, t.scale_out + c, exp(get(x, t.scale_out + c)))
+    broadcast_channels(x, t.scale_in, per, s.m, K)
+    broadcast_channels(x, t.scale_out, per, s.m, K)
+    if s.has_phase:
         for i in range(chunk.tokens):
             at = token(s, chunk, i) * s.m
             for c in range(s.m):
-                turn = turns[c] + np.float64(read(theta, at + c)) * (0.5 / np.pi)
-                turn -= np.floor(turn)
-                turns[c] = turn
-                cos, sin = cos_sin(turn)
+                turns = phase[c] + np.float64(read(theta, at + c)) * (0.5 / np.pi)
+                turns -= np.floor(turns)
+                phase[c] = turns
+                cos, sin = cos_sin(turns)
                 put(x, t.cos + i * s.m + c, cos)
                 put(x, t.sin + i * s.m + c, sin)
 
@@ -97,7 +94,7 @@ def broadcast_channels(x, row, per, m, K):
 
 @njit(**OPTIONS)
 def load(x, t, s, rows, source, which, chunk):
-    """The rows of a chunk's queries (which = 0) or keys (1): normalised, rotated by the negative phase and rescaled."""
+    """Load the rows of queries (which = 0) or keys (which = 1), normalised, rotated by -Theta and rescaled."""
     K = 2 * s.m
     for i in range(chunk.tokens):
         row, at = rows + i * s.r * s.k, token(s, chunk, i) * K
@@ -108,10 +105,10 @@ def load(x, t, s, rows, source, which, chunk):
         # in float64: equal small errors in every key's length would add up over a long sequence of reflections
         norm = 1 / np.sqrt(square) if square > 0 else np.float64(0)
         put(x, t.norm + which * MAX_ROWS + i, np.float32(min(norm, MAX_GRADIENT_NORM)))
-        reads = t.reads + i * s.k
+        read_scale = t.read_scale + i * s.k
         for c in range(K):
-            put(x, row + c, np.float32(np.float64(read(source, at + c)) * (norm * np.float64(get(x, reads + c)))))
-        if s.phases:
+            put(x, row + c, np.float32(np.float64(read(source, at + c)) * (norm * np.float64(get(x, read_scale + c)))))
+        if s.has_phase:
             rotate(x, row, t.cos + i * s.m, t.sin + i * s.m, np.float32(-1), s.m)
         if s.r == 2:
             put_times_i(x, row, s.k, s.m)
@@ -119,18 +116,18 @@ def load(x, t, s, rows, source, which, chunk):
 
 @njit(**OPTIONS)
 def write_rows(x, t, s, beta, chunk):
-    """The rows of writes, w = beta k, from the rows k; `undo` converts the scale of reads to that of writes."""
+    """Compute the rows of writes, w = beta k, from the rows k, and convert the scale of reads to that of writes."""
     m = s.m
     for i in range(chunk.tokens):
-        row, undo, at = i * s.r * s.k, t.undo + i * s.k, token(s, chunk, i) * s.betas
+        row, read_to_write, at = i * s.r * s.k, t.read_to_write + i * s.k, token(s, chunk, i) * s.betas
         w, k, re = t.w + row, t.k + row, read(beta, at)
         if s.betas == 1:
             for c in range(2 * m):
-                put(x, w + c, get(x, k + c) * (re * get(x, undo + c)))
+                put(x, w + c, get(x, k + c) * (re * get(x, read_to_write + c)))
         else:
             im = read(beta, at + 1)
             for c in range(m):
-                own, other, scale = get(x, k + c), get(x, k + m + c), get(x, undo + c)
+                own, other, scale = get(x, k + c), get(x, k + m + c), get(x, read_to_write + c)
                 put(x, w + c, (re * own - im * other) * scale)
                 put(x, w + m + c, (re * other + im * own) * scale)
         if s.r == 2:
@@ -138,11 +135,11 @@ def write_rows(x, t, s, beta, chunk):
 
 
 @njit(**OPTIONS)
-def prepare(x, t, s, inputs, turns, chunk):
-    """Compute q, k, w, A, P and the values written, E, of a chunk with the state S before it, which is rescaled."""
+def prepare(x, t, s, inputs, phase, chunk):
+    """Compute q, k, w, A, P and the values written E of a chunk from the state S before it. Rescales S."""
     K, n = 2 * s.m, chunk.tokens * s.r
     rows = -(-n // ROWS) * ROWS
-    gates(x, t, s, inputs.log_alpha, inputs.theta, turns, chunk)
+    decays_and_phases(x, t, s, inputs.log_alpha, inputs.theta, phase, chunk)
     load(x, t, s, t.q, inputs.q, 0, chunk)
     load(x, t, s, t.k, inputs.k, 1, chunk)
     write_rows(x, t, s, inputs.beta, chunk)
@@ -153,7 +150,7 @@ def prepare(x, t, s, inputs, turns, chunk):
         put(x, t.w + i, np.float32(0))
     for i in range(n * s.v, rows * s.v):
         put(x, t.E + i, np.float32(0))
-    rescale(x, t.S, t.enter, s)
+    rescale(x, t.S, t.scale_in, s)
     transpose(x, t.wt, MAX_ROWS, t.w, s.k, MAX_ROWS, s.k)
     columns = LANES if n <= LANES else MAX_ROWS
     gemm(x, t.P, MAX_ROWS, t.q, s.k, 1, t.wt, MAX_ROWS, rows, columns, K, np.float32(1), False, FULL)
@@ -166,7 +163,7 @@ def prepare(x, t, s, inputs, turns, chunk):
 
 @njit(**OPTIONS)
 def outputs(x, t, s, o, chunk):
-    """The read-outs of the chunk's queries, into o."""
+    """Write the read-outs of the chunk's queries to o."""
     n = chunk.tokens * s.r
     rows = -(-n // ROWS) * ROWS
     gemm(x, t.D, s.v, t.q, s.k, 1, t.S, s.v, rows, s.v, 2 * s.m, np.float32(1), False, FULL)
@@ -176,6 +173,6 @@ def outputs(x, t, s, o, chunk):
 
 @njit(**OPTIONS)
 def advance(x, t, s, chunk):
-    """The state after the chunk."""
+    """Advance S to the state after the chunk."""
     gemm(x, t.S, s.v, t.w, 1, s.k, t.E, s.v, s.k, s.v, chunk.tokens * s.r, np.float32(1), True, FULL)
-    rescale(x, t.S, t.leave, s)
+    rescale(x, t.S, t.scale_out, s)

@@ -1,10 +1,10 @@
 """Whole sequences, chunk by chunk. A unit of work is one head of one batch row: unit = b H + h.
 
-Legend: as in workspace.py.
+Legend: see workspace.py.
 
-Chunks end where decay requires it, unit by unit, so that strong decay in one head does not slow the others. Only the
-state is kept, in the gauge without phase, and only before sections: chunks of MAX_ROWS rows together at most, commonly
-one. The backward pass recomputes the rest with the forward's code.
+Each unit has its own chunk boundaries, so strong decay in one head does not slow the others. The forward pass keeps
+the states before sections only, in the gauge without phase; a section is commonly one chunk. The backward pass
+recomputes everything else with the code of the forward pass.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ GROUP = 8  # neighbouring heads processed together: their states stay in the L2 
 
 @njit(**OPTIONS)
 def chunk_end(log_alpha, s, b, h, start):
-    """The end of the chunk of head h that starts at token `start`: full, or before its decay exceeds the limit.
+    """The end of the chunk of head h that starts at token `start`: MAX_ROWS, or fewer where decay exceeds the limit.
 
-    The first token's decay acts on the state alone, so it may be of any size.
+    The first token's decay acts on the state only, so it is not limited.
     """
     stop, total = start + 1, np.float32(0)
     while stop < s.T and stop - start < MAX_ROWS // s.r:
@@ -49,10 +49,11 @@ def chunk_end(log_alpha, s, b, h, start):
 
 @kernel
 def plan(log_alpha, s, B):
-    """The chunks of all units: `starts`, and `first` `[B H + 1]`, where a unit's begin there; each unit's end with T.
+    """Divide all units into chunks. Returns (first, starts, kept_at, count).
 
-    `place`, shaped like `starts`: which of the kept states is that before a chunk, or, for one inside a section, minus
-    the chunks since the section's start. And how many are kept.
+    starts: the first token of every chunk, unit by unit; T ends each unit. first `[B H + 1]`: the slot of each unit's
+    first chunk. kept_at, shaped like starts: the index of the kept state before a chunk or, for a chunk inside a
+    section, minus the number of chunks since the start of the section. count: the number of kept states.
     """
     first = np.zeros(B * s.H + 1, np.int64)
     for unit in range(B * s.H):
@@ -61,18 +62,18 @@ def plan(log_alpha, s, B):
             t = chunk_end(log_alpha, s, unit // s.H, unit % s.H, t)
             count += 1
         first[unit + 1] = first[unit] + count
-    starts, place, count = np.empty(first[-1], np.int64), np.empty(first[-1], np.int64), 0
+    starts, kept_at, count = np.empty(first[-1], np.int64), np.empty(first[-1], np.int64), 0
     for unit in range(B * s.H):
-        t = home = 0
+        t = section_start = 0
         for slot in range(first[unit], first[unit + 1]):
             stop = chunk_end(log_alpha, s, unit // s.H, unit % s.H, t) if t < s.T else t
             starts[slot] = t
-            if t == 0 or t == s.T or (stop - starts[home]) * s.r > MAX_ROWS:
-                place[slot], home, count = count, slot, count + 1
+            if t == 0 or t == s.T or (stop - starts[section_start]) * s.r > MAX_ROWS:
+                kept_at[slot], section_start, count = count, slot, count + 1
             else:
-                place[slot] = home - slot
+                kept_at[slot] = section_start - slot
             t = stop
-    return first, starts, place, count
+    return first, starts, kept_at, count
 
 
 @njit(**OPTIONS)
@@ -95,10 +96,10 @@ def store_state(x, source, state, at, s):
 
 
 @njit(**OPTIONS)
-def rotate_state(state, at, turns, sign, s):
-    """Multiply the state `[2m, V]` at `state[at:]` by e^{2 pi i sign turns}."""
+def rotate_state(state, at, phase, sign, s):
+    """Multiply the state `[2m, V]` at `state[at:]` by e^{2 pi i sign phase}, with the phase in turns."""
     for c in range(s.m):
-        cos, sin = cos_sin(turns[c])
+        cos, sin = cos_sin(phase[c])
         sin *= sign
         row, other = at + c * s.V, at + (c + s.m) * s.V
         for j in range(s.V):
@@ -109,19 +110,21 @@ def rotate_state(state, at, turns, sign, s):
 
 @njit(**OPTIONS)
 def chunk_at(s, unit, starts, slot):
-    """The chunk that starts at `starts[slot]`, of a unit."""
+    """The chunk `slot` of a unit."""
     return Chunk(unit // s.H, unit % s.H, starts[slot], starts[slot + 1] - starts[slot])
 
 
 @njit(**OPTIONS)
 def group_end(unit, end, s, first):
-    """The end of the group of units that starts with `unit`, and its largest number of chunks: neighbouring heads of a
-    batch row, whose tokens are adjacent in memory."""
-    stop, most = unit, 0
+    """The end of the group of units that starts with `unit`, and its largest number of chunks.
+
+    A group is neighbouring heads of a batch row: their tokens are adjacent in memory.
+    """
+    stop, max_chunks = unit, 0
     while stop < end and stop // s.H == unit // s.H and stop - unit < GROUP:
-        most = max(most, first[stop + 1] - first[stop] - 1)
+        max_chunks = max(max_chunks, first[stop + 1] - first[stop] - 1)
         stop += 1
-    return stop, most
+    return stop, max_chunks
 
 
 @njit(**OPTIONS)
@@ -132,105 +135,109 @@ def prefetch_chunk(s, chunk, keys, values, theta):
         prefetch(x, first * K, s.H * K, K, tokens)
     for x in values:
         prefetch(x, first * V, s.H * V, V, tokens)
-    if s.phases:
+    if s.has_phase:
         prefetch(theta, first * s.m, s.H * s.m, s.m, tokens)
 
 
 @kernel
-def forward(inputs, state, o, s, t, floats, begin, end, chunks, kept, phases):
-    """Units from `begin` to `end`: the outputs into o, the last state into `state` in place of the first.
+def forward(inputs, state, o, s, t, workspace_size, begin, end, chunks, kept_states, kept_phases):
+    """Forward pass of the units from `begin` to `end`: outputs to o, and `state` from the first to the last state.
 
-    Unless `kept` is empty, it receives the states `[.., 2m, V]` that `chunks.place` names, and `phases` `[.., m]` the
-    phases before every chunk and after the last, in turns.
+    If `kept_states` is not empty, it receives the states `[.., 2m, V]` of `chunks.kept_at`, and `kept_phases` `[.., m]`
+    the running phase before every chunk and after the last one.
     """
-    first, starts, place = chunks
-    x, turns = np.zeros(floats, np.float32), np.zeros((GROUP, s.m), np.float64)
-    area, keep = 2 * s.m * s.V, len(kept) > 0
+    first, starts, kept_at = chunks
+    x, phase = np.zeros(workspace_size, np.float32), np.zeros((GROUP, s.m), np.float64)
+    state_size, keep = 2 * s.m * s.V, len(kept_states) > 0
     unit = begin
     while unit < end:
-        stop, most = group_end(unit, end, s, first)
-        turns[:] = 0
-        for i in range(most + 1):
+        stop, max_chunks = group_end(unit, end, s, first)
+        phase[:] = 0
+        for i in range(max_chunks + 1):
             for u in range(unit, stop):
                 slot, count = first[u] + i, first[u + 1] - first[u] - 1
                 if i > count:
                     continue
-                load_state(x, t.S, state, u * area, s)
+                load_state(x, t.S, state, u * state_size, s)
                 if keep:
-                    if place[slot] >= 0:
-                        store_state(x, t.S, kept, place[slot] * area, s)
-                    phases[slot * s.m : (slot + 1) * s.m] = turns[u - unit]
+                    if kept_at[slot] >= 0:
+                        store_state(x, t.S, kept_states, kept_at[slot] * state_size, s)
+                    kept_phases[slot * s.m : (slot + 1) * s.m] = phase[u - unit]
                 if i < count:
                     chunk = chunk_at(s, u, starts, slot)
                     if i + 1 < count:
-                        ahead = chunk_at(s, u, starts, slot + 1)
-                        prefetch_chunk(s, ahead, (inputs.q, inputs.k), (inputs.v,), inputs.theta)
-                    prepare(x, t, s, inputs, turns[u - unit], chunk)
+                        following = chunk_at(s, u, starts, slot + 1)
+                        prefetch_chunk(s, following, (inputs.q, inputs.k), (inputs.v,), inputs.theta)
+                    prepare(x, t, s, inputs, phase[u - unit], chunk)
                     outputs(x, t, s, o, chunk)
                     advance(x, t, s, chunk)
-                    store_state(x, t.S, state, u * area, s)
-                elif s.phases:
-                    rotate_state(state, u * area, turns[u - unit], np.float32(1), s)
+                    store_state(x, t.S, state, u * state_size, s)
+                elif s.has_phase:
+                    rotate_state(state, u * state_size, phase[u - unit], np.float32(1), s)
         unit = stop
 
 
 @njit(**OPTIONS)
-def recompute_states(x, t, s, inputs, unit, slot, chunks, kept, phases, turns, states, at):
-    """Recompute the states before the chunks of the section that ends with the chunk `slot`, from the kept one, into
-    `states[at:]`, whose first place is left for the kept one."""
-    starts, place = chunks.starts, chunks.place
-    home, area = slot + place[slot], 2 * s.m * s.V
-    turns[:] = phases[home * s.m : (home + 1) * s.m]
-    load_state(x, t.S, kept, place[home] * area, s)
-    for i in range(home, slot):
+def recompute_states(x, t, s, inputs, unit, slot, chunks, kept_states, kept_phases, phase, states, at):
+    """Recompute the states inside the section that ends with the chunk `slot`, from the kept state before it.
+
+    They are written to `states[at:]`, after a place for the kept state.
+    """
+    starts, kept_at = chunks.starts, chunks.kept_at
+    section_start, state_size = slot + kept_at[slot], 2 * s.m * s.V
+    phase[:] = kept_phases[section_start * s.m : (section_start + 1) * s.m]
+    load_state(x, t.S, kept_states, kept_at[section_start] * state_size, s)
+    for i in range(section_start, slot):
         chunk = chunk_at(s, unit, starts, i)
-        prepare(x, t, s, inputs, turns, chunk)
+        prepare(x, t, s, inputs, phase, chunk)
         advance(x, t, s, chunk)
-        store_state(x, t.S, states, at + (i + 1 - home) * area, s)
+        store_state(x, t.S, states, at + (i + 1 - section_start) * state_size, s)
 
 
 @kernel
-def backward(inputs, grads, do, dstate, s, t, floats, begin, end, chunks, kept, phases):
-    """Units from `begin` to `end`: every gradient; `dstate`, of the last state, becomes that of the first."""
-    first, starts, place = chunks
-    x, turns = np.zeros(floats, np.float32), np.zeros(s.m, np.float64)
-    area, depth = 2 * s.m * s.V, 1 - place.min()
-    inside = np.empty(GROUP * depth * area if depth > 1 else 0, np.float32)
+def backward(inputs, grads, do, dstate, s, t, workspace_size, begin, end, chunks, kept_states, kept_phases):
+    """Backward pass of the units `begin` to `end`: all gradients, and `dstate` from the last to the first state."""
+    first, starts, kept_at = chunks
+    x, phase = np.zeros(workspace_size, np.float32), np.zeros(s.m, np.float64)
+    state_size, depth = 2 * s.m * s.V, 1 - kept_at.min()
+    section_states = np.empty(GROUP * depth * state_size if depth > 1 else 0, np.float32)
     unit = begin
     while unit < end:
-        stop, most = group_end(unit, end, s, first)
-        for i in range(most):
+        stop, max_chunks = group_end(unit, end, s, first)
+        for i in range(max_chunks):
             for u in range(unit, stop):
                 last = first[u + 1] - 1
                 slot = last - 1 - i
                 if slot < first[u]:
                     continue
-                if i == 0 and s.phases:
-                    rotate_state(dstate, u * area, phases[last * s.m : (last + 1) * s.m], np.float32(-1), s)
+                if i == 0 and s.has_phase:
+                    rotate_state(dstate, u * state_size, kept_phases[last * s.m : (last + 1) * s.m], np.float32(-1), s)
                 chunk = chunk_at(s, u, starts, slot)
                 if slot > first[u]:
-                    behind, keys = chunk_at(s, u, starts, slot - 1), (inputs.q, inputs.k, grads.q, grads.k)
-                    prefetch_chunk(s, behind, keys, (inputs.v, do, grads.v), inputs.theta)
-                load_state(x, t.G, dstate, u * area, s)
-                section = (u - unit) * depth * area
-                if place[slot + 1] >= 0:
-                    state_terms(x, t, s, chunk.tokens, kept, place[slot + 1] * area, s.V)
-                    if place[slot] < 0:
-                        recompute_states(x, t, s, inputs, u, slot, chunks, kept, phases, turns, inside, section)
+                    previous, keys = chunk_at(s, u, starts, slot - 1), (inputs.q, inputs.k, grads.q, grads.k)
+                    prefetch_chunk(s, previous, keys, (inputs.v, do, grads.v), inputs.theta)
+                load_state(x, t.G, dstate, u * state_size, s)
+                section = (u - unit) * depth * state_size
+                if kept_at[slot + 1] >= 0:
+                    state_terms(x, t, s, chunk.tokens, kept_states, kept_at[slot + 1] * state_size, s.V)
+                    if kept_at[slot] < 0:
+                        recompute_states(
+                            x, t, s, inputs, u, slot, chunks, kept_states, kept_phases, phase, section_states, section
+                        )
                 else:
-                    state_terms(x, t, s, chunk.tokens, inside, section - place[slot + 1] * area, s.V)
-                if place[slot] >= 0:
-                    load_state(x, t.S, kept, place[slot] * area, s)
+                    state_terms(x, t, s, chunk.tokens, section_states, section - kept_at[slot + 1] * state_size, s.V)
+                if kept_at[slot] >= 0:
+                    load_state(x, t.S, kept_states, kept_at[slot] * state_size, s)
                 else:
-                    load_state(x, t.S, inside, section - place[slot] * area, s)
-                turns[:] = phases[slot * s.m : (slot + 1) * s.m]
-                prepare(x, t, s, inputs, turns, chunk)
-                rescale(x, t.G, t.leave, s)
+                    load_state(x, t.S, section_states, section - kept_at[slot] * state_size, s)
+                phase[:] = kept_phases[slot * s.m : (slot + 1) * s.m]
+                prepare(x, t, s, inputs, phase, chunk)
+                rescale(x, t.G, t.scale_out, s)
                 chunk_gradients(x, t, s, do, grads.v, chunk)
                 write_gradients(x, t, s, inputs.beta, grads.beta, chunk)
                 input_gradients(x, t, s, t.q, t.dq, grads.q, 0, chunk)
                 input_gradients(x, t, s, t.k, t.dk, grads.k, 1, chunk)
                 gate_gradients(x, t, s, grads.log_alpha, grads.theta, chunk)
-                rescale(x, t.G, t.enter, s)
-                store_state(x, t.G, dstate, u * area, s)
+                rescale(x, t.G, t.scale_in, s)
+                store_state(x, t.G, dstate, u * state_size, s)
         unit = stop

@@ -1,9 +1,17 @@
 """The buffers of one chunk of one head, and the operations on them that forward and backward share.
 
-Legend: x the workspace, one float32 array; t the offsets of the buffers in it (`Buffers`); s the sizes of the call
-(`Sizes`); chunk the batch row b, head h, first token and number of tokens (`Chunk`); K = 2m and V of the op; r key rows
-per token (1 real, 2 complex); n rows in use of the MAX_ROWS of a chunk. Buffers are padded to whole vectors of k and v
-numbers; sums never run over padding.
+Legend, for all files of this folder:
+
+- x: the workspace, one float32 array. t: the offsets of the buffers in it (`Buffers`).
+- s: the sizes of the call (`Sizes`). K = 2m and V are those of the op; k and v are K and V padded to whole vectors.
+  Sums never run over padding.
+- chunk: batch row b, head h, first token and number of tokens (`Chunk`).
+- r: key rows per token, 1 in real mode and 2 in complex mode. n: rows in use, of the MAX_ROWS of a chunk.
+- unit: one head of one batch row, b H + h. slot: the index of a chunk in `Chunks.starts`.
+- section: consecutive chunks with at most MAX_ROWS rows together. Only the state before a section is kept.
+- Theta: the running sum of theta. `phase` holds it in turns (multiples of 2 pi), reduced to [0, 1), in float64.
+- J: multiplication by i of a pair [Re | Im], J(a|b) = (-b|a).
+- c: a channel. i: a token or a row. at: an offset into an input or output. re, im: real and imaginary part.
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ MAX_ROWS = 32  # rows of a chunk: tokens, or half as many in complex mode
 
 
 class Arrays(NamedTuple):
-    """All numbers of the op's inputs, or of their gradients, in order; empty for an input that is None."""
+    """The op's inputs, or their gradients, as flat arrays. An input that is None is an empty array."""
 
     q: np.ndarray
     k: np.ndarray
@@ -31,11 +39,11 @@ class Arrays(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """The chunks of all units, as `scan.plan` returns them."""
+    """The chunks of all units, see `scan.plan`."""
 
     first: np.ndarray
     starts: np.ndarray
-    place: np.ndarray
+    kept_at: np.ndarray
 
 
 class Chunk(NamedTuple):
@@ -48,8 +56,8 @@ class Chunk(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Sizes of a call: tokens, heads, complex key channels, value channels, rows per token, decays and betas per token
-    and head, whether there are phases, and K and V padded."""
+    """Sizes of a call: tokens T, heads H, complex key channels m, value channels V, key rows per token r, decays and
+    betas per token and head, whether there are phases, and K and V padded to whole vectors."""
 
     T: int
     H: int
@@ -58,20 +66,24 @@ class Sizes(NamedTuple):
     r: int
     decays: int
     betas: int
-    phases: bool
+    has_phase: bool
     k: int
     v: int
 
 
 class Buffers(NamedTuple):
-    """Where a chunk's buffers start in the workspace.
+    """Offsets of a chunk's buffers in the workspace, with R = MAX_ROWS.
 
-    With R = MAX_ROWS. `[R, k]`: q, k unit queries and keys, w = beta k, rescaled as `gates` says, and their gradients;
-    wt, dwt transposed; reads e^{g - c}, undo 1 / reads^2. `[R, v]`: E the values written, D scratch, outs the gradients
-    of the read-outs; Et transposed. `[R, R]`: P the products of queries and writes, A of keys and writes, and their
-    gradients MP, MA. `[k, v]`: S the state and G its gradient; St transposed. `[R, m]`: cos, sin. `[2, R]`: norm.
-    `[k]`: enter, leave rescale the state. `[R + 1, m]`: damps, spins, the terms that each token, and last the state
-    after them, adds to the gradients of decay and phase.
+    `[R, k]`: q and k, the unit queries and keys; w = beta k; all three at the scales of
+    `chunk_forward.decays_and_phases`; their gradients dq, dk, dw; wt and dwt, transposed; read_scale; read_to_write =
+    1 / read_scale^2.
+    `[R, v]`: E, the values written; D, scratch; do, the gradients of the read-outs; Et, transposed.
+    `[R, R]`: P, the products of queries and writes; A, of keys and writes; their gradients dP and dA.
+    `[k, v]`: S, the state; G, its gradient; St, transposed.
+    `[R, m]`: cos and sin of Theta. `[2, R]`: norm, the reciprocal lengths of queries and keys.
+    `[k]`: scale_in and scale_out, the scales of the state before and after the chunk.
+    `[R + 1, m]`: decay_terms and phase_terms, the terms of each token, and last of the state after the chunk, in the
+    gradients of decay and phase.
     """
 
     q: int
@@ -84,28 +96,28 @@ class Buffers(NamedTuple):
     dwt: int
     E: int
     D: int
-    outs: int
+    do: int
     Et: int
     A: int
     P: int
-    MA: int
-    MP: int
+    dA: int
+    dP: int
     S: int
     St: int
     G: int
     cos: int
     sin: int
     norm: int
-    reads: int
-    undo: int
-    enter: int
-    leave: int
-    damps: int
-    spins: int
+    read_scale: int
+    read_to_write: int
+    scale_in: int
+    scale_out: int
+    decay_terms: int
+    phase_terms: int
 
 
 def buffer_layout(k: int, v: int, m: int) -> tuple[Buffers, int]:
-    """The buffers for padded widths k and v, and how many float32 they take."""
+    """The buffers for padded widths k and v, and the size of the workspace in float32 numbers."""
     R = MAX_ROWS
     sizes = (
         [R * k] * 8
@@ -120,7 +132,7 @@ def buffer_layout(k: int, v: int, m: int) -> tuple[Buffers, int]:
 
 @njit(**OPTIONS)
 def token(s, chunk, i):
-    """The number of a chunk's token i of its head among all tokens of all heads, `[B, T, H]` in order."""
+    """The index of a chunk's token i and head in a contiguous `[B, T, H]`."""
     return (chunk.b * s.T + chunk.start + i) * s.H + chunk.h
 
 
