@@ -1,4 +1,4 @@
-"""Shared by all verbs of the command line: parsing, one-line errors with exit codes, output as text or JSON."""
+"""The command line: parsing, one-line errors with exit codes, and output as text or JSON, shared by all verbs."""
 
 from __future__ import annotations
 
@@ -35,34 +35,34 @@ Parameters = Mapping[str, inspect.Parameter]
 
 @dataclass(frozen=True)
 class Group:
-    """A verb that has verbs of its own, such as `data` of `qies data build`."""
+    """A verb with subcommands, such as `data` in `qies data build`."""
 
     help: str
     verbs: Mapping[str, Verb]
 
 
 Verbs = Mapping[str, Verb | Group]
-# Errors of the system, not of the program: a full disk, a read-only file system, missing permissions.
+# Errors of the environment: a full disk, a read-only file system, missing permissions.
 SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
 
 
 def run(verbs: Verbs, args: list[str], description: str) -> int:
-    """Run the verb that `args` name; the exit code: 0, 2 on bad input, 1 on an internal failure, 128 + n after
-    signal n. Characters that the terminal's encoding lacks are printed as escapes."""
+    """Run the verb in `args` and return the exit code: 0, 2 for bad input, 1 for an internal failure, 128 + n after
+    signal n. Characters that the terminal cannot encode are printed as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         _dispatch(verbs, plugins.take_option(args), description)
         sys.stdout.flush()
-    except UserError as e:  # all processes of a run raise it; the first prints it
+    except UserError as e:  # all ranks of a run raise it; rank 0 prints it
         return _complain(str(e)) if reports_errors() else _silent()
     except Stopped as e:
         return _complain(str(e), e.code)
     except KeyboardInterrupt:
         return _complain(INTERRUPTED, 130)
     except SystemExit as e:
-        left = isinstance(e.__context__, BrokenPipeError)  # the reader of stdout, as rich found it
+        left = isinstance(e.__context__, BrokenPipeError)  # raised by rich when the reader of stdout has exited
         return 128 + signal.SIGPIPE if left else int(e.code or 0)
     except Exception as e:
         if isinstance(e, BrokenPipeError) and _reader_gone():
@@ -80,7 +80,7 @@ def run(verbs: Verbs, args: list[str], description: str) -> int:
 
 
 def _dispatch(verbs: Verbs, args: list[str], description: str, prog: str = "qies") -> None:
-    """Call the verb that `args` name; `prog` are the words before them."""
+    """Call the verb in `args`. `prog` is the command line before them."""
     if args == ["--version"] and prog == "qies":
         print(f"qies {__version__}")
         return
@@ -101,7 +101,7 @@ def _dispatch(verbs: Verbs, args: list[str], description: str, prog: str = "qies
 
 
 def _drop_output() -> None:
-    """Discard the buffer of stdout if it cannot be written, which Python would report at exit."""
+    """Discard the buffer of stdout if it cannot be written; Python would report it at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -109,7 +109,7 @@ def _drop_output() -> None:
 
 
 def _overview(verbs: Verbs, description: str, prog: str) -> str:
-    """The verbs, each with the first sentence of its help, and an example of each verb of a group."""
+    """The help of a group: its verbs with the first sentence of their help, and an example of each."""
     lines = [f"usage: {prog} VERB [OPTIONS]", "", description, ""]
     texts = {name: verb.help if isinstance(verb, Group) else inspect.getdoc(verb) or "" for name, verb in verbs.items()}
     for name, text in texts.items():
@@ -124,10 +124,9 @@ def _overview(verbs: Verbs, description: str, prog: str) -> str:
 
 
 def _parse(verb: Verb, args: list[str], prog: str) -> Callable[[], None]:
-    """The verb's call with its arguments. Raises UserError, in one line, for an error of the parser.
+    """Parse the arguments and return the call of the verb. Raises UserError, in one line, for a parser error.
 
-    The parser takes only one contiguous group of positional arguments, so the rest are added to those of a verb with
-    `overrides`.
+    tyro accepts only one contiguous group of positional arguments; further ones are added to the `overrides` of a verb.
     """
     parameters = _parameters(verb)
     _refuse_empty_paths(parameters, args)
@@ -148,7 +147,7 @@ def _parse(verb: Verb, args: list[str], prog: str) -> Callable[[], None]:
 
 
 def _parameters(verb: Verb) -> Parameters:
-    """The parameters of the verb, with the fields of a dataclass in the place of the dataclass."""
+    """The parameters of the verb, with a dataclass replaced by its fields."""
     found: dict[str, inspect.Parameter] = {}
     for name, parameter in inspect.signature(verb).parameters.items():
         if dataclasses.is_dataclass(parameter.default):
@@ -160,7 +159,7 @@ def _parameters(verb: Verb) -> Parameters:
 
 
 def _refuse_unknown_options(parameters: Parameters, args: list[str], prog: str) -> None:
-    """Raise UserError for an option that the verb does not have, with the most similar one that it has."""
+    """Raise UserError for an unknown option, with the most similar option of the verb."""
     known = [f"--{name.replace('_', '-')}" for name, p in parameters.items() if p.kind != p.POSITIONAL_ONLY]
     negated = [f"--no-{name.replace('_', '-')}" for name, p in parameters.items() if p.annotation == "bool"]
     for word in args:
@@ -183,7 +182,7 @@ def _refuse_empty_paths(parameters: Parameters, args: list[str]) -> None:
 
 
 def _defer(verb: Verb) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The verb with its signature, but returning its arguments instead of running."""
+    """A function with the signature of the verb that returns its arguments."""
 
     @functools.wraps(verb)
     def arguments(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -193,14 +192,14 @@ def _defer(verb: Verb) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 def _expanded(value: Any) -> Any:
-    """Paths with `~` expanded, which shells do not do after an equals sign or in quotes."""
+    """Expand `~` in paths; shells do not do so after an equals sign or in quotes."""
     if isinstance(value, Path):
         return Path(os.path.expanduser(value))
     return tuple(map(_expanded, value)) if isinstance(value, tuple) else value
 
 
 def _one_line(text: str, parameters: Parameters, prog: str) -> str:
-    """The parser's framed message as one sentence."""
+    """Convert the parser's framed message to one sentence."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = re.sub(r"[│╭╮╰╯─┄]+|-{4,}|^[|+]|[|+]\s*$", " ", plain, flags=re.MULTILINE).splitlines()  # the frame
     words = " ".join(" ".join(lines).split())
@@ -235,8 +234,8 @@ def _reader_gone() -> bool:
 
 
 def _silent() -> int:
-    """Exit code 2 for the processes that do not report. torchrun kills a run's processes when the first of them fails,
-    so they leave that to the one that reports."""
+    """Exit code 2 for ranks that do not print errors. torchrun kills all ranks when the first one fails, so these wait
+    for rank 0 to print."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(30)
     return 2
@@ -256,7 +255,7 @@ def show(as_json: bool, value: Any, otherwise: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def training_bar(steps: int, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A progress bar on stderr for one run; yields what takes each row of metrics."""
+    """A progress bar on stderr for one run. Yields a function to call with each row of metrics."""
     with Progress(disable=quiet, console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=steps)
 
@@ -270,12 +269,12 @@ def training_bar(steps: int, quiet: bool) -> Iterator[Callable[[dict[str, Any]],
 
 @contextlib.contextmanager
 def building_bar(quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """A progress bar on stderr for a build of shards; yields what takes each `qies.data.builder.progress.Step`."""
+    """A progress bar on stderr for a build. Yields a function to call with each `qies.data.builder.progress.Step`."""
     columns = SpinnerColumn(), *Progress.get_default_columns()[:-1], TextColumn("left"), TimeRemainingColumn()
     console = Console(stderr=True)
     with Progress(*columns, transient=True, disable=quiet or not console.is_terminal, console=console) as bar:
         task = bar.add_task("starting", total=None)
-        first: list[tuple[float, int]] = []  # when the first tokens of this call were there, and how many
+        first: list[tuple[float, int]] = []  # time and number of the first tokens of this call
 
         def update(step: Any) -> None:
             text = step.what

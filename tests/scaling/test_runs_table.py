@@ -198,10 +198,10 @@ def test_names_in_another_case_and_columns_in_another_unit(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        ({"params": "N*1e6"}, "no column 'N' for params"),
+        ({"params": "N*1e6"}, "Unknown column 'N' for params"),
         ({"params": "params*big"}, "multiplied by 'big', which is not a positive number"),
         ({"params": "params*-1"}, "not a positive number"),
-        ({"arm": "params*2"}, "no column 'params\\*2' for arm"),
+        ({"arm": "params*2"}, "Unknown column 'params\\*2' for arm"),
     ],
 )
 def test_bad_factors_are_refused(tmp_path, columns, says):

@@ -18,7 +18,7 @@ StudyFile = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[STUDY.yaml] [KEY=
 
 
 def require_at_least(least: int, **numbers: int | None) -> None:
-    """Raise UserError for an option whose number is below `least`; None is an option that is not given."""
+    """Raise UserError for an option below `least`; None is an option that is not given."""
     for name, number in numbers.items():
         if number is not None and number < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}.")

@@ -1,4 +1,4 @@
-"""Many runs: planned, executed side by side in processes of their own, watched, and resumed after a kill."""
+"""Ladders: plan, execute, monitor and resume many runs."""
 
 from qies.ladder.controller import Slot, check_batches, check_runs, cores, devices, execute, finished, run_folder
 from qies.ladder.jobs import submit

@@ -1,4 +1,4 @@
-"""Runs executed side by side, each in a process of its own, by any number of controllers on one folder."""
+"""Execute runs concurrently, each in its own process. Any number of controllers can share a folder."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
     from qies.data.shards import Shards
 
 POLL_SECONDS = 0.25
-SCAN_SECONDS = 1.0  # between looks for runs that have become free
+SCAN_SECONDS = 1.0  # between scans for runs that have become free
 WORKER = (sys.executable, "-m", "qies.ladder.worker")
 
 
 def run_folder(root: Path, config: RunConfig) -> Path:
-    """Where a run lives: below `root`, named by the hash of its configuration."""
+    """The run directory below `root`, named by the hash of the configuration."""
     return root / content_hash(config)
 
 
 def cores() -> int:
-    """Processors this process may use."""
+    """Number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """What holds a process to `threads` threads. Libraries read it as they are loaded, before any code of ours."""
+    """Environment variables that limit a process to `threads` threads. Libraries read them when they are loaded."""
     return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 @dataclass
 class Slot:
-    """One run in progress: its processes, its lease, the GPUs it has, and how far its metrics are read."""
+    """One run in progress: its processes, lease and GPUs, and the offset up to which its metrics have been read."""
 
     config: RunConfig
     folder: Path
@@ -88,13 +88,24 @@ def execute(
     command: Sequence[str] = WORKER,
     event: Event | None = None,
 ) -> list[RunRecord]:
-    """Run every configuration that is not done, `workers` at a time, and return all records in order.
+    """Train every run that is not done, `workers` at a time, and return all records in order.
 
-    Each run is a process of its own with `threads` threads and `gpus` devices. Controllers on the same folder share
-    the runs by leases (lease.py) and wait for each other's. A run whose process fails is tried `retries` more times;
-    bad input and divergence are final; `retry_failed` gives runs that were given up new attempts. `track` names where
-    metrics go beside metrics.jsonl (train/tracking.py).
-    `event(config, new metric rows, status)` reports progress. An interrupt lets each run save.
+    Each run has its own process. Controllers on the same folder share the runs by leases (lease.py) and wait until all
+    runs are over. On an interrupt each run saves its state.
+
+    Args:
+        configs: The runs.
+        root: The folder of the run directories.
+        data: The folder of shards.
+        workers: Maximum number of concurrent runs.
+        threads: CPU threads per run.
+        gpus: GPUs per run, with one process each.
+        retries: Maximum number of retries of a failed run. Bad input and divergence are final.
+        retry_failed: Retry runs that have no retries left.
+        stale: Seconds without a heartbeat after which a lease is abandoned.
+        track: Trackers to which metrics are also logged (train/tracking.py).
+        command: The command of a worker.
+        event: Called with (config, new rows of metrics, status).
     """
     from qies.data.shards import open_shards
 
@@ -105,7 +116,7 @@ def execute(
     free = devices(workers, gpus)
     command = (*command, *(f"--track={','.join(track)}" for _ in track[:1]), str(data))
     for config in configs:
-        if records.read(run_folder(root, config)) is None:  # another controller may create it meanwhile
+        if records.read(run_folder(root, config)) is None:  # another controller may create it at the same time
             records.create(run_folder(root, config), records.plan(config, shards.manifest.vocab_size))
         if retry_failed:
             leases.reset(run_folder(root, config), owner, retries)
@@ -130,7 +141,7 @@ def execute(
             beaten = time.monotonic() if renew else beaten
             for slot in list(active):
                 assert slot.lease is not None
-                if renew and not slot.lease.beat():  # we were held up too long and the run is another's now
+                if renew and not slot.lease.beat():  # the lease expired and another controller has taken over
                     slot.process.terminate()
                 ended = slot.process.poll() is not None
                 tell(slot.config, slot.new_rows(), "running")
@@ -146,21 +157,21 @@ def execute(
         for slot in active:
             slot.process.terminate()
         for slot in active:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it saves once it sees that we are gone
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it saves when it detects that its parent has ended
                 slot.process.wait(timeout=60)
                 _settle(slot, retries, stopping=True)
     return [record for c in configs if (record := records.read(run_folder(root, c))) is not None]
 
 
 def finished(folder: Path) -> bool:
-    """Whether the run in `folder` needs nothing more."""
+    """Whether the run in `folder` is done or has diverged."""
     record = records.read(folder)
     return record is not None and record.finished
 
 
 def check_runs(configs: Sequence[RunConfig], root: Path, shards: Shards) -> None:
-    """Raise UserError where a record below `root` is of another model, other learning rates or other data than the
-    configuration of its name stands for today."""
+    """Raise UserError if a record below `root` has another model, other learning rates or other data than its
+    configuration defines today."""
     for config in configs:
         folder = run_folder(root, config)
         if (record := records.read(folder)) is not None:
@@ -184,12 +195,12 @@ def check_batches(configs: Sequence[RunConfig], gpus: int) -> None:
 
 
 def devices(workers: int, gpus: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each slot; None leaves it as it is. Raises UserError when there are too few."""
+    """CUDA_VISIBLE_DEVICES of each worker; None leaves it unchanged. Raises UserError if there are too few devices."""
     if not gpus:
         return [None] * workers
     import torch
 
-    there = torch.cuda.device_count()  # the variable may name devices that are not there
+    there = torch.cuda.device_count()  # the variable may list devices that do not exist
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = (given.split(",") if given else [str(i) for i in range(there)])[:there]
     if len(names) < workers * gpus:
@@ -200,7 +211,7 @@ def devices(workers: int, gpus: int) -> list[str | None]:
 def _start(
     config: RunConfig, folder: Path, held: Lease, gpus: str | None, command: Sequence[str], threads: int
 ) -> Slot:
-    """Fresh interpreters for the run, one or one a GPU; what they print goes beside its attempt."""
+    """Start the processes of a run, one or one per GPU, with their output in the log of the attempt."""
     env = os.environ | thread_environment(threads)
     if gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpus
@@ -210,9 +221,10 @@ def _start(
 
 
 def _settle(slot: Slot, retries: int, stopping: bool = False) -> str:
-    """Close the attempt of an ended process: the run's final status, "retrying", or "lost" to another controller.
+    """Close the attempt of a process that has ended. Returns the run's final status, "retrying", or "lost".
 
-    A signal that ends it is a failure (out of memory, say), unless this controller is `stopping` and sent it.
+    "lost" means that another controller has taken over. A process ended by a signal has failed (out of memory, for
+    example), unless this controller is `stopping` and sent the signal.
     """
     held, code = slot.lease, slot.process.returncode
     assert held is not None

@@ -1,7 +1,7 @@
-"""A ladder on a cluster: each Slurm job is one more controller, which shares the runs by their leases.
+"""A ladder on a cluster: each Slurm job is a controller, and controllers share the runs by leases.
 
-So the jobs need not know of each other, of a controller on the login node, or of how many there are: a job takes runs
-until none is left, and one that is preempted or out of time lets its runs save, and is queued again by submitit.
+The jobs are independent of each other and of a controller on the login node. A job takes runs until none is left; if it
+is preempted or reaches its time limit, its runs save and submitit requeues it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from qies.errors import UserError, require
 from qies.ladder import lease
 from qies.ladder.controller import execute, run_folder
 
-WARNING_SECONDS = 120  # between Slurm's warning and the end of a job: what a step and a checkpoint may take
+WARNING_SECONDS = 120  # between Slurm's warning and the end of a job, for a step and a checkpoint
 
 
 @dataclass(frozen=True)
 class Controller:
-    """The work of one job. submitit pickles it; `checkpoint` is what it calls before the job is queued again."""
+    """The work of one job. submitit pickles it, and calls `checkpoint` before it requeues the job."""
 
     configs: tuple[RunConfig, ...]
     root: Path
@@ -30,11 +30,11 @@ class Controller:
     how: dict[str, Any] = field(default_factory=dict)  # keywords of `execute`
 
     def __call__(self) -> list[str]:
-        """Run what nobody else runs; the status of every run."""
+        """Execute the runs that no other controller holds. Returns the status of every run."""
         return [r.status for r in execute(self.configs, self.root, self.data, **self.how)]
 
     def checkpoint(self) -> Any:
-        """Nothing is carried over: runs resume from their folders."""
+        """Requeue the same work; runs resume from their directories."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -53,11 +53,16 @@ def submit(
     retry_failed: bool = False,
     **how: Any,
 ) -> list[str]:
-    """Start `jobs` controllers of at most `minutes` each, and return their ids; submitit's files go into `logs`.
+    """Submit `jobs` controllers of at most `minutes` each, and return their ids.
 
-    cluster: "slurm", or "local" for processes of this host that outlive the caller. sbatch: more of sbatch's own
-    options, "partition=gpu account=mine". how: keywords of `execute`; a job asks for workers x gpus devices, and for
-    `threads` processors for each, or for each worker. Raises UserError when submitit or Slurm is missing or refuses.
+    Args:
+        logs: The folder of submitit's files.
+        cluster: "slurm", or "local" for background processes of this host.
+        sbatch: Further options of sbatch, "partition=gpu account=mine".
+        how: Keyword arguments of `execute`. A job requests workers x gpus devices, with `threads` cores for each device
+            (for each worker without GPUs).
+
+    Raises UserError if submitit or Slurm is missing or rejects the job.
     """
     extra = check(cluster, sbatch, jobs, how["gpus"])
     import submitit
@@ -71,7 +76,7 @@ def submit(
     }
     if how["gpus"]:
         wanted["gpus_per_node"] = how["workers"] * how["gpus"]
-    for config in configs if retry_failed else ():  # once, not by each job
+    for config in configs if retry_failed else ():  # once, not in each job
         lease.reset(run_folder(root, config), "submit", how["retries"])
     controller = Controller(tuple(configs), root.resolve(), data.resolve(), how)
     try:
@@ -83,22 +88,22 @@ def submit(
 
 
 def check(cluster: str, sbatch: str, jobs: int, gpus: int) -> dict[str, str]:
-    """sbatch's options by name. Raises UserError for what can be known to be missing or wrong before work is spent."""
+    """Validate the arguments of `submit` and return sbatch's options by name. Raises UserError."""
     require("submitit", "--submit", "slurm")
     extra = _options(sbatch)
     if extra and cluster != "slurm":
-        raise UserError("--sbatch holds options of Slurm; leave it out with --submit local.")
-    if cluster == "local" and gpus and jobs > 1:  # submitit gives each of them the first ones
+        raise UserError("--sbatch is for --submit slurm; omit it with --submit local.")
+    if cluster == "local" and gpus and jobs > 1:  # submitit assigns the same devices to each
         raise UserError("--submit local gives every job the same GPUs; use --jobs 1 and more --workers.")
     return extra
 
 
 def _options(text: str) -> dict[str, str]:
-    """`partition=gpu time=1:00:00` as a dictionary."""
+    """Parse options such as `partition=gpu time=1:00:00`."""
     found = {}
     for word in shlex.split(text):
         key, equals, value = word.removeprefix("--").partition("=")
         if not (key and equals and value):
-            raise UserError(f"--sbatch wants KEY=VALUE words, such as 'partition=gpu account=mine'; got '{word}'.")
+            raise UserError(f"--sbatch needs KEY=VALUE words, such as 'partition=gpu account=mine'; got '{word}'.")
         found[key] = value
     return found

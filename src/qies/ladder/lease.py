@@ -1,8 +1,8 @@
-"""Leases on runs: a chain of attempts, `attempts/0001.json`, 0002 and so on, the last of which is the lease.
+"""Leases on runs. A run has a sequence of attempts, `attempts/0001.json`, `0002.json`, ...; the last one is the lease.
 
-Attempt n + 1 is created with link(2), which fails if the name exists: of any number of controllers that find attempt
-n ended or abandoned, one gets the next. Only its creator writes an attempt's file, so no lease can be removed by
-mistake, and the chain is also the log of what was tried and how it ended.
+Attempt n + 1 is created with link(2), which fails if the name exists, so only one of several controllers that find
+attempt n ended or abandoned gets the next one. Only the creator of an attempt writes its file, so no lease can be
+removed by mistake. The sequence is also the log of all attempts and their outcomes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 from qies import records, storage
 
-STALE_SECONDS = 60.0  # without a heartbeat, a lease of another host is abandoned
-OVER = ("done", "diverged", "refused")  # outcomes after which there is nothing to try
+STALE_SECONDS = 60.0  # without a heartbeat, after which a lease of another host is abandoned
+OVER = ("done", "diverged", "refused")  # outcomes after which there is no further attempt
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt as its file says; `facts` is empty where the file cannot be read."""
+    """One attempt, read from its file; `facts` is empty if the file cannot be read."""
 
     path: Path
     facts: dict[str, Any]
@@ -35,14 +35,14 @@ class Attempt:
 
     @property
     def outcome(self) -> str | None:
-        """done, diverged, failed, refused, interrupted, reset; None while it is open."""
+        """done, diverged, failed, refused, interrupted or reset; None while the attempt is open."""
         return self.facts.get("outcome")
 
     def abandoned(self, stale: float) -> bool:
-        """Whether nobody holds this open attempt: its process is gone from this host, or its heartbeat is old.
+        """Whether no controller holds this open attempt: its process has ended on this host, or its heartbeat is old.
 
-        Ages are taken by the clock of the file system alone, so hosts with wrong clocks agree. A heartbeat that lies
-        in the future by more than `stale` was written before that clock was set back; its owner would have renewed it.
+        Ages are measured by the clock of the file system, so the clocks of hosts do not matter. A heartbeat more than
+        `stale` in the future was written before that clock was set back; a live owner would have renewed it.
         """
         if self.facts.get("host") == host() and not _alive(self.facts["pid"], self.facts["started"]):
             return True
@@ -53,7 +53,7 @@ class Attempt:
 
 
 def attempts(folder: Path) -> list[Attempt]:
-    """Every attempt at the run in `folder`, oldest first."""
+    """All attempts at the run in `folder`, oldest first."""
     out = []
     for path in sorted((folder / "attempts").glob("[0-9]*.json")):
         try:
@@ -64,7 +64,7 @@ def attempts(folder: Path) -> list[Attempt]:
 
 
 def failures(history: list[Attempt]) -> int:
-    """Failed attempts since the last reset."""
+    """Number of failed attempts since the last reset."""
     count = 0
     for attempt in history:
         count = 0 if attempt.outcome == "reset" else count + (attempt.outcome == "failed")
@@ -72,7 +72,7 @@ def failures(history: list[Attempt]) -> int:
 
 
 def exhausted(history: list[Attempt], retries: int) -> bool:
-    """Whether the run may not be tried again: bad input, or `retries` failures after the first."""
+    """Whether the run has no retries left: bad input, or `retries` failures after the first."""
     return bool(history) and (history[-1].outcome == "refused" or failures(history) > retries)
 
 
@@ -85,23 +85,23 @@ class Lease:
         self.log = self.path.with_suffix(".log")
 
     def beat(self) -> bool:
-        """Renew the lease; False when another controller has taken the run over."""
+        """Renew the lease. Returns False if another controller has taken over."""
         if (self.path.with_name(f"{self.number + 1:04d}.json")).exists():
             return False
         os.utime(self.path)
         return True
 
     def end(self, outcome: str, reason: str) -> None:
-        """Close the attempt and record why it ended."""
+        """Close the attempt and record the outcome with its reason."""
         self.facts |= {"outcome": outcome, "reason": reason, "ended": time.time()}
         storage.write_json(self.path, self.facts)
 
 
 def acquire(folder: Path, owner: str, *, stale: float = STALE_SECONDS, retries: int = 2) -> Lease | None:
-    """The next attempt at the run in `folder`, or None when it is held, or not to be tried again."""
+    """Acquire the next attempt at the run in `folder`. Returns None if another holds it or no attempt is left."""
     history = attempts(folder)
     last = history[-1] if history else None
-    record = records.read(folder)  # after the history: a run that ended in between is seen as finished here
+    record = records.read(folder)  # read after the history, so that a run that ended in between counts as finished
     if record is not None and record.finished:
         return None
     if exhausted(history, retries) or (last and last.outcome is None and not last.abandoned(stale)):
@@ -124,7 +124,7 @@ def reset(folder: Path, owner: str, retries: int) -> None:
 
 @cache
 def host() -> str:
-    """This host, this boot and this process namespace: where a process id means the same process."""
+    """An identifier of this host, boot and process namespace, within which process ids are unique."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     space = Path("/proc/self/ns/pid")
     known = [boot.read_text().strip() if boot.exists() else "", os.readlink(space) if space.exists() else ""]
@@ -132,7 +132,7 @@ def host() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot, which tells it from a later one of the same id."""
+    """The start time of a process in clock ticks since boot; distinguishes it from a later one with the same id."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

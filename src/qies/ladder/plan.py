@@ -1,4 +1,4 @@
-"""The cost of a grid of runs, from its configuration alone."""
+"""The estimated cost of a grid of runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECONDS_PER_FLOP = 3.4e-12
 
 
 def plan_table(study: StudyConfig) -> Table:
-    """Every run with its parameters, tokens, FLOPs and estimated time, from configuration alone."""
+    """A table of all runs with parameters, tokens, FLOPs and estimated time."""
     table = Table(title=f"study {study.name}: {len(study.runs())} runs", box=box.SIMPLE_HEAD)
     for column in ("run", "arm", "size", "seed", "N", "tokens", "FLOPs", "time"):
         table.add_column(column, justify="left" if column in ("run", "arm") else "right", no_wrap=True)
@@ -56,6 +56,6 @@ def total_time(study: StudyConfig) -> str:
 
 
 def longest_first(study: StudyConfig) -> list[RunConfig]:
-    """The runs in the order to start them: the longest first, so that no core idles while one long run ends."""
+    """The runs by decreasing estimated time, so that no core idles while a long run finishes."""
     pairs = zip(study.runs(), estimate(study), strict=True)
     return [config for config, _ in sorted(pairs, key=lambda pair: -pair[1])]

@@ -1,9 +1,9 @@
-"""The processes of one run: one, or one per GPU, with the environment that torchrun would set.
+"""The processes of one run: one, or one per GPU, with the environment variables of torchrun.
 
-torchrun itself is not used, because a controller decides by what its agent hides. The agent exits with 1 whatever the
-exit code of a worker, so that bad input (2, never retried) and a run that saved after a signal (143, not a failure)
-could not be told from a failure. And a worker stops when its parent is gone; below an agent, which outlives a killed
-controller, it would go on while another controller takes the run over.
+torchrun itself is not used, because its agent hides what a controller needs. The agent exits with 1 for every exit code
+of a worker, so bad input (2, never retried) and a run that saved after a signal (143, not a failure) would look like
+failures. Also, a worker stops when its parent ends; the agent outlives a killed controller, so its workers would
+continue while another controller takes the run over.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 
 
 class ProcessGroup:
-    """`count` processes of one command, with the part of the interface of `Popen` that a controller uses.
+    """`count` processes of one command, with the subset of the interface of `Popen` that a controller uses.
 
-    When one dies the others end by themselves within seconds (`qies.train.distributed`).
+    If one process dies, the others exit within seconds (`qies.train.distributed`).
     """
 
     def __init__(self, words: Sequence[str], env: Mapping[str, str], log: Path, count: int) -> None:
-        # RANK and WORLD_SIZE are set for a lone process too: whatever started the controller, the run is its own
+        # RANK and WORLD_SIZE are set for a single process too, so that those of the controller are not inherited.
         common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         env = {name: value for name, value in env.items() if not name.startswith("TORCHELASTIC_")}
         self.processes = []
@@ -35,18 +35,17 @@ class ProcessGroup:
                 )
 
     def poll(self) -> int | None:
-        """None while any of them runs, then `returncode`."""
+        """None while a process is running, then `returncode`."""
         return self.returncode if all([p.poll() is not None for p in self.processes]) else None
 
     @property
     def returncode(self) -> int:
-        """The exit code of the ended processes: 0 if all succeeded, else that of one that a signal ended, else the
-        first non-zero one; the codes of the others are consequences."""
+        """0 if all processes succeeded, else the code of one ended by a signal, else the first non-zero code."""
         return next((code for code in self.codes if code < 0), self.codes[0] if self.codes else 0)
 
     @property
     def codes(self) -> list[int]:
-        """The non-zero exit codes, in the order of ranks."""
+        """The non-zero exit codes, by rank."""
         return [p.returncode for p in self.processes if p.returncode]
 
     def terminate(self) -> None:
@@ -55,7 +54,7 @@ class ProcessGroup:
                 process.terminate()
 
     def wait(self, timeout: float) -> int:
-        """`returncode` once all have ended. Raises subprocess.TimeoutExpired."""
+        """Wait until all processes have ended and return `returncode`. Raises subprocess.TimeoutExpired."""
         end = time.monotonic() + timeout
         for process in self.processes:
             process.wait(max(0.0, end - time.monotonic()))

@@ -1,4 +1,4 @@
-"""The progress of a ladder in the terminal."""
+"""Progress of a ladder in the terminal."""
 
 from __future__ import annotations
 

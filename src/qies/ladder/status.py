@@ -1,4 +1,4 @@
-"""What the runs of a ladder are doing, read from their folders alone."""
+"""The status of the runs of a ladder, read from their directories."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from qies import records
 from qies.config import RunConfig, content_hash
 from qies.ladder.lease import STALE_SECONDS, attempts
 
-OVER = ("done", "diverged", "failed")  # states that stay
+OVER = ("done", "diverged", "failed")  # final states
 
 
 def status(
     configs: Sequence[RunConfig], root: Path, estimates: Sequence[float], stale: float = STALE_SECONDS
 ) -> dict[str, Any]:
-    """Each run's state, step, rate, loss and seconds left, and `seconds_left` of the whole with the runs now active.
+    """State, step, rate, loss and seconds left of each run, and `seconds_left` in total at the current concurrency.
 
-    `estimates` are seconds for each run; a run with steps done is projected from its own rate. State is the record's
-    status, or "stale" where an attempt is open that nobody holds, or "waiting" between attempts.
+    `estimates` are the estimated seconds of each run; a run that has started is extrapolated from its own rate. The
+    state is the record's status, "stale" for an abandoned attempt, or "waiting" between attempts.
     """
     rows: list[dict[str, Any]] = []
     for config, estimate in zip(configs, estimates, strict=True):

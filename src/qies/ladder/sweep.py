@@ -1,4 +1,4 @@
-"""What the variants of a sweep came to, from its run records alone: a mean over seeds for each, best first."""
+"""Summarise the variants of a sweep from its run records: means over seeds, best first."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from qies.records import RunRecord, query
 
 
 def sweep(folder: Path) -> dict[str, Any]:
-    """The finished runs below `folder` by arm, size and tokens, and in each such cell by variant.
+    """Group the finished runs below `folder` by arm, size and tokens, and within each such cell by variant.
 
-    A variant is identified by the settings of the model, of training and of the text that differ between runs of the
-    folder. Each has n
-    (seeds), loss (mean, nats per token), se (its standard error over seeds; None for one seed), losses by seed, behind
-    (mean difference to the best variant over the seeds that both have, with n and se), induction (mean final gain,
-    nats per token) and onsets (tokens by seed; None where copying did not set in). The best variant has the lowest mean
-    of those with the most seeds. Raises UserError when no run has finished or the folder holds one twice.
+    A variant is a combination of the settings (of model, training and text) that differ between runs of the folder.
+
+    Returns:
+        `swept`, the names of those settings, and `cells`. Each variant of a cell has n (seeds), loss (mean, nats per
+        token), se (standard error over seeds; None for one seed), losses by seed, behind (mean difference to the best
+        variant over common seeds, with n and se), induction (mean final gain, nats per token) and onsets (tokens by
+        seed; None if copying did not set in). The best variant has the lowest mean among those with the most seeds.
+
+    Raises UserError if no run has finished or the folder holds the same run twice.
     """
     records = query(folder, status="done")
     if not records:
@@ -41,10 +44,7 @@ def sweep(folder: Path) -> dict[str, Any]:
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:
-    """What the run's configuration sets of the model, of training and of its text, by dotted key.
-
-    Text that has a hash is told by it, whatever it was called.
-    """
+    """The run's settings of model, training and text, by dotted key. Text is identified by its hash if it has one."""
     config, defaults = record.config, {"model": {}, "train": to_dict(TrainConfig()), "data": to_dict(DataConfig())}
     settings = {f"{part}.{k}": v for part, known in defaults.items() for k, v in (known | config[part]).items()}
     if settings["data.hash"]:
@@ -53,7 +53,7 @@ def _settings(record: RunRecord) -> dict[str, Any]:
 
 
 def _frozen(value: Any) -> Any:
-    """A value that can be part of a dictionary's key."""
+    """The value in hashable form."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
@@ -77,7 +77,7 @@ def _cell(arm: str, size: str, tokens: int, variants: dict[Any, dict[str, Any]],
                 if apart
                 else None,
                 "induction": fmean(gains) if gains else None,
-                # None is an onset not reached, so runs without a score have no entry.
+                # None means that copying did not set in; runs without a score have no entry.
                 "onsets": {
                     seed: m.get("induction_onset")
                     for seed, m in sorted(variants[variant].items(), key=lambda pair: int(pair[0]))

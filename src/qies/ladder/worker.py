@@ -1,7 +1,7 @@
-"""A process of one run: `python -m qies.ladder.worker [--track=NAMES] FOLDER DATA THREADS`. Its configuration is in
-run.json.
+"""The process of one run: `python -m qies.ladder.worker [--track=NAMES] FOLDER DATA THREADS`.
 
-Exit code 0: done or diverged; 2: bad input; 128 + n: saved after signal n; anything else: failed, traceback on stderr.
+The configuration is in run.json. Exit codes: 0 done or diverged; 2 bad input; 128 + n saved after signal n; others
+failed, with a traceback on stderr.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from qies.errors import Stopped, UserError, exit_process, reports_errors
 
-PATIENCE = 7 * 86_400.0  # seconds to wait for an orphan of a dead controller that still holds the run's folder
+PATIENCE = 7 * 86_400.0  # seconds to wait for an orphaned process that still holds the run directory
 
 
 def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> int:
-    """Train the run in `folder` on the shards in `data`; the exit code."""
+    """Train the run in `folder` on the shards in `data` and return the exit code."""
     from qies import records
     from qies.train.run import run
 
@@ -40,7 +40,7 @@ def main(folder: Path, data: Path, threads: int, track: Sequence[str] = ()) -> i
 
 
 if __name__ == "__main__":
-    # Slurm's warning goes to every process of a job; the controller acts on it and stops its runs by SIGTERM.
+    # Slurm sends its warning to every process of a job; the controller handles it and stops its runs by SIGTERM.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     *options, run, shards, number = sys.argv[1:]
     names = [name for option in options for name in option.removeprefix("--track=").split(",")]

@@ -1,8 +1,8 @@
-"""Resumable checkpoints: written to a temporary directory, sealed with the sha256 of each file, flushed, then renamed.
+"""Resumable checkpoints: written to a temporary directory, sealed with the sha256 of each file, fsynced and renamed.
 
-Tensors are stored by torch.distributed.checkpoint in its safetensors format, a file a process, so that any number of
-processes reads what any other wrote. DCP's default storage keeps its index (`.metadata`) as a pickle; it is not used,
-since reading a pickle runs what is in it. Nothing here reads one.
+torch.distributed.checkpoint stores the tensors as safetensors, one file per process, so a different number of processes
+can read them. DCP's default storage writes its index (`.metadata`) as a pickle; it is not used, because unpickling can
+execute code. No pickle is read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qies.train.distributed import Group
 
 PREFIX = "step-"
 SEAL, META = "seal.json", "meta.json"
-JSON_LIMIT = 1 << 20  # bytes; a seal or a meta file beyond is none of ours
+JSON_LIMIT = 1 << 20  # bytes; larger seals and meta files are rejected
 log = logging.getLogger(__name__)
 
 
@@ -41,10 +41,10 @@ def save(
     milestones: Collection[int] = (),
     group: Group | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` below `folder`, then drop all but the newest `keep` and the milestones.
+    """Write the checkpoint of `step` below `folder`, then delete all but the newest `keep` and the milestones.
 
-    Called by every process of the group with its own part of the tensors. A checkpoint that is there is never written
-    over. Returns the new one's path. Raises Stopped, with the checkpoints before it untouched, when the disk is full.
+    Every process of the group calls this with its part of the tensors. An existing checkpoint is never overwritten.
+    Returns the path of the new one. Raises Stopped if the disk is full; earlier checkpoints are not affected.
     """
     group = group or Group()
 
@@ -58,10 +58,10 @@ def save(
     problem = ""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that a single process saves alone
+            warnings.simplefilter("ignore", UserWarning)  # DCP warns about a single process
             writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, no_dist=group.size == 1)
-    except CheckpointException as e:  # a BaseException: `except Exception` would not see it
+    except CheckpointException as e:  # a BaseException, not an Exception
         problem = "; ".join(sorted({str(failure[0]) for failure in e.failures.values()}))
     except OSError as e:
         problem = str(e)
@@ -101,7 +101,7 @@ def newest(folder: Path, upto: int | None = None) -> tuple[Path, dict[str, Any]]
 
 
 def load(path: Path, template: Callable[[Collection[str]], dict[str, Tensor]], group: Group | None = None) -> dict:
-    """The tensors of the checkpoint at `path`, read into those that `template` makes for the names it holds."""
+    """Load the checkpoint at `path` into the tensors that `template` returns for its names."""
     reader = dcp.HuggingFaceStorageReader(str(path))
     tensors = template(list(reader.read_metadata().state_dict_metadata))
     with warnings.catch_warnings():
@@ -111,14 +111,14 @@ def load(path: Path, template: Callable[[Collection[str]], dict[str, Tensor]], g
 
 
 def remove(folder: Path, milestones: Collection[int] = ()) -> None:
-    """Delete the checkpoints below `folder` but the milestones: the finished run keeps its model instead."""
+    """Delete the checkpoints below `folder` except for the milestones."""
     _prune(folder, 0, milestones)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
 def copy(path: Path, folder: Path) -> None:
-    """Copy the checkpoint at `path` to below `folder`, atomically."""
+    """Copy the checkpoint at `path` into `folder`, atomically."""
     partial = _partial(folder, _meta(path)["step"])
     for name in [SEAL, *_sealed(path)]:
         shutil.copyfile(path / name, partial / name, follow_symlinks=False)
@@ -126,8 +126,10 @@ def copy(path: Path, folder: Path) -> None:
 
 
 def broken(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, or None. Files that the seal does not name are ignored and named,
-    unless the reader would take them for tensors."""
+    """The problem with the checkpoint at `path`, or None.
+
+    Files that are not in the seal are logged and ignored, but a .safetensors file is a problem: DCP would read it.
+    """
     try:
         sealed = _sealed(path)
         for name, digest in sealed.items():
@@ -143,18 +145,18 @@ def broken(path: Path) -> str | None:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """The checkpoints below `folder`, in no order that means anything."""
+    """The checkpoints below `folder`, in arbitrary order."""
     if not folder.is_dir():
         return []
     entries = [p for p in sorted(folder.glob(f"{PREFIX}*")) if not p.name.endswith(".partial")]
     for path in entries:
         if path.is_symlink() or not path.is_dir():
-            log.warning("%s is no folder of a checkpoint and is ignored", path)
+            log.warning("%s is not a checkpoint folder and is ignored", path)
     return [p for p in entries if p.is_dir() and not p.is_symlink()]
 
 
 def _partial(folder: Path, step: int) -> Path:
-    """An empty directory to write to; the remains of a killed save are deleted."""
+    """Create an empty directory to write to. Deletes what an interrupted save left."""
     storage.make_folder(folder)
     for stale in folder.glob(f"{PREFIX}*.partial"):
         shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
@@ -171,7 +173,7 @@ def _seal(partial: Path, meta: dict[str, Any]) -> Path:
 
 
 def _publish(partial: Path) -> Path:
-    """Rename to a name that is free: a broken checkpoint of the same step may have the usual one."""
+    """Rename to a free name; a broken checkpoint of the same step may have the default one."""
     final, n = partial.with_suffix(""), 1
     while final.exists():
         final, n = partial.with_name(f"{partial.stem}-{n}"), n + 1
@@ -180,8 +182,11 @@ def _publish(partial: Path) -> Path:
 
 
 def _prune(folder: Path, keep: int, milestones: Collection[int], upto: float = math.inf) -> None:
-    """Drop all up to step `upto` but the newest `keep` of them and the milestones. Those beyond were passed over when
-    the run resumed (broken, or their rows lost): they must not push out good ones, and go once the run is past them."""
+    """Delete the checkpoints up to step `upto` except for the newest `keep` and the milestones.
+
+    Later ones were skipped when the run resumed (broken, or without their rows of metrics). They must not displace
+    good ones, and are deleted once the run has passed them.
+    """
     steps: dict[Path, int] = {}
     for path in _entries(folder):
         try:
@@ -204,7 +209,7 @@ def _full(partial: Path, problem: str) -> Stopped:
 
 
 def _sealed(path: Path) -> dict[str, str]:
-    """sha256 by file name of what the seal names. Raises ValueError, in words, when the seal is not sound."""
+    """sha256 by file name, from the seal. Raises ValueError with the problem if the seal is invalid."""
     try:
         seal = _json(path / SEAL)
         files = dict(seal["files"])
@@ -220,7 +225,7 @@ def _sealed(path: Path) -> dict[str, str]:
 
 
 def _meta(path: Path) -> dict[str, Any]:
-    """The checkpoint's facts. Raises ValueError, in words."""
+    """The metadata of the checkpoint. Raises ValueError with the problem."""
     meta = _json(path / META)
     if not isinstance(meta, dict) or type(meta.get("step")) is not int:
         raise ValueError(f"{META} names no step")

@@ -1,7 +1,7 @@
-"""One run on one process or on many: FSDP2 over the processes that torchrun started.
+"""Single-process and multi-process runs: FSDP2 over the processes started by torchrun.
 
-The processes share every batch: each takes its slice of the same global batch, so what a step sees does not depend on
-how many there are. Only the first writes records.
+Each process takes its slice of the same global batch, so the data of a step do not depend on the number of processes.
+Only rank 0 writes records.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from qies.model import QiesForCausalLM
 from qies.train.sharded_init import fill, weights_on_meta
 
 T = TypeVar("T")
-# Of a collective: the others wait while the first builds data or checks the files of a checkpoint. A process that dies
-# is noticed by `_PeerWatch`, far sooner.
+# Timeout of collectives: ranks wait while rank 0 builds data or verifies a checkpoint. `_PeerWatch` detects dead
+# processes much earlier.
 TIMEOUT = timedelta(hours=2)
 POLL_SECONDS = 0.5
-START_SECONDS = 45.0  # for all processes to meet, where no torchrun sees to it that they start
-GRACE_SECONDS = 5.0  # for the main thread to end by itself when a process is lost
+START_SECONDS = 45.0  # for the rendezvous, without torchrun
+GRACE_SECONDS = 5.0  # for the main thread to exit after a process was lost
 RANKS = ".ranks"
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of one run, as this one sees them. Alone, every method is the identity."""
+    """The processes of one run, from the view of this process. With one process, every method is the identity."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def rows(self, batch: int) -> slice:
-        """This process's part of `batch` sequences, a multiple of the processes (see `check_batch`)."""
+        """This process's slice of `batch` sequences, a multiple of the number of processes (see `check_batch`)."""
         each = batch // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def gather(self, values: list[float]) -> Tensor:
-        """The numbers of every process, fp64 [size, len(values)]."""
+        """The values of all processes, float64 `[size, len(values)]`."""
         own = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.size == 1:
             return own[None]
@@ -69,7 +69,7 @@ class Group:
             dist.barrier()
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the first process, on all of them; its UserError or Stopped is raised on all."""
+        """Run `work` on rank 0 and return its result on all ranks. A UserError or Stopped is raised on all ranks."""
         if self.size == 1:
             return work()
         answer: list[Any] = [None, None]
@@ -84,11 +84,11 @@ class Group:
         return answer[0]
 
     def shard(self, build: Callable[[], QiesForCausalLM]) -> QiesForCausalLM:
-        """The model that `build` makes; on many processes each holds its part alone, of the same initial weights.
+        """Build the model; with several processes, shard it with FSDP2. The initial weights are the same.
 
-        FSDP2: parameters, gradients and optimizer state of every block, and of the rest, in equal parts. On GPUs
-        parameters travel and compute in bf16 and gradients are summed in fp32; on a CPU the run's autocast decides
-        alone.
+        Every block, and the rest of the model, is sharded: parameters, gradients and optimizer state. On GPUs,
+        parameters are communicated and used in bf16 and gradients are reduced in fp32; on CPUs only the run's autocast
+        applies.
         """
         if self.size == 1:
             return build().to(self.device)
@@ -104,20 +104,21 @@ class Group:
         return model
 
     def reduce_gradients(self, model: Any, on: bool) -> None:
-        """Whether the next backward pass sums gradients over processes: only the last micro-batch needs to."""
+        """Switch the reduction of gradients in the next backward pass; only the last micro-batch needs it."""
         if self.size > 1:
             model.set_requires_gradient_sync(on)
 
     def whole_state(self, model: QiesForCausalLM) -> dict[str, Any]:
-        """The whole model's tensors, on the first process (the others get an empty dictionary)."""
+        """The tensors of the whole model on rank 0; an empty dictionary on the other ranks."""
         return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 @contextmanager
 def start(folder: Path) -> Iterator[Group]:
-    """The group that torchrun's environment describes: gloo on CPUs, nccl on GPUs; one process without torchrun.
+    """Join the group described by torchrun's environment variables: gloo on CPUs, nccl on GPUs.
 
-    Raises UserError as `rank_and_size` does, and Stopped, naming the rank, when another process of the group is gone.
+    Without torchrun the group is this process. Raises UserError as `rank_and_size` does, and Stopped with the rank if
+    another process of the group has died.
     """
     rank, size = rank_and_size()
     cuda = torch.cuda.is_available()
@@ -139,7 +140,7 @@ def start(folder: Path) -> Iterator[Group]:
         dist.barrier()
     except (UserError, Stopped):
         raise
-    except Exception as e:  # a collective fails in its own words when a peer is gone
+    except Exception as e:  # a collective that failed because a peer died
         if lost := watch.lost(GRACE_SECONDS):
             raise Stopped(lost) from e
         raise
@@ -150,10 +151,10 @@ def start(folder: Path) -> Iterator[Group]:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's rank and the number of processes, from the variables that torchrun sets
-    (https://docs.pytorch.org/docs/stable/elastic/run.html); (0, 1) where they are not set.
+    """This process's rank and the number of processes, from torchrun's environment variables
+    (https://docs.pytorch.org/docs/stable/elastic/run.html); (0, 1) if they are not set.
 
-    Raises UserError where they do not describe a group.
+    Raises UserError if they are inconsistent.
     """
     size = _integer("WORLD_SIZE", 1, 1)
     if "WORLD_SIZE" not in os.environ and "RANK" in os.environ:
@@ -189,21 +190,26 @@ def _integer(name: str, default: int, least: int, below: int | None = None) -> i
 
 
 class _PeerWatch:
-    """Detects a process of the group that died. Each holds a lock on a file of its own while it lives; the kernel
-    releases it however the process ends, and the others, which try it twice a second, find it free. On several
-    machines the run directory must be on a file system that locks across them."""
+    """Detects dead processes of the group.
+
+    Each process holds a lock on its own file. The operating system releases it when the process ends for any reason;
+    the other processes try the lock twice a second. With several hosts, the run directory must be on a file system with
+    locks across hosts.
+    """
 
     def __init__(self, folder: Path, rank: int, size: int) -> None:
         storage.make_writable_folder(folder)
         self.locks, self.rank = [storage.file_lock(folder / str(r)) for r in range(size)], rank
-        self.locks[rank].acquire()  # waits for a process of an earlier attempt that is still ending
+        self.locks[rank].acquire()  # waits until a process of an earlier attempt has exited
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
-        """While the processes find each other, one that died before cannot be told from one that is slow: only time
-        tells. torchrun, which started them, would know and end the others."""
+        """Limit the time of the rendezvous: a process that died before it cannot be distinguished from a slow one.
+
+        torchrun detects such processes itself and stops the others.
+        """
         timer = threading.Timer(START_SECONDS, self._give_up)
         timer.daemon = True
         if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -214,7 +220,7 @@ class _PeerWatch:
             timer.cancel()
 
     def lost(self, seconds: float = 0.0) -> str | None:
-        """The sentence that names the processes that are gone, waiting for one up to `seconds`; or None."""
+        """Wait up to `seconds` for a process to be lost. Returns a message with the ranks, or None."""
         end = time.monotonic() + seconds
         while True:
             gone = [r for r, lock in enumerate(self.locks) if r != self.rank and _is_free(lock)]
@@ -238,14 +244,14 @@ class _PeerWatch:
                 self._give_up()
 
     def _give_up(self) -> None:
-        """The main thread waits in a collective for a process that will not answer."""
+        """Exit: the main thread is blocked in a collective that will not complete."""
         lost = self.lost() or f"another of {len(self.locks)} ranks does not answer; run the same command again."
         print(f"qies: {lost}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
 def _is_free(lock: FileLock) -> bool:
-    """Whether no process holds the lock. For a moment this one does, so that another that asks may hear "held"."""
+    """Whether no process holds the lock. This acquires it briefly, so a concurrent call may return False."""
     try:
         lock.acquire(blocking=False)
     except Timeout:

@@ -1,4 +1,4 @@
-"""In-context copying of a model: what it gains on the repeat of a random segment (Olsson et al., arXiv:2209.11895)."""
+"""In-context copying: the gain of a model on the repeat of a random segment (Olsson et al., arXiv:2209.11895)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FIRST = 2**16  # tokens of training at the first evaluation
 
 
 def due(tokens: int, step: int) -> bool:
-    """Whether to evaluate after the step of `step` tokens that ends at `tokens`: 4 times an octave from 2^16 on.
+    """Whether to evaluate after the step of `step` tokens that ends at `tokens`: 4 times per doubling, from 2^16 on.
 
-    The times depend on tokens alone, so that runs of any budget, and branches of one run, are evaluated alike.
+    The times depend on tokens only, so runs of any budget, and branches of a run, are evaluated at the same points.
     """
     return tokens >= FIRST and int(4 * math.log2(tokens)) > int(4 * math.log2(max(tokens - step, FIRST / 2)))
 
@@ -34,11 +34,11 @@ def induction_gain(
     precision: Callable[[], AbstractContextManager],
     device: torch.device | str = "cpu",
 ) -> float:
-    """Loss on random segments minus that on their repeats, in nats per token; 0 for a model that copies nothing.
+    """Loss on random segments minus the loss on their repeats, in nats per token; 0 for a model that does not copy.
 
-    Each of 16 rows is a segment of n = min(64, seq_len / 2) tokens, the same for every model of a vocabulary, twice:
-    no more than the context it is trained on. Compared are the predictions of tokens 2 to n of the first and of the
-    second. Does not touch torch's random numbers.
+    Each of 16 rows is a segment of n = min(64, seq_len / 2) tokens, repeated once, so it fits the training context. The
+    segments are the same for every model with the same vocabulary size. The losses are those of tokens 2 to n of each
+    copy. Does not use torch's random number generators.
     """
     length = max(2, min(SEGMENT, seq_len // 2))
     segment = np.random.default_rng(0).integers(1, model.config.vocab_size, (ROWS, length))
@@ -57,9 +57,9 @@ def induction_gain(
 
 
 def onset(rows: Iterable[Mapping[str, Any]]) -> int | None:
-    """Tokens at the first evaluation from which on the gain stays at or above INDUCTION_ONSET; None if it never does.
+    """Tokens at the first evaluation from which on the gain stays at or above INDUCTION_ONSET; None if there is none.
 
-    rows: those of metrics.jsonl, in order; rows without `induction` count for nothing.
+    rows: the rows of metrics.jsonl, in order; rows without `induction` are ignored.
     """
     first = None
     for row in rows:

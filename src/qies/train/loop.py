@@ -1,4 +1,4 @@
-"""The training loop: a run's configuration and its data in, a finished run record out. Resumes where it was."""
+"""The training loop of one run. It resumes from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from qies.train.run_directory import CHECKPOINTS, FIXED, open_run
 from qies.train.schedule import warmup_stable_decay
 from qies.train.validation import held_out_loss
 
-transformers_logging.disable_progress_bar()  # saving a model is no news beside the run's own bar
+transformers_logging.disable_progress_bar()  # of saving a model; the run has a progress bar
 
 Progress = Callable[[dict[str, Any]], None]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,22 +46,24 @@ log = logging.getLogger(__name__)
 
 
 class Interrupted(Stopped):
-    """A signal asked the run to stop; it has saved and can be resumed. `code` is the exit code, 128 + signal."""
+    """A signal stopped the run after it had saved. `code` is the exit code, 128 + signal."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"stopped by signal {code - 128}; run the same command again to resume", code)
 
 
 def precision_context(name: str, device: str = "cpu") -> Callable[[], AbstractContextManager]:
-    """The context forward passes run in: bf16 autocast, or nothing for fp32. "auto" asks the processor."""
+    """The context of forward passes: bf16 autocast, or none for fp32. "auto" uses bf16 if the device supports it."""
     if name == "bf16" or (name == "auto" and (device != "cpu" or torch.cpu._is_avx512_bf16_supported())):
         return lambda: torch.autocast(device, torch.bfloat16)
     return nullcontext
 
 
 def keep_memory() -> None:
-    """Ask glibc to keep freed memory instead of returning it: page faults of fresh tensors cost a training step on
-    a CPU up to half its time. Does nothing elsewhere."""
+    """Make glibc keep freed memory instead of returning it to the system; no effect on other platforms.
+
+    Page faults of newly allocated tensors take up to half of the time of a training step on CPU.
+    """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for option, value in ((-3, 1 << 30), (-1, 1 << 30), (-2, 64 << 20)):  # mmap threshold, trim threshold, top pad
@@ -69,13 +71,13 @@ def keep_memory() -> None:
 
 
 def check_data(shards: Shards, settings: TrainConfig) -> None:
-    """Raise UserError unless both splits hold enough tokens to train and evaluate with these settings."""
+    """Raise UserError unless both splits have enough tokens to train and evaluate with these settings."""
     Batches(shards, "train", seq_len=settings.seq_len, batch_size=settings.batch_size, seed=0)
     val_batches(shards, settings.seq_len, settings.batch_size)
 
 
 def build_model(config: RunConfig, vocab_size: int) -> QiesForCausalLM:
-    """The run's model with its initial weights, a function of the configuration and its seed alone."""
+    """Build the run's model. The initial weights depend only on the configuration and its seed."""
     values = presets.settings(config.arm, config.size, vocab_size, **config.model)
     torch.manual_seed(config.seed)
     return QiesForCausalLM(QiesConfig(**values))
@@ -91,13 +93,24 @@ def train(
     group: Group | None = None,
     parent: int | None = None,
 ) -> RunRecord:
-    """Train one run in `folder` and return its record; a finished run is returned as it is, an unfinished one resumed.
+    """Train one run in `folder` and return its record. A finished run is returned unchanged, an unfinished one resumes.
 
-    Writes run.json, metrics.jsonl (a row a step), checkpoints while it runs, and `model/` (safetensors and
-    tokenizer) at the end. Raises UserError when `folder` holds another run or other data, Interrupted after
-    SIGTERM or SIGINT once the state is saved, Stopped when the disk is full. Another process in the same folder is
-    waited for, `patience` seconds. Every process of `group` (`qies.train.distributed.start`) calls this alike. A run
-    that is given the id of its `parent` (a controller, torchrun) stops as by SIGTERM when that is gone.
+    Writes run.json, metrics.jsonl (one row per step), checkpoints during training, and `model/` (safetensors and
+    tokenizer) at the end. Every process of `group` calls this function.
+
+    Args:
+        config: The run.
+        shards: Its data.
+        folder: The run directory.
+        progress: Called with each row of metrics.
+        patience: Seconds to wait for another process that trains in `folder`.
+        group: The processes of the run (`qies.train.distributed.start`); None for a single process.
+        parent: The id of a process (a controller, torchrun). When it ends, the run stops as after SIGTERM.
+
+    Raises:
+        UserError: `folder` holds another run or other data.
+        Interrupted: SIGTERM or SIGINT arrived, and the state is saved.
+        Stopped: The disk is full.
     """
     keep_memory()
     group = group or Group()
@@ -110,7 +123,7 @@ def train(
 
         record = group.on_first(opened)
         if record.finished:
-            if record.status == "done" and group.rank == 0:  # a kill can come between the record and this
+            if record.status == "done" and group.rank == 0:  # the process may have been killed before
                 checkpoint.remove(folder / CHECKPOINTS, config.milestones)
             return record
         stop = held.enter_context(_StopSignals())
@@ -126,7 +139,7 @@ def train(
 
 
 class _Run:
-    """One run's moving parts: model, optimizers, position, and what they cost so far."""
+    """The state of one run: model, optimizers, position in the data, and time spent."""
 
     def __init__(self, config, shards, folder, record, progress, stop, group, parent) -> None:
         self.group, self.slice = group, group.rows(config.train.batch_size)
@@ -148,7 +161,7 @@ class _Run:
 
     def go(self) -> RunRecord:
         self._resume()
-        self.record = replace(self.record, error=None)  # of an attempt that failed
+        self.record = replace(self.record, error=None)  # that of a failed attempt
         if self.group.rank == 0:
             (self.folder / "error.log").unlink(missing_ok=True)
         peak_memory.reset_peak()
@@ -172,18 +185,18 @@ class _Run:
                     self.progress(row)
             if self.skipped > self.train.max_skipped:
                 return self._write("diverged", error=f"{self.skipped} steps with a non-finite loss or gradient")
-            if self.parent not in (None, os.getppid()):  # nobody waits for this run any more
+            if self.parent not in (None, os.getppid()):  # the parent has ended
                 self.stop.code = 128 + signal.SIGTERM
-            if code := int(self.group.gather([self.stop.code]).max()):  # a signal to one process is one to all
+            if code := int(self.group.gather([self.stop.code]).max()):  # a signal to one process stops all
                 self._save()
                 raise Interrupted(code)
-            last = self.step == self.config.steps  # the evaluation may be long
+            last = self.step == self.config.steps  # before the evaluation, which may be long
             if last or self.step % self.train.save_every == 0 or self.step in milestones:
                 self._save()
         return self._finish()
 
     def _compile(self) -> None:
-        """The smallest step there is, thrown away: kernels compiled on first use are no part of the run's time."""
+        """Compile the kernels in a minimal forward and backward pass; training time does not include it."""
         ids = torch.zeros(1, 3, dtype=torch.long, device=self.group.device)
         with self.precision():
             loss = self.model(ids[:, :-1], shift_labels=ids[:, 1:]).loss
@@ -191,12 +204,14 @@ class _Run:
         self.optimizers.clear()
 
     def _one_step(self) -> dict[str, Any]:
-        """One optimizer step and its row. A non-finite loss or gradient, or a spike of the loss, is reported and never
-        applied: the loss is the mean over all processes and the norm that of the whole gradient, so all decide alike.
+        """Take one optimizer step and return its row of metrics.
+
+        A step with a non-finite loss or gradient, or with a loss spike, is reported but not applied. The loss is the
+        mean over all processes and the norm is that of the whole gradient, so all processes decide alike.
         """
         ids = torch.from_numpy(self.batches.batch(self.step)[self.slice]).to(self.group.device)
         parts, own = ids.chunk(self.train.accumulate), 0.0
-        for part in parts:  # of equal size, so the mean of their means is the batch's
+        for part in parts:  # of equal size, so the mean of their means is that of the batch
             self.group.reduce_gradients(self.model, part is parts[-1])
             with self.precision():
                 loss = self.model(part[:, :-1], shift_labels=part[:, 1:]).loss / len(parts)
@@ -225,7 +240,7 @@ class _Run:
         def latest() -> tuple[Path, dict[str, Any]] | None:
             written = len(records.steps(self.folder))
             found = checkpoint.newest(self.checkpoints)
-            if found and found[1]["step"] > written:  # lost with the machine: rows are not fsynced, checkpoints are
+            if found and found[1]["step"] > written:  # rows, unlike checkpoints, are not fsynced
                 log.warning("%s has %d steps; using a checkpoint of those", self.folder / "metrics.jsonl", written)
                 found = checkpoint.newest(self.checkpoints, written)
             return found
@@ -242,7 +257,7 @@ class _Run:
                 for name, p in self.model.named_parameters():
                     p.copy_(tensors[f"model.{name}"])
             self.optimizers.load_state(tensors)
-            own = tensors.get(f"rng.{self.group.rank}")  # more processes than before: theirs start afresh
+            own = tensors.get(f"rng.{self.group.rank}")  # absent if there were fewer processes before
             torch.set_rng_state(own) if own is not None else torch.manual_seed(self.config.seed + self.group.rank)
         self.step, self.skipped, self.seconds = meta["step"], meta["skipped"], meta["seconds"]
 
@@ -256,7 +271,7 @@ class _Run:
         self.spikes = self.group.on_first(seen)
 
     def _blank(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Tensors to load a checkpoint of those names into."""
+        """Tensors into which a checkpoint with these names is loaded."""
         blank = {f"model.{n}": torch.empty_like(p.detach()) for n, p in self.model.named_parameters()}
         rng = torch.get_rng_state()
         blank |= self.optimizers.blank_state() | {n: rng.clone() for n in names if n.startswith("rng.")}
@@ -300,7 +315,7 @@ class _Run:
             return self._write("diverged", error="the held-out loss is not finite")
         metrics["train_loss"] = train_loss
         final, tokens = self._induction(), self.step * self.train.seq_len * self.train.batch_size
-        ends = {"tokens": tokens, "induction": final}  # a run resumed at its last step has no row of it
+        ends = {"tokens": tokens, "induction": final}  # a run that resumed after its last step has no such row
         first = self.group.on_first(lambda: onset([*records.steps(self.folder), ends]))
         metrics |= {"induction": final, "induction_onset": first}
         state = self.group.whole_state(self.model)
@@ -311,12 +326,12 @@ class _Run:
         return record
 
     def _train_loss(self) -> float | None:
-        """Mean of the last 50 finite losses; None where there is none."""
+        """Mean of the last 50 finite losses; None if there are none."""
         last = [row["loss"] for row in records.steps(self.folder) if row["loss"] is not None][-50:]
         return sum(last) / len(last) if last else None
 
     def _induction(self) -> float | None:
-        """The induction score; None where it is not finite, as in a run that diverges."""
+        """The induction score; None if it is not finite, as in a diverging run."""
         gain = induction_gain(
             self.model, seq_len=self.train.seq_len, precision=self.precision, device=self.group.device
         )
@@ -326,7 +341,7 @@ class _Run:
         whole = build_model(self.config, self.shards.manifest.vocab_size)
         whole.load_state_dict(state)
         tokenizer = self.shards.tokenizer()
-        for settings in (whole.config, whole.generation_config):  # the corpus may have brought its own tokenizer
+        for settings in (whole.config, whole.generation_config):  # those of the corpus's tokenizer
             settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = tokenizer.eos_token_id
         whole.save_pretrained(self.folder / "model")
         for weights in (self.folder / "model").glob("*.safetensors"):
@@ -354,10 +369,9 @@ class _Run:
 
 
 class _StopSignals:
-    """Turns SIGTERM and SIGINT into a request that the loop honours at the end of a step.
+    """Defers SIGTERM and SIGINT to the end of the current step.
 
-    SIGINT raises KeyboardInterrupt where that would take long or save nothing: before the first step, while kernels are
-    compiled, and when it comes a second time.
+    SIGINT raises KeyboardInterrupt at once before the first step, while kernels are compiled, and if it arrives twice.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Loss spikes: a step whose loss stands far above the recent ones."""
+"""Detection of loss spikes: steps with a loss far above the recent ones."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections import deque
 from typing import Any
 
 WINDOW = 100  # steps with a finite loss
-LEAST = 20  # of them, before anything is called a spike
+LEAST = 20  # minimum number of such steps before a spike is reported
 SIGMAS = 6.0
-FLOOR = 1e-6  # nats; below it a scatter is rounding
+FLOOR = 1e-6  # nats; smaller scatter is rounding
 
 
 class Spikes:
-    """Flags a loss more than 6 sigma above the median of the last 100 finite ones.
+    """Flags a loss more than 6 sigma above the median of the last 100 finite losses.
 
-    sigma is 1.4826 times the median absolute deviation, which is a normal's standard deviation and which earlier
-    spikes in the window hardly move. A function of the losses alone, so a resumed run flags the same steps.
+    sigma is 1.4826 times the median absolute deviation: the standard deviation of a normal distribution, and robust
+    against earlier spikes in the window. It depends on the losses only, so a resumed run flags the same steps.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Spikes:
         self.count = 0
 
     def see(self, loss: float | None) -> dict[str, Any]:
-        """Take the next step's loss (None: not finite); `{"spike": sigmas above the median}` if it is one, else {}."""
+        """Add the loss of the next step (None: not finite). Returns `{"spike": sigmas above the median}` or {}."""
         if loss is None:
             return {}
         found = {}

@@ -1,4 +1,4 @@
-"""Optimizers: Muon for the hidden matrices, AdamW for all other parameters. The same rule for every arm."""
+"""Optimizers: Muon for the hidden matrices, AdamW for all other parameters, in every arm."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Optimizers:
         }
 
     def blank_state(self) -> dict[str, Tensor]:
-        """Zeros with the shapes and the sharding of what `state` returns after a step."""
+        """Zeros with the shapes and sharding of `state` after a step."""
         out: dict[str, Tensor] = {}
         for optimizer in self.all:
             for p in (p for g in optimizer.param_groups for p in g["params"]):
@@ -74,7 +74,7 @@ class Optimizers:
         return out
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`, from the tensors of a checkpoint (other keys are ignored)."""
+        """Load `state` from the tensors of a checkpoint; other keys are ignored."""
         by_name = {n: p for p, n in self.names.items()}
         owner = {p: o for o in self.all for g in o.param_groups for p in g["params"]}
         for key, value in tensors.items():
@@ -84,12 +84,12 @@ class Optimizers:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan et al., 2024), bit for bit, for matrices that FSDP2 shards by rows too.
+    """torch's Muon (Jordan et al., 2024), bit for bit, also for matrices sharded by FSDP2.
 
-    torch's own also accepts DTensors, but sums products of shards in bf16, which changes the loss of two processes by
-    5e-5 at the second step. Here momentum stays sharded; each process gathers one update at a time and orthogonalises
-    all of it, so every process repeats the Newton-Schulz products. They are computed in `precision`: bf16, the usual
-    choice, or fp32, which depends less on the order in which gradients are summed.
+    torch's own accepts DTensors, but sums products of shards in bf16, which changes the loss of two processes by 5e-5
+    at the second step. Here momentum stays sharded; each process gathers one update at a time and orthogonalises all
+    of it, so every process repeats the Newton-Schulz products. `precision` is their dtype: bf16, the usual choice, or
+    fp32, which depends less on the order in which gradients are summed.
     """
 
     def __init__(self, params, *, precision: torch.dtype = torch.bfloat16, **options: Any) -> None:
@@ -132,8 +132,10 @@ def orthogonal(matrix: Tensor, precision: torch.dtype) -> Tensor:
 
 
 def parameter_groups(model: PreTrainedModel) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Named parameters as `matrix` (Muon), `embedding`, `head` and `vector` (AdamW), each in the one that its
-    declaration names (`accounting.parameters.model_weights`). Raises UserError for a parameter without one."""
+    """The named parameters by optimizer group: `matrix` (Muon), `embedding`, `head` and `vector` (AdamW).
+
+    The groups are declared (`accounting.parameters.model_weights`). Raises UserError for an undeclared parameter.
+    """
     declared = model_weights(vars(model.config))
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embedding": [], "head": [], "vector": []}
     for name, p in model.named_parameters():

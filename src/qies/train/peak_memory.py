@@ -1,4 +1,4 @@
-"""The peak of this process's resident memory, from a chosen moment on."""
+"""Peak resident memory of this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak() -> None:
-    """Start the peak anew, with freed memory given back first. Only Linux can; elsewhere it counts from the start.
+    """Return freed memory to the system and reset the peak (Linux only; elsewhere the peak is that of the process).
 
     Source: proc_pid_clear_refs(5): 5 resets the high-water mark of the resident set.
     """
@@ -22,12 +22,12 @@ def reset_peak() -> None:
     if CLEAR.exists():
         try:
             CLEAR.write_text("5")
-        except OSError:  # a container may forbid it: the peak then counts from the start
+        except OSError:  # not permitted in some containers
             return
 
 
 def peak() -> int:
-    """Bytes, since the last `reset_peak` where the system has one."""
+    """Peak resident memory in bytes, since the last `reset_peak` if the system supports it."""
     if STATUS.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())):
         return 1024 * int(found[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

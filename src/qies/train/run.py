@@ -1,4 +1,4 @@
-"""Train one run: the only entry, for the command line, the workers of a ladder, and Python."""
+"""Train one run: the entry point of the command line, of ladder workers, and of Python code."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def run(
 ) -> RunRecord:
     """Train the run of `config` in the directory `out`, or resume it, and return its record.
 
-    Called alike by every process that torchrun started; the first one writes.
+    Every process started by torchrun calls this function; only rank 0 writes.
 
     Args:
-        config: The run; the source of its text is as `qies.data.locate` returns it.
-        out: The run directory. What it holds of this run is resumed, and a finished run is returned as it is.
+        config: The run; `data.source` is as `qies.data.locate` returns it.
+        out: The run directory. An unfinished run in it resumes; a finished one is returned unchanged.
         data: The directory of shards. By default `config.data.source` if it is one, else `out/data`, which is built.
-        branch_from: The directory of a longer run, from a checkpoint of which this one starts (`run_directory.branch`).
-        resume: Whether `out` may hold the run already.
+        branch_from: The directory of a longer run; this run starts from its checkpoint (`run_directory.branch`).
+        resume: Whether `out` may already hold the run.
         threads: CPU threads.
-        track: Names of trackers that get the metrics too (`train.tracking`).
-        progress: Called by the first process once the data are ready; the context takes each row of metrics.
-        built: Called with the manifest of shards that this call built.
+        track: Names of trackers to which metrics are also logged (`train.tracking`).
+        progress: Called by rank 0 once the data are ready; the context yields a function of each row of metrics.
+        built: Called with the manifest if this call builds the shards.
         patience: Seconds to wait for another process that trains in `out`.
-        parent: The id of the process whose end stops the run, as SIGTERM would.
+        parent: The id of a process. When it ends, the run stops as after SIGTERM.
 
     Raises:
         UserError: The configuration is invalid, or `out` holds something else. Nothing has been written.
-        Stopped: The disk is full or a process of the group is gone. The same call resumes the run.
+        Stopped: The disk is full, or a process of the group has died. The same call resumes the run.
         Interrupted: SIGTERM or SIGINT arrived, and the state is saved. The same call resumes the run.
     """
     if not resume and records.read(out) is not None:
@@ -80,7 +80,7 @@ def run(
         return place
 
     claim(config, out)
-    with ExitStack() as after, start(out) as group:  # the other ranks do not wait for a tracker that closes slowly
+    with ExitStack() as after, start(out) as group:  # other ranks do not wait for trackers to close
         shards = open_shards(group.on_first(prepare), checked=True)
         first = group.rank == 0
         shown = after.enter_context(progress() if first and progress is not None else nullcontext(_ignore))
@@ -94,4 +94,4 @@ def run(
 
 
 def _ignore(row: dict[str, Any]) -> None:
-    """No progress is shown."""
+    """The progress callback that does nothing."""

@@ -17,18 +17,25 @@ from qies.train import checkpoint
 from qies.train.distributed import RANKS
 
 CHECKPOINTS = "checkpoints"
-# What decides the shape of the model, the text or its order: a resumed run cannot have another.
+# Keys that determine the shape of the model, the text or its order; a resumed run cannot change them.
 FIXED = ("arm", "size", "seed", "model.", "data.", "train.seq_len", "train.batch_size")
-CHANGEABLE = ("config", "config_hash", "learning_rates", "tokens", "steps", "flops")  # of a record, by a resumed run
-OURS = {".lock", "data", "error.log", RANKS}  # what a run directory may hold before its record is written
+CHANGEABLE = (
+    "config",
+    "config_hash",
+    "learning_rates",
+    "tokens",
+    "steps",
+    "flops",
+)  # fields that a resumed run may change
+OURS = {".lock", "data", "error.log", RANKS}  # what a run directory may contain before its record is written
 log = logging.getLogger(__name__)
 
 
 def claim(config: RunConfig, folder: Path) -> RunRecord | None:
     """The record in `folder` if the run of `config` can resume from it, or None if the directory is free.
 
-    Raises UserError with the differences if it holds anything else, so that no other run is overwritten, and for a
-    directory that anyone may write, because a checkpoint there may come from anyone.
+    Raises UserError with the differences if the directory holds anything else, so that no other run is overwritten, and
+    for a world-writable directory, since its checkpoints cannot be trusted.
     """
     storage.refuse_file(folder)
     for path in (folder, folder / CHECKPOINTS):
@@ -55,7 +62,7 @@ def claim(config: RunConfig, folder: Path) -> RunRecord | None:
 def open_run(config: RunConfig, shards: Shards, folder: Path) -> RunRecord:
     """The record of this run in `folder`, or a new one. Raises UserError if the directory holds another run.
 
-    A change of configuration that a resumed run may have is logged, and recorded under `config_changes`.
+    Permitted changes of the configuration are logged and recorded under `config_changes`.
     """
     record = claim(config, folder)
     if record is None:
@@ -84,11 +91,11 @@ def open_run(config: RunConfig, shards: Shards, folder: Path) -> RunRecord:
 
 
 def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
-    """Start the run of `config` in `folder` from the newest checkpoint of `trunk` that the two have in common.
+    """Start the run of `config` in `folder` from the newest checkpoint that it shares with the run in `trunk`.
 
-    That is one before either starts to decay, for runs that differ in their budget alone and warm up in tokens: there
-    the learning rate, the batches and the weights are the same, so the branch ends as the whole run would, bit for bit.
-    Its record names the trunk and the step under `branch`. A folder that holds the run already is left as it is.
+    The runs may differ in their budget only, and their warm-up must be given in tokens. Until either starts to decay,
+    the learning rate, the batches and the weights are the same, so the branch equals the run trained from the start bit
+    for bit. The record has the trunk and the step under `branch`. A folder that already holds the run is not changed.
     """
     own = claim(config, folder)
     if own is not None and own.status != "planned":
@@ -109,7 +116,7 @@ def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
     )
     if other := [c for c in changes(to_dict(whole), to_dict(config)) if not c.startswith(free)]:
         raise UserError(f"a branch of {trunk} can have another budget only, not {'; '.join(other)}.")
-    # Of the rule for a size and budget a run takes the learning rates alone.
+    # A run takes only its learning rates from the rule for a size and budget.
     if whole.warmup_steps != config.warmup_steps or records.learning_rates(whole) != records.learning_rates(config):
         raise UserError(
             f"warm-up or learning rates of {trunk} depend on its budget, so nothing can branch from it; "
@@ -125,9 +132,9 @@ def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
     planned = replace(records.plan(config, record.model["vocab_size"]), data=record.data)
     with records.lock(folder):
         own = claim(config, folder)
-        if own is not None and own.status != "planned":  # branched by another process meanwhile
+        if own is not None and own.status != "planned":  # another process has branched it meanwhile
             return
-        records.write(folder, planned)  # killed from here on, the same command branches again
+        records.write(folder, planned)  # if killed from here on, the same command branches again
         records.truncate_steps(folder, 0)
         for row in records.steps(trunk)[: meta["step"]]:
             records.append(folder, row)
@@ -149,7 +156,7 @@ def _changes(config: RunConfig, folder: Path, record: RunRecord) -> list[str]:
 
 
 def _require_room(config: RunConfig, shards: Shards, folder: Path) -> None:
-    """Raise UserError unless the disk has room for the checkpoints and the model: weights and two moments in fp32."""
+    """Raise UserError unless the disk has space for the checkpoints and the model: weights and two moments in fp32."""
     values = presets.settings(config.arm, config.size, shards.manifest.vocab_size, **config.model)
     weights = 4 * presets.count_parameters(values)["total"]
     needed = weights + 3 * weights * (config.train.keep + 1 + len(config.milestones))

@@ -1,7 +1,7 @@
-"""Initial weights of a model that no process holds whole.
+"""Initialisation of a sharded model without holding the whole model in one process.
 
-The model is built with its weights on the meta device and sharded; then each process makes one module's weights after
-another, by the rule and the seed of an ordinary build (`qies.model.initialization`), and keeps its own part.
+The model is built on the meta device and sharded. Then each process draws the weights of one module at a time, as in an
+ordinary build (`qies.model.initialization`), and keeps its shard.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from qies.model.initialization import has_rule, init_module
 
 @contextmanager
 def weights_on_meta() -> Iterator[None]:
-    """Within this context modules are built with parameters on the meta device; buffers stay where they are."""
+    """Context manager in which modules are built with parameters on the meta device; buffers are not affected."""
 
     def discard(module: nn.Module, name: str, p: nn.Parameter) -> nn.Parameter:
-        return p if p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad)  # tied weights stay one
+        return p if p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad)  # keeps tied weights tied
 
     hook = register_module_parameter_registration_hook(discard)  # type: ignore[arg-type]
     try:
@@ -34,16 +34,16 @@ def weights_on_meta() -> Iterator[None]:
 
 
 def whole_weights(model: QiesForCausalLM, name: str) -> dict[str, Tensor]:
-    """The initial weights, on the CPU, of the parameters on the meta device that the module `name` owns itself.
+    """The initial weights, on the CPU, of the module `name`'s own parameters that are on the meta device.
 
-    Raises UserError for a module whose weights only its constructor knows.
+    Raises UserError for a module without `reset_parameters`.
     """
     module = model.get_submodule(name)
     blank = {leaf: p for leaf, p in module.named_parameters(recurse=False) if p.is_meta}
     if blank and not has_rule(module):
         raise UserError(
             f"{type(module).__name__} owns parameters ({', '.join(blank)}) but has no reset_parameters(), so its "
-            "weights cannot be made in parts: define it, or train on one process."
+            "weights cannot be initialised in shards: define it, or train on one process."
         )
     try:
         module._parameters.update({k: nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for k, p in blank.items()})
@@ -54,7 +54,7 @@ def whole_weights(model: QiesForCausalLM, name: str) -> dict[str, Tensor]:
 
 
 def fill(model: QiesForCausalLM) -> None:
-    """Give a model that FSDP2 has sharded its part of every weight. Nothing is sent: all processes draw alike."""
+    """Initialise the shards of a model that FSDP2 has sharded. All processes draw alike, without communication."""
     made: dict[Tensor, nn.Parameter] = {}
     for name, module in model.named_modules():
         blank = {leaf: p for leaf, p in module.named_parameters(recurse=False) if p.is_meta and p not in made}

@@ -1,7 +1,8 @@
-"""Metrics in TensorBoard and trackio: copies of metrics.jsonl, which stays the record.
+"""Log metrics to TensorBoard and trackio. metrics.jsonl remains the record.
 
-A tracker is no part of a run's configuration: it changes no result. When a run resumes, or is tracked for the first
-time, what is missing comes from metrics.jsonl and what will be done again is dropped: every step is there once.
+Trackers are not part of a run's configuration, since they do not affect its results. When a run resumes, or is tracked
+for the first time, missing steps are copied from metrics.jsonl and steps that will be repeated are deleted, so every
+step is logged exactly once.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any, Protocol
 from qies import records
 from qies.errors import UserError, require, unknown
 
-SERIES = ("loss", "grad_norm", "lr_factor", "tokens", "seconds")  # of a row; what is missing or None is left out
-RESULTS = ("val_loss", "val_loss_clean", "val_bpb", "train_loss")  # of a finished run, after its last step
+SERIES = ("loss", "grad_norm", "lr_factor", "tokens", "seconds")  # logged of each row, unless missing or None
+RESULTS = ("val_loss", "val_loss_clean", "val_bpb", "train_loss")  # logged after the last step
 
 
 class Tracker(Protocol):
-    """Where scalars of one run go. Opened at the step the run goes on from, it drops what it holds from `start` on and
-    wants the rows from there."""
+    """A destination for the scalars of one run, opened at the step at which the run resumes.
+
+    It deletes what it holds from `start` on, and the rows from there are written to it again.
+    """
 
     start: int
 
@@ -32,33 +35,33 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` of the run's folder; `tensorboard --logdir` on `runs/` shows a whole ladder."""
+    """Event files in `tensorboard/` of the run directory; `tensorboard --logdir` on `runs/` shows a whole ladder."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         own = folder / "tensorboard"
         self.start = step if any(own.glob("events.*")) else 0
-        self.writer = SummaryWriter(str(own), purge_step=self.start)  # readers forget what they saw from there on
+        self.writer = SummaryWriter(str(own), purge_step=self.start)  # readers discard events from there on
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # a checkpoint may follow, and a run that resumes from it does not do this step again
+        self.writer.flush()  # a run that resumes from the next checkpoint does not repeat this step
 
     def close(self) -> None:
         self.writer.close()
 
 
 class Trackio:
-    """trackio's local store (TRACKIO_DIR says where): project "qies", the run by its arm, size, seed and hash.
+    """trackio's local store (in TRACKIO_DIR): project "qies", the run named by its arm, size, seed and hash.
 
-    Nothing is sent anywhere, and the machine's own load is not logged. trackio cannot drop single steps, so the run is
-    dropped and filled again.
+    Nothing is sent over the network, and system metrics are not logged. trackio cannot delete single steps, so the run
+    is deleted and written again.
     """
 
     PROJECT = "qies"
-    REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # what would make trackio send
+    REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # with these, trackio uploads
 
     start = 0
 
@@ -69,8 +72,8 @@ class Trackio:
         record = records.read(folder)
         assert record is not None
         self.name = f"{record.arm}-{record.size}-seed{record.seed}-{record.config_hash[:8]}"
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-            with contextlib.suppress(ValueError):  # that there is no project yet
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is reserved for results
+            with contextlib.suppress(ValueError):  # no project yet
                 for run in [run for run in trackio.Api().runs(self.PROJECT) if run.name == self.name]:
                     run.delete()
             self.run = trackio.init(
@@ -90,7 +93,7 @@ TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {"tensorboard": TensorBoar
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """The names in `tensorboard,trackio`. Raises UserError for an unknown one, or one whose package is missing."""
+    """Parse names such as `tensorboard,trackio`. Raises UserError for an unknown name or a missing package."""
     names = tuple(word.strip() for word in text.split(",") if word.strip())
     for name in names:
         if name not in TRACKERS:
@@ -103,7 +106,7 @@ def parse(text: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def tracking(names: Sequence[str], folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields a function that takes each row of the run in `folder` once it is in metrics.jsonl; the results follow."""
+    """Context manager that yields a function to call with each row of metrics. Logs the results at the end."""
     opened: list[Tracker] = []
 
     def fill(step: int) -> None:
@@ -126,7 +129,7 @@ def tracking(names: Sequence[str], folder: Path) -> Iterator[Callable[[dict[str,
         yield see
         after = records.read(folder)
         if names and after and after.status == "done" and (before is None or before.status != "done"):
-            if not opened:  # every step was done before, and only the end was missing
+            if not opened:  # the run resumed after its last step
                 fill(after.steps)
             for tracker in opened:
                 tracker.write(after.steps, {k: after.metrics[k] for k in RESULTS if k in after.metrics})

@@ -29,14 +29,20 @@ def held_out_loss(
     precision: Callable[[], AbstractContextManager],
     group: Group | None = None,
 ) -> dict[str, Any]:
-    """Cross-entropy over the validation text, every token predicted once (but the first), in windows of `seq_len`.
+    """Cross-entropy over the validation text in windows of `seq_len`; every token but the first is predicted once.
 
-    Returns val_loss (nats per token), val_bpb (bits per byte of the same text, whatever the tokenizer), val_tokens and
-    val_bytes, and, where the text has several sources, `val_by_source` with the same of each. A token counts for the
-    source of its document, `<|endoftext|>` for that of the document it begins. `val_loss_clean`, `val_bpb_clean` and
-    `val_tokens_clean` are the same over the clean documents (`Shards.val_clean`); they are absent if there are none or
-    if the overlap was not measured. `max_tokens=0` takes all of the text.
-    The processes of `group` share each batch; every one of them returns the sums over all.
+    The processes of `group` share each batch, and all return the result over the whole text.
+
+    Args:
+        max_tokens: Evaluate this number of tokens only; 0 for all.
+        precision: The context of forward passes.
+
+    Returns:
+        val_loss (nats per token), val_bpb (bits per byte, comparable between tokenizers), val_tokens and val_bytes.
+        `val_by_source` has the same for each source if there are several; a token counts for the source of its
+        document, `<|endoftext|>` for that of the document it begins. `val_loss_clean`, `val_bpb_clean` and
+        `val_tokens_clean` cover the clean documents (`Shards.val_clean`); they are absent if there are none or if the
+        overlap was not measured.
     """
     group = group or Group()
     lengths = token_byte_lengths(shards.tokenizer())
@@ -48,7 +54,7 @@ def held_out_loss(
     source_of_run = np.array([names.index(name) for name in runs] or [0])
 
     def part_of(where: np.ndarray) -> np.ndarray:
-        """Index of the sums to which the tokens at these positions count: 2 * source + (1 if clean else 0)."""
+        """The part of each token at these positions: 2 * source + (1 if clean else 0)."""
         source = source_of_run[np.maximum(np.searchsorted(starts, where, "right") - 1, 0)]
         return 2 * source + clean[np.searchsorted(documents, where, "right") - 1]
 
@@ -57,7 +63,7 @@ def held_out_loss(
     position = 1  # of the next target in the text
     training = model.training
     model.eval()
-    size[part_of(np.array(0))] += lengths[int(shards.tokens("val")[:1][0])]  # no target, but it may take a byte back
+    size[part_of(np.array(0))] += lengths[int(shards.tokens("val")[:1][0])]  # not a target, but its bytes count
     for batch in val_batches(shards, seq_len, batch_size, max_tokens=max_tokens or None):
         goals = batch[:, 1:]
         where = np.arange(position, position + goals.size).reshape(goals.shape)
@@ -98,7 +104,7 @@ def _nats(
 ) -> np.ndarray:
     """This process's share of a batch's cross-entropy, in nats, float64 `[parts]`; `part` is `[B, T]`."""
     own = slice(group.rank, None, group.size)
-    idle = len(batch) <= group.rank  # a process without a row joins in the collectives, and counts nothing
+    idle = len(batch) <= group.rank  # a process without a row takes part in the collectives only
     ids = torch.from_numpy(batch[:1] if idle else batch[own]).to(group.device)
     inputs, goal = ids[:, :-1], torch.full_like(ids[:, 1:], -100) if idle else ids[:, 1:]
     mine = part[:1] if idle else part[own]
@@ -114,7 +120,7 @@ def _nats(
                 reduction="none",
             )
             return np.bincount(mine.ravel(), losses.double().cpu().numpy(), minlength=parts)
-        for number in np.unique(part):  # sharded weights are whole only inside of the model's own forward
+        for number in np.unique(part):  # sharded weights are gathered in the model's forward only
             in_part = torch.from_numpy(mine == number).to(group.device)
             only = torch.where(in_part, goal, -100)
             out = model(inputs, shift_labels=only, num_items_in_batch=1, logits_to_keep=1, use_cache=False)
