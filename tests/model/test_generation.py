@@ -150,7 +150,7 @@ def test_decodings_that_need_a_rollback_are_refused_in_one_line(arm, how, ids):
 
 @pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
 def test_caches_of_another_kind_are_refused(kind, ids):
-    with pytest.raises(ValueError, match="does not fit an entangled state; leave it out"):
+    with pytest.raises(ValueError, match="does not support states; omit it"):
         stirred("qies").generate(ids, cache_implementation=kind, max_new_tokens=2, **GREEDY)
 
 

@@ -187,9 +187,9 @@ def test_what_does_not_go_together_is_refused_in_one_line(name):
     model, (row,) = moved(name), texts()
     ids, seq_idx = torch.cat(row)[None], numbers(row)[None]
     cases = [
-        ({"seq_idx": seq_idx, "use_cache": True}, ValueError, "without a cache"),
-        ({"seq_idx": seq_idx, "past_key_values": QiesCache(model.config)}, ValueError, "without a cache"),
-        ({"position_ids": positions(row)[None], "use_cache": True}, ValueError, "without a cache"),
+        ({"seq_idx": seq_idx, "use_cache": True}, ValueError, "combined with a cache"),
+        ({"seq_idx": seq_idx, "past_key_values": QiesCache(model.config)}, ValueError, "combined with a cache"),
+        ({"position_ids": positions(row)[None], "use_cache": True}, ValueError, "combined with a cache"),
         ({"seq_idx": seq_idx[:, 1:]}, ValueError, r"seq_idx is \[1, 40\] but must be \[1, 41\]"),
         ({"cu_seq_lens_q": torch.tensor([0, 9, 40])}, ValueError, "number of tokens, 41"),
         ({"cu_seq_lens_q": torch.tensor([0, 9, 41]), "cu_seq_lens_k": torch.tensor([0, 8, 41])}, ValueError, "differ"),

@@ -19,12 +19,12 @@ from qies.ops.pairs import rotate
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out, for `attn_implementation="eager"`; also returns the weights [B,H,T,S]."""
+    """Attention for `attn_implementation="eager"`; also returns the weights [B,H,T,S]."""
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    if attention_mask is not None:  # a pad that may see no token would see them all, the later ones too
+    if attention_mask is not None:  # softmax would let a fully masked row attend to all tokens, future ones too
         weights = weights * (attention_mask > torch.finfo(attention_mask.dtype).min).any(-1, keepdim=True)
     return (weights @ value).transpose(1, 2), weights
 
@@ -32,8 +32,8 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, fraction: float = 1.0) -> Tensor:
     """Angles [B,T,1,K/2] in fp32 radians (Su et al., arXiv:2104.09864).
 
-    Of the K/2 channel pairs the first `fraction` rotate, with frequencies spaced from 1 down to 1/theta as in a head
-    of that many pairs; the others have angle 0 (partial rotation: Black et al., GPT-NeoX-20B, arXiv:2204.06745).
+    The first `fraction` of the K/2 channel pairs rotate, with frequencies from 1 to 1/theta as in a head of that many
+    pairs; the others have angle 0 (partial rotation: Black et al., GPT-NeoX-20B, arXiv:2204.06745).
     """
     rotating = round(fraction * head_dim / 2)
     half = torch.arange(rotating, device=position_ids.device, dtype=torch.float32) / max(rotating, 1)
@@ -42,9 +42,8 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, fraction: f
 
 
 def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, causal_mask: Tensor | None, blocks: Tensor | None, **kwargs):
-    """Attention by the implementation the configuration names: q [B,H,T,K], k, v [B,H,S,K] -> o [B,T,H,K] and the
-    weights [B,H,T,S] where it gives them. `causal_mask` None means plain causal order, inside equal `blocks` [B,T]
-    where they are given."""
+    """Attention by the configured implementation: q [B,H,T,K], k, v [B,H,S,K] -> o [B,T,H,K] and the weights [B,H,T,S]
+    or None. `causal_mask` None means causal attention, within equal `blocks` [B,T] if given."""
     name = module.config._attn_implementation
     if name == "sdpa" and causal_mask is None and q.shape[2] == k.shape[2]:
         return causal_attention(q, k, v, blocks).transpose(1, 2), None
@@ -64,7 +63,7 @@ class Attention(nn.Module):
         inner = config.num_attention_heads * config.head_dim
         taps, self.conv_on = config.attention_conv_size, config.attention_conv
         self.conv = ShortConv(conv_width(vars(config)), taps) if taps else None
-        # Some layers without positions among others with them: Yang et al., arXiv:2501.18795.
+        # Layers without positions interleaved with layers with positions: Yang et al., arXiv:2501.18795.
         before = (config.layer_types or [])[:layer_idx]
         number = before.count("full_attention") + 1  # of this layer among those of attention
         self.rotates = not config.nope_interval or number % config.nope_interval != 0
@@ -79,9 +78,11 @@ class Attention(nn.Module):
         init.ones_(self.q_scale)
 
     def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, blocks=None, texts=None, **kwargs):
-        """x [B,T,D] -> [B,T,D] and the weights or None. `causal_mask` is None when plain causal order holds;
-        mask [B,T] bool, False at pads; texts [B,T], the number of each token's text in a packed row, and blocks the
-        same with 0 at pads: tokens attend within their block."""
+        """x [B,T,D] -> [B,T,D] and the attention weights or None.
+
+        causal_mask: None for causal attention. mask: [B,T] bool, False at pads. texts: [B,T], the index of each token's
+        text in a packed row. blocks: the same with 0 at pads; tokens attend within their block.
+        """
         batch, length, _ = x.shape
         memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         if self.conv is not None and self.conv_on == "input":

@@ -1,4 +1,4 @@
-"""The cache of a hybrid stack: states of constant size for recurrent layers, keys and values for attention."""
+"""The cache of a hybrid stack: states of constant size for recurrent layers, keys and values for attention layers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from qies.mixers import mixer, resolve
 
 
 class StateLayer(LinearAttentionLayer):
-    """One recurrent layer's memory: its states fp32, each [B,...] (for an entanglement layer [B,H,2m,V] for each group
-    of heads), and the convolution's last inputs [B,k-1,D]."""
+    """The cache of a recurrent layer: its states in fp32, each [B,...] (in an entanglement layer [B,H,2m,V] for each
+    group of heads), and the last inputs [B,k-1,D] of the convolution."""
 
     is_compileable = is_croppable = False
 
@@ -27,18 +27,18 @@ class StateLayer(LinearAttentionLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
-            raise ValueError("A recurrent state cannot forget its last tokens, so this cache cannot be cropped.")
+            raise ValueError("A recurrent state cannot be rolled back, so this cache cannot be cropped.")
 
 
 class AttentionStateLayer(LinearAttentionAndFullAttentionLayer):
-    """Keys and values of an attention layer, and the last inputs of its short convolution if it has one."""
+    """The cache of an attention layer: keys, values, and the last inputs of its short convolution if it has one."""
 
     @property
     def is_croppable(self) -> bool:
         return not any(self.is_conv_states_initialized.values())
 
     def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.has_previous_state[0] = True  # without a convolution nothing else would mark it
+        self.has_previous_state[0] = True  # set here, since the layer may have no convolution
         return super().update(*args, **kwargs)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -59,15 +59,13 @@ class QiesCache(DynamicCache):
     """A `DynamicCache` with the cache layers that the mixers of `config.layer_types` declare.
 
     Gradients flow through it to earlier forward passes; `detach_()` stops them (truncated backpropagation through
-    time).
-
-    `get_seq_length()` also works for stacks without attention, where nothing else counts the tokens.
+    time). `get_seq_length()` also works for stacks without attention layers.
     """
 
     def __init__(self, config) -> None:
         specs = [mixer(kind) for kind in config.layer_types]
         layers = [resolve(s.cache)(number_of_states=max(1, len(s.states(vars(config))))) for s in specs]
-        Cache.__init__(self, layers=layers)  # DynamicCache would make layers by the names that transformers knows
+        Cache.__init__(self, layers=layers)  # DynamicCache would create layers from the layer types of transformers
         self.layers: list[Any]
         self.entangled = [spec.entangled for spec in specs]
         self.seen_tokens = 0
@@ -83,7 +81,7 @@ class QiesCache(DynamicCache):
         self.seen_tokens = 0
 
     def detach_(self) -> QiesCache:
-        """Detach all tensors in place, so that gradients of later tokens do not reach earlier ones."""
+        """Detach all tensors in place, so that gradients do not flow to earlier tokens."""
         for layer in self.layers:
             _each_state(layer, torch.Tensor.detach)
             if getattr(layer, "keys", None) is not None:
@@ -91,12 +89,12 @@ class QiesCache(DynamicCache):
         return self
 
     def crop(self, tokens_to_remove: int) -> None:
-        for layer in sorted(self.layers, key=lambda layer: layer.is_croppable):  # a refusal comes before any change
+        for layer in sorted(self.layers, key=lambda layer: layer.is_croppable):  # raises before any layer is changed
             layer.crop(tokens_to_remove)
         self.seen_tokens -= abs(tokens_to_remove)
 
     def state_bytes(self, *, entangled_only: bool = False) -> int:
-        """Bytes held now, or those of entanglement layers. States do not grow with the context; keys and values do."""
+        """Current bytes of all layers, or of entanglement layers. Only keys and values grow with the context."""
         total = 0
         for layer, entangled in zip(self.layers, self.entangled, strict=True):
             if entangled_only and not entangled:
@@ -108,7 +106,7 @@ class QiesCache(DynamicCache):
 
 
 def read_states(layer, groups: int) -> list[Tensor | None]:
-    """The `groups` states of a layer (an entanglement layer has one per head group), None before the first token."""
+    """The states of a layer (an entanglement layer has one per head group); None each before the first token."""
     if layer is None or not layer.has_previous_state[0]:
         return [None] * groups
     return list(layer.recurrent_states.values())
@@ -120,7 +118,7 @@ def read_conv(layer) -> Tensor | None:
 
 
 def write_states(layer, states: Iterable[Tensor]) -> None:
-    """Store the states of a layer, in the order in which `read_states` returns them."""
+    """Store the states of a layer, in the order of `read_states`."""
     for i, state in enumerate(states):
         layer.recurrent_states[i] = state
         layer.is_recurrent_states_initialized[i] = True

@@ -1,4 +1,7 @@
-"""The model: one backbone with a mixer slot, in the classes of transformers 5. Legend: B T D V L."""
+"""The model: one backbone with a mixer per layer, in the classes of transformers 5.
+
+Legend: B batch, T position, D model width, V vocabulary, L layers, H heads, S keys.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ from qies.objective import language_modelling, language_modelling_of_logits
 from qies.ops.entangle.layout import first_tokens, readable
 from qies.ops.norm import rms_norm
 
-# Saved beside the weights: for an unknown model type transformers advises an upgrade, which does not help.
+# Saved with the weights: for an unknown model type transformers suggests an upgrade, which does not help.
 CARD = """---
 library_name: transformers
 tags: [qies]
@@ -54,8 +57,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 
 
 def build_mixer(config: QiesConfig, layer_idx: int) -> nn.Module:
-    """The mixer of a layer. Raises UserError where its parameters are not those that it declares, since counts, FLOPs,
-    memory and optimizers follow the declaration."""
+    """Build the mixer of a layer. Raises UserError if its parameters differ from its declaration, from which counts,
+    FLOPs, memory and optimizers are derived."""
     spec = mixer((config.layer_types or [])[layer_idx])
     module = resolve(spec.module)(config, layer_idx)
     made = {name: tuple(p.shape) for name, p in module.named_parameters()}
@@ -99,7 +102,7 @@ class QiesBlock(GradientCheckpointingLayer):
         return x + self.mlp(self._norm(x)), weights
 
     def _norm(self, x: Tensor) -> Tensor:
-        """RMSNorm, under autocast in its dtype, so that the projections do not each cast x."""
+        """RMSNorm. Under autocast the result has its dtype, so that x is cast once and not in every projection."""
         device = x.device.type
         y = rms_norm(x, self.eps)
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
@@ -113,14 +116,14 @@ class QiesPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
-    _is_stateful = True  # an entangled state cannot be rolled back, so no assisted decoding
+    _is_stateful = True  # no assisted decoding, since an entangled state cannot be rolled back
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": [QiesBlock, Gpt2Block],
         "attentions": [Attention, Gpt2Attention],
     }
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
-        """Save weights and configuration as transformers does, and a README.md on how to load them if there is none."""
+        """Save weights, configuration and, unless it exists, a README.md that explains how to load them."""
         folder = Path(save_directory)
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -130,20 +133,20 @@ class QiesPreTrainedModel(PreTrainedModel):
 
     @property
     def init_seed(self) -> int:
-        """The seed that every initial weight derives from, drawn from torch's default generator by the constructor."""
+        """The seed of all initial weights, which the constructor draws from torch's default generator."""
         return self.base_model._init_seed
 
     def name_in_base(self, name: str) -> str:
-        """A module's name in the model without a head, whose weights are the same with and without one."""
+        """A module's name in the base model: the initial weights are the same with and without a head."""
         return name.removeprefix(f"{self.base_model_prefix}.")
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise a module that transformers made to replace or extend one, from torch's default generator."""
+        """Initialise a module that transformers replaced or resized, from torch's default generator."""
         init_module(module)
 
     @init.guard_torch_init_functions()
     def initialize_weights(self) -> None:
-        """Initialise what has not been, each parameter from (`init_seed`, its name)."""
+        """Initialise the remaining modules, each parameter from (`init_seed`, its name)."""
         for name, module in self.named_modules():
             if not getattr(module, "_is_hf_initialized", False):
                 init_module(module, self.init_seed, self.name_in_base(name))
@@ -153,14 +156,14 @@ class QiesPreTrainedModel(PreTrainedModel):
 class QiesModel(QiesPreTrainedModel):
     """Embedding, L blocks, final norm: token ids [B,T] -> hidden states [B,T,D].
 
-    With `output_hidden_states` the L + 1 of them [B,T,D]; with `output_attentions` the weights [B,H,T,S] of the
-    attention layers, which only `attn_implementation="eager"` gives.
+    `output_hidden_states` returns L + 1 hidden states [B,T,D]; `output_attentions` the weights [B,H,T,S] of the
+    attention layers, which only `attn_implementation="eager"` computes.
 
     Several texts may be packed into one row. They are marked by any of: position_ids [B,T] that restart; seq_idx [B,T],
     their indices; cu_seq_lens_q (and the equal cu_seq_lens_k) [N+1], their cumulative lengths over the B * T tokens; a
-    block-causal attention_mask [B,1,T,T]. Each text is computed as if it were alone: states, phases, convolutions and
-    positions are reset. Packing cannot be combined with a cache. Any other attention_mask [B,1,T,T] is accepted only
-    where every layer is attention without a convolution. max_length_q and max_length_k are derived and ignored.
+    block-causal attention_mask [B,1,T,T]. Each text is computed separately: states, phases, convolutions and positions
+    are reset. Packing cannot be combined with a cache. Any other attention_mask [B,1,T,T] is accepted only if every
+    layer is attention without a convolution. max_length_q and max_length_k are ignored.
     """
 
     def __init__(self, config: QiesConfig) -> None:
@@ -179,7 +182,7 @@ class QiesModel(QiesPreTrainedModel):
         self.gradient_checkpointing = False
         specs = mixers(config.layer_types or [])
         self.attends = any(spec.attends for spec in specs)
-        self.remembers = any(spec.remembers(vars(config)) for spec in specs)  # beyond an attention mask's reach
+        self.remembers = any(spec.remembers(vars(config)) for spec in specs)  # which attention masks do not control
         self._keep_in_fp32_modules_strict = {
             name.rsplit(".", 1)[-1] for name, weight in model_weights(vars(config)).items() if weight.fp32
         }
@@ -216,7 +219,7 @@ class QiesModel(QiesPreTrainedModel):
         )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and rows.texts is None
-        if self.gradient_checkpointing and self.training:  # a layer that runs again would write its state again
+        if self.gradient_checkpointing and self.training:  # recomputation would update the states twice
             if past_key_values is not None:
                 raise ValueError(
                     "Gradient checkpointing cannot continue from past_key_values: omit them, or call eval()."
@@ -271,11 +274,11 @@ class QiesModel(QiesPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
     def _packed_mask(self, embeds: Tensor, blocks: Tensor, rows: Rows) -> tuple[Tensor | None, dict[str, Tensor | int]]:
-        """The mask of packed rows and further arguments of the attention implementation; tokens attend to each other
-        where `blocks` [B,T] are equal."""
+        """The mask of packed rows and further arguments of the attention implementation. Tokens attend within equal
+        `blocks` [B,T]."""
         name = self.config._attn_implementation
         if name == "sdpa":
-            return None, {}  # `attend` takes the blocks themselves
+            return None, {}  # `attend` uses the blocks
         if is_flash_attention_requested(self.config):
             if rows.real is not None:
                 raise ValueError(f"Packed texts with pads are not supported by {name}; use attn_implementation='sdpa'.")
@@ -303,10 +306,10 @@ class QiesModel(QiesPreTrainedModel):
 
 
 class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
-    """A QIES language model. With `labels` the loss is the whole objective, in nats per token."""
+    """A QIES language model. With `labels` it returns the training loss in nats per token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (the name is transformers')
-    _supported_generation_modes = [  # noqa: RUF012 (all others roll back or copy a cache)
+    _supported_generation_modes = [  # noqa: RUF012 (other modes roll back or copy the cache)
         GenerationMode.GREEDY_SEARCH,
         GenerationMode.SAMPLE,
         GenerationMode.BEAM_SEARCH,
@@ -340,13 +343,16 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         """Next-token logits [B,T,V], soft-capped, and the loss.
 
         labels [B,T] are the unshifted inputs and are shifted here; `shift_labels` [B,T] (a keyword) are already
-        shifted. Only labels of -100 are ignored, regardless of attention_mask: with padding on the left mark the first
-        token of a text too, or it is predicted from the pad before it. In packed rows (see QiesModel) the first token
-        of a text is never predicted from the text before it: collators mark it -100, which Trainer's count relies on.
-        The loss is the mean over the remaining labels, or their sum divided by `num_items_in_batch` where the trainer
-        accumulates gradients. In training with labels `logits` is None: the loss is computed from the hidden states.
+        shifted. Only labels of -100 are ignored, regardless of attention_mask: with padding on the left, set the label
+        of the first token to -100 too, or it is predicted from the pad before it. In packed rows (see QiesModel) the
+        first token of a text is never predicted from the previous text; collators set its label to -100, and Trainer's
+        token count relies on that. The loss is the mean over the remaining labels, or their sum divided by
+        `num_items_in_batch` (gradient accumulation). In training with labels `logits` is None, since the loss is
+        computed from the hidden states.
         """
-        shift_labels = kwargs.pop("shift_labels", None)  # not in the signature: Trainer would expect it in every batch
+        shift_labels = kwargs.pop(
+            "shift_labels", None
+        )  # not in the signature, or Trainer would expect it in every batch
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -392,7 +398,7 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
 
     @contextmanager
     def read_state(self, on: bool = True) -> Iterator[None]:
-        """Context manager that switches the read-outs of all entanglement layers on or off; states still evolve."""
+        """Context manager that switches the read-outs of all entanglement layers on or off; states are updated."""
         layers = [m for m in self.modules() if isinstance(m, Entanglement)]
         before = [layer.reads for layer in layers]
         for layer in layers:
@@ -415,8 +421,7 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         if not given and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(
-                    f"cache_implementation='{generation_config.cache_implementation}' does not fit an entangled state; "
-                    "leave it out."
+                    f"cache_implementation='{generation_config.cache_implementation}' does not support states; omit it."
                 )
             model_kwargs["past_key_values"] = QiesCache(self.config)
             return
@@ -435,12 +440,12 @@ def _ends(cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None) -> Tensor 
     if cu_seq_lens_q is None or cu_seq_lens_k is None:
         return cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
     if readable(cu_seq_lens_q, cu_seq_lens_k) and not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
-        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ; a text attends to itself alone, so give equal ones.")
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ, but a text attends only to itself; give equal ones.")
     return cu_seq_lens_q
 
 
 def _positions(attention_mask: Tensor | None, seen: int, length: int, device) -> Tensor:
-    """Position of each present token among the real ones, [B,T]."""
+    """The position of each current token among the real tokens, [B,T]."""
     if attention_mask is None or attention_mask.ndim != 2:
         return torch.arange(seen, seen + length, device=device)[None]
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]

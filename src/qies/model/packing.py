@@ -1,4 +1,4 @@
-"""Packed rows, several texts one after the other: where each begins, from any of the forms that collators give.
+"""Packed rows: find the texts of a row from any of the arguments with which collators mark them.
 
 Legend: B batch, T position.
 """
@@ -15,11 +15,11 @@ from qies.ops.entangle.layout import first_tokens, readable
 
 
 class Rows(NamedTuple):
-    """What a batch of rows holds."""
+    """The pads and texts of a batch of rows."""
 
-    real: Tensor | None  # [B,T] bool, False at pads; None when nothing is padded
-    texts: Tensor | None  # [B,T] int64, growing from text to text, at pads as before them; None: a row is one text
-    mask: Tensor | None  # [B,1,T,S], an attention mask that says something else
+    real: Tensor | None  # [B,T] bool, False at pads; None without pads
+    texts: Tensor | None  # [B,T] int64, increasing from text to text, pads as the token before; None: one text per row
+    mask: Tensor | None  # [B,1,T,S], an attention mask that is not block-causal
 
 
 def read_rows(
@@ -30,20 +30,21 @@ def read_rows(
     cu_seq_lens: Tensor | None = None,
     cached: bool = False,
 ) -> Rows:
-    """The pads and texts of B rows of T tokens, `shape` [B,T].
+    """The pads and texts of B rows of T tokens.
 
-    A text begins where any of these says so, from one real token to the next:
+    A text begins at a real token where any of the arguments marks a boundary.
 
-    attention_mask: [B,S], 1 at real tokens and 0 at pads, for these T tokens and those before; or [B,1,T,T], True (or
-        an additive 0) where a token attends to another: causal, inside blocks for the texts.
-    position_ids: [B,T] or [1,T]; do not go on by one (the rule of transformers).
-    seq_idx: [B,T] or [1,T]; changes.
-    cu_seq_lens: [N+1], the ends of N texts in the B * T tokens, from 0 on.
-    cached: whether a cache holds tokens before these. Then a row is one text.
+    Args:
+        shape: [B,T].
+        attention_mask: [B,S], 1 at real tokens and 0 at pads, for these T tokens and those in the cache; or [B,1,T,T],
+            True (or an additive 0) where a token attends to another, causal within one block per text.
+        position_ids: [B,T] or [1,T]. A boundary is where they do not increase by one (as in transformers).
+        seq_idx: [B,T] or [1,T]. A boundary is where it changes.
+        cu_seq_lens: [N+1], the cumulative lengths of N texts in the B * T tokens, from 0.
+        cached: Whether a cache holds earlier tokens. Each row is then one text.
 
-    Raises ValueError for shapes or values that do not fit, and for packed texts beside a cache. Where the numbers
-    cannot be read, as in an export, whatever is given is taken to mark pads or texts, but beside a cache position_ids
-    are not.
+    Raises ValueError for invalid shapes or values, and for packed texts combined with a cache. If values cannot be
+    read, as in an export, every given argument is assumed to mark pads or texts, except position_ids with a cache.
     """
     real = mask = None
     marks = []
@@ -70,31 +71,33 @@ def read_rows(
     if readable(first) and not first.any():
         return Rows(real, None, mask)
     if cached:
-        raise ValueError("Packed texts (seq_idx, cu_seq_lens, position_ids that start again) go without a cache.")
+        raise ValueError(
+            "Packed texts (seq_idx, cu_seq_lens, position_ids that restart) cannot be combined with a cache."
+        )
     return Rows(real, first.long().cumsum(1), mask)
 
 
 def positions_of(texts: Tensor, real: Tensor | None) -> Tensor:
-    """Each real token's position among those of its text, [B,T] int64 from 0."""
+    """The position of each real token within its text, [B,T] int64 from 0."""
     count = (torch.ones_like(texts) if real is None else real.long()).cumsum(1) - 1
     return (count - (count * first_tokens(texts)).cummax(1).values).clamp(min=0)
 
 
 def ends_of(texts: Tensor) -> Tensor:
-    """[N+1] int32: the ends of all rows' texts in the B * T tokens, from 0 on, as attention kernels take them."""
+    """The cumulative lengths of all texts in the B * T tokens, [N+1] int32 from 0, as attention kernels expect them."""
     first = first_tokens(texts)
     first[:, 0] = True
     return F.pad(first.flatten().nonzero().squeeze(1), (0, 1), value=texts.numel()).int()
 
 
 def _real(mask: Tensor, length: int) -> Tensor | None:
-    """The present tokens' [B,T] bool mask, or None when nothing is padded."""
+    """The bool mask [B,T] of the current tokens, or None without pads."""
     real = mask[:, -length:]
     if readable(mask) and mask.numel():
         low, high = real.aminmax()
         if low < 0 or high > 1:
             raise ValueError(
-                f"attention_mask [B, T] holds values from {low} to {high} but only 0 (pad) and 1 mean something; "
+                f"attention_mask [B, T] has values from {low} to {high}, but must be 0 (pad) or 1; "
                 "number packed texts in seq_idx."
             )
         if low == 1:
@@ -103,10 +106,10 @@ def _real(mask: Tensor, length: int) -> Tensor | None:
 
 
 def of_block_mask(mask: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
-    """(real, seq_idx), both [B,T], of a mask [B,1,T,T] that is causal inside blocks, one for each text; else None.
+    """(real, seq_idx), both [B,T], of a block-causal mask [B,1,T,T] with one block per text; None for another mask.
 
-    The mask is True, or an additive 0, where a query (axis 2) may attend to a key (axis 3). A token that may not
-    attend to itself is a pad.
+    The mask is True, or an additive 0, where a query (axis 2) attends to a key (axis 3). A token that does not attend
+    to itself is a pad.
     """
     batch, length = shape
     if mask.shape[1:] != (1, length, length) or len(mask) not in (1, batch):
@@ -127,7 +130,7 @@ def _rows(name: str, x: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _numbered(ends: Tensor, shape: torch.Size) -> Tensor:
-    """The number of each token's text, [B,T], from the texts' ends."""
+    """The index of each token's text, [B,T], from the cumulative lengths."""
     ends = ends.long()
     if readable(ends) and (ends.ndim != 1 or ends[0] != 0 or ends[-1] != shape.numel() or (ends.diff() < 0).any()):
         raise ValueError(f"cu_seq_lens must grow from 0 to the number of tokens, {shape.numel()}; got {ends.tolist()}.")
@@ -136,7 +139,7 @@ def _numbered(ends: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _breaks(x: Tensor, step: int, real: Tensor | None) -> Tensor:
-    """Where x [B,T] is not `step` more than at the real token before, [B,T] bool; never at a row's first, nor a pad."""
+    """Where x [B,T] is not `step` more than at the previous real token, [B,T] bool; False at pads and first tokens."""
     if real is None:
         return F.pad(x.diff() != step, (1, 0))
     last = torch.where(real, torch.arange(x.shape[1], device=x.device), -1).cummax(1).values
