@@ -79,7 +79,7 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether the run needs nothing more: it is done, or it diverged."""
+        """Whether the run is done or has diverged."""
         return self.status in FINISHED
 
     @property
@@ -104,15 +104,15 @@ class RunRecord:
 
 
 TOTALS = ("non_embedding", "total")  # the keys of `params` that every record has
-# Fields that are null in the file where they are not known yet; others are left out.
+# Fields that are null in the file while they are unknown; others are omitted.
 NULLS = ("wall_seconds", "tokens_per_second", "peak_memory_bytes")
 
 
-# --- what a record says before and while its run goes on
+# --- planning and checks
 
 
 def plan(config: RunConfig, vocab_size: int) -> RunRecord:
-    """The record of a run that has not started: what is known from its configuration alone."""
+    """The record of a run that has not started, from its configuration."""
     from qies import presets
     from qies.accounting.flops import CONVENTION, training_flops_per_token
 
@@ -145,7 +145,7 @@ def plan(config: RunConfig, vocab_size: int) -> RunRecord:
 
 
 def learning_rates(config: RunConfig) -> dict[str, float]:
-    """The peak rates of the optimizers' groups before `train.lr_scale`, as the rule gives them for the run's size."""
+    """The peak learning rates of the optimizer groups before `train.lr_scale`, by the rule for the run's size."""
     from qies import presets
 
     rule = presets.hyperparameters(presets.parse_size(config.size), config.tokens)
@@ -179,7 +179,7 @@ def require_same_definitions(config: RunConfig, record: RunRecord, folder: Path)
 
 
 def require_same_data(shards: Shards, record: RunRecord, folder: Path) -> None:
-    """Raise UserError where the record in `folder` names other tokens, or another tokenizer, than `shards` have."""
+    """Raise UserError if the record in `folder` has other tokens or another tokenizer than `shards`."""
     given, trained_on = shards.identity(), record.data or {}
     if trained_on.get("tokenizer_sha256", given["tokenizer_sha256"]) != given["tokenizer_sha256"]:
         raise UserError(
@@ -211,9 +211,9 @@ _DELETE = "delete that run's folder and run it again."
 
 
 def from_json(values: Any) -> RunRecord:
-    """The record that the JSON value of a `run.json` holds, of this schema or an earlier one.
+    """The record from the JSON value of a `run.json`, of this schema or an earlier one.
 
-    Raises ValueError that names a field that is missing, unknown or of another type.
+    Raises ValueError with the field that is missing, unknown or of the wrong type.
     """
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:
         raise ValueError(f"schema is {values.get('schema') if isinstance(values, dict) else 'missing'}")
@@ -234,9 +234,9 @@ def from_json(values: Any) -> RunRecord:
 
 
 def _migrate(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of today from those of any record: the one place that knows how records have changed.
+    """Convert the fields of an earlier record to the current ones. All knowledge of earlier records is here.
 
-    Schema 1 has gained fields since its first records. Those are given the value that says "not recorded".
+    Schema 1 has gained fields since its first records; missing ones get the value for "not recorded".
     """
     return {"model": {}, "learning_rates": None} | {key: value for key, value in values.items() if key != "schema"}
 

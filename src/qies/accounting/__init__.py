@@ -1,1 +1,1 @@
-"""The cost of a model from its settings alone: parameters, FLOPs, memory. Imports no torch."""
+"""The cost of a model from its settings: parameters, FLOPs, memory. Imports no torch."""

@@ -1,4 +1,4 @@
-"""FLOPs of a model from its settings alone, by one stated convention for every arm. Imports no torch.
+"""FLOPs of a model from its settings, by one stated convention for every arm. Imports no torch.
 
 Legend: T sequence length.
 """

@@ -1,4 +1,4 @@
-"""Memory per GPU in training with FSDP2 in bfloat16, from the model's settings alone. Imports no torch.
+"""Memory per GPU in training with FSDP2 in bfloat16, from the model's settings. Imports no torch.
 
 Legend: B sequences of a micro-batch, T their length, D width, F MLP width, g GPUs.
 

@@ -1,4 +1,4 @@
-"""Every parameter of a model from its settings alone: shapes, counts by group, optimizers. Imports no torch."""
+"""Every parameter of a model from its settings: shapes, counts by group, optimizers. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cost of training a model, from its settings alone. Imports no torch."""
+"""The cost of training a model, from its settings. Imports no torch."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ An analysis is a module, or another object, with up to three functions:
     compute(study) -> dict                     what is stored as NAME.json; `study`: `Finished`, the runs to analyse
     inputs(study) -> dict                      what `compute` depends on
 
-Without `compute`, `section` draws from the run records alone and `result` is {}. With `inputs`, a stored result that
+Without `compute`, `section` draws from the run records and `result` is {}. With `inputs`, a stored result that
 was computed from the same inputs is kept; without, the result is computed each time. docs/analyses.md has an example.
 """
 

@@ -109,7 +109,7 @@ def acquire(folder: Path, owner: str, *, stale: float = STALE_SECONDS, retries: 
     number = last.number + 1 if last else 1
     facts = {"owner": owner, "host": host(), "pid": os.getpid(), "started": _started(os.getpid()), "at": time.time()}
     if last and last.outcome is None:
-        facts["took_over"] = f"attempt {last.number}, whose controller {last.facts.get('owner')} is gone"
+        facts["took_over"] = f"attempt {last.number} of controller {last.facts.get('owner')}, which has ended"
     lease = Lease(folder, number, facts)
     return lease if storage.create(lease.path, json.dumps(facts)) else None
 

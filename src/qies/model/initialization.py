@@ -1,4 +1,4 @@
-"""Initial weights: each parameter is a function of (seed, its qualified name) alone.
+"""Initial weights: each parameter is a function of (seed, its qualified name).
 
 Adding, removing or reordering parameters does not change the others, arms share the weights whose names and shapes they
 share, and a process can make one weight without the rest (`qies.train.sharded_init`).

@@ -1,4 +1,4 @@
-"""The page of a study, from its records alone."""
+"""The page of a study, from its records."""
 
 from qies.report.page import build_report
 from qies.report.summary import write_summary_svg
