@@ -65,7 +65,6 @@ def run(
     torch.set_num_threads(threads)
 
     def prepare() -> Path:
-        claim(config, out)
         storage.make_writable_folder(out)
         place = data or Path(config.data.source)
         if data is None and not (place / MANIFEST).is_file():
