@@ -123,7 +123,7 @@ def test_watching_ends_when_the_last_run_does(study, file, fast, tmp_path, capsy
         (["ladder", "run", "FILE", "--jobs", "0", "--submit", "local"], "--jobs must be at least 1"),
         (["ladder", "run", "FILE", "--track", "tensorbord"], "Did you mean 'tensorboard'"),
         (["ladder", "run", "FILE", "--sbatch", "partition=gpu"], "--sbatch belongs to --submit slurm"),
-        (["ladder", "run", "FILE", "--submit", "local", "--sbatch", "partition=gpu"], "leave it out"),
+        (["ladder", "run", "FILE", "--submit", "local", "--sbatch", "partition=gpu"], "omit it with --submit local"),
         (["ladder", "run", "FILE", "--submit", "slurm", "--sbatch", "gpu"], "KEY=VALUE"),
         (["ladder", "run", "FILE", "--submit", "slurm"], "slurm took no job"),
         (["ladder", "status"], "qies ladder status needs --out"),
