@@ -43,6 +43,7 @@ TRAIN = How({"--size 100k": "--size 50k", "--tokens 1000000": "--tokens 256"}, f
 SHRUNK = "sizes=[50k] tokens_per_parameter=0.02 train.batch_size=2"
 NETWORK, FILE = How(only_parsed="downloads packages"), How(only_parsed="the table is not in this repository")
 CLUSTER = How(only_parsed="needs a cluster")
+BENCH = {"results/reference/bench/": ""}
 TABLE = {
     "qies study --preset quick --dry-run": How(),
     "qies data build my_texts/ --out data/mine": How(more="--vocab-size 400"),
@@ -99,6 +100,15 @@ TABLE = {
     "qies plan --plugin gated_recurrence --arm gated --size 100k": How(),
     "qies train --plugin gated_recurrence --arm gated --size 100k --tokens 1000000 --out runs/gated": TRAIN,
     'qies generate runs/gated --prompt "The people of the United States"': How(more="--max-new-tokens 4"),
+    "qies plan --arm qies --size 400k --json": How(),
+    "qies bench decode --clock cpu --out results/reference/bench/decode.json": How(BENCH, "--rounds 1 --cases 100k:8"),
+    "qies bench prefill --clock cpu --out results/reference/bench/prefill.json": How(BENCH, "--rounds 1 --cases 100k:8"),
+    "qies bench train --clock cpu --rounds 3 --out results/reference/bench/train.json": How(
+        BENCH | {"--rounds 3": "--rounds 1"}, "--cases 100k:8", slow=True
+    ),
+    "qies bench decode --cases 40k:32768 48k:32768 60k:32768 --out results/quick/bench/decode.json": How(
+        {"results/quick/bench/": "", "40k:32768 48k:32768 60k:32768": "100k:8"}, "--rounds 1"
+    ),
     "make study": How(),
     "make test": How(),
 }

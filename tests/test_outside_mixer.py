@@ -104,11 +104,13 @@ def test_plan_counts_its_parameters_flops_and_states(workplace, capsys):
     d, layers = plan["shape"]["hidden_size"], plan["shape"]["num_hidden_layers"]
     recurrent = 3 * layers // 4
     assert plan["params"]["gated_recurrence"] == recurrent * (4 * d * d + d)
-    mixing = sum(plan["params"][group] for group in ("gated_recurrence", "attention", "convolution"))
+    mixing = sum(plan["params"][group] for group in ("gated_recurrence", "attention"))
     assert plan["forward_flops_per_token"]["projections"] == 2 * mixing
+    assert plan["forward_flops_per_token"]["convolution"] == 2 * plan["params"]["convolution"]
     assert plan["params"]["non_embedding"] == pytest.approx(100_000, rel=0.01)
     taps = 3 * d * (layers - recurrent)  # of the attention layers' convolutions
-    assert plan["decode"]["state_bytes"] == 4 * (recurrent * d + taps)
+    cache = plan["inference"][0]["cache_bytes"]
+    assert (cache["states"], cache["convolution"]) == (4 * recurrent * d, 2 * taps)
     assert plan["fits"] is None and plan["memory_unknown"] == (
         "the mixer 'gated_recurrence' declares no activation_bytes"
     )

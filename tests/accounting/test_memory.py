@@ -1,5 +1,6 @@
 """Training memory: optimizer state and shards as built, activations as autograd keeps them."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from qies import presets
 from qies.accounting import memory
@@ -31,6 +34,11 @@ class KernelOfFla(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, *kept, g.cumsum(1), beta, q.new_zeros(*q.shape[:3], 64))
         return torch.zeros_like(v), q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
 
+    @staticmethod
+    def backward(ctx, grad, _):
+        q, k, *_, decays, beta, _ = ctx.saved_tensors
+        return torch.zeros_like(q), torch.zeros_like(k), grad, torch.zeros_like(decays), torch.zeros_like(beta)
+
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
@@ -48,6 +56,56 @@ def as_on_cuda(monkeypatch):
     monkeypatch.setattr(fla, "missing", lambda device: None)
     monkeypatch.setattr(entangle, "_fits_kernel", lambda *_: False)
     monkeypatch.setattr(fla, "kernel", lambda name: lambda q, k, v, beta, g, **_: KernelOfFla.apply(q, k, v, g, beta))
+
+
+class Live(TorchDispatchMode):
+    """The bytes of all tensors that are alive, and their peak: those of `held`, and whatever an operation makes."""
+
+    def __init__(self, held) -> None:
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+        for x in held:
+            self.note(x)
+
+    def note(self, x) -> None:
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key, size) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.note, out)
+        return out
+
+
+@pytest.mark.parametrize("arm", ["transformer", "qies", "no_phase", "gpt2"])
+def test_the_peak_of_a_training_step_is_the_plans(arm, as_on_cuda):
+    """Weights, gradients, optimizer, copies and activations: the second step, when everything is there."""
+    vocab, batch, length = 512, 8, 128
+    values = presets.settings(arm, "200k", vocab)
+    model = QiesForCausalLM(QiesConfig(**values)).train()
+    optimizers = Optimizers(model, presets.hyperparameters(200_000, 10**6), weight_decay=0.01)
+    ids = torch.randint(0, vocab, (batch, length + 1))
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids[:, :-1], shift_labels=ids[:, 1:]).loss
+        loss.backward()
+        optimizers.step(1.0)
+
+    step()
+    with Live([*model.parameters(), *optimizers.state().values()]) as live:
+        step()
+    planned = memory.training_memory(values, gpus=1, micro_batch=batch, seq_len=length, checkpointing=False)
+    assert 0.9 < live.peak / sum(planned.values()) < 1.15
 
 
 def kept_bytes(model, ids) -> int:

@@ -140,6 +140,27 @@ def model_entanglement(size, rng):
     }
 
 
+def efficiency(records):
+    """What `qies.analyses.efficiency.compute` stores, with invented costs."""
+    points = []
+    for r in records:
+        if r["seed"] == records[0]["seed"]:
+            share = 1.0 if r["arm"] == "transformer" else 0.3
+            points.append({
+                "arm": r["arm"], "size": r["size"], "tokens": r["tokens"], "seeds": 1,
+                "loss": r["metrics"]["val_loss"], "flops": r["flops"], "prefill_flops": 1e10 * share,
+                "decode_flops": 1e8 * share * SIZES[r["size"]] ** 0.5, "cache_bytes": int(1e8 * share),
+                "state_bytes": 1000, "train_rate": r["tokens_per_second"], "prefill_rate": None, "decode_rate": None,
+                "memory": r["peak_memory_bytes"],
+            })  # fmt: skip
+    cheaper = [
+        {"arm": arm, "size": size, "decode": 52, "training": None}
+        for arm, size in {(r["arm"], r["size"]): None for r in records}
+        if arm != "transformer"
+    ]
+    return {"schema": 1, "baseline": "transformer", "points": points, "cheaper": cheaper}
+
+
 def manifest():
     def split(documents, size, tokens, **more):
         return {"documents": documents, "bytes": size, "tokens": tokens, **more}
@@ -202,6 +223,7 @@ def make_study(folder, *, arms=ARMS, seeds=(0,)):
     table = read_runs(folder / "runs")
     pairs = [compare(table, arm, "transformer").to_dict() for arm in arms if arm != "transformer"]
     write(folder / "comparison.json", {"schema": 1, "pairs": pairs, "not_compared": []})
+    write(folder / "efficiency.json", efficiency(records))
     entangled = [arm for arm in arms if arm != "transformer"]
     write(
         folder / "entanglement.json",

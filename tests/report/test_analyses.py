@@ -53,6 +53,7 @@ def test_every_analysis_of_the_package_is_registered():
     assert {a.name for a in analyses.load(["builtin"]) if a.compute} == {
         "comparison",
         "fits",
+        "efficiency",
         "entanglement",
         "samples",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -60,6 +61,11 @@ def model_weights(values: Mapping[str, Any]) -> dict[str, Weight]:
 def layers(values: Mapping[str, Any]) -> Counter[str]:
     """How many layers each mixer has."""
     return Counter(values["layer_types"])
+
+
+def longest_context(values: Mapping[str, Any]) -> float:
+    """How many tokens a model with learned positions takes; infinity for every other."""
+    return values["max_position_embeddings"] if values["position"] == "learned" else math.inf
 
 
 def count_parameters(values: Mapping[str, Any]) -> dict[str, int]:

@@ -9,17 +9,24 @@ from typing import Any
 
 from rich.table import Table
 
-from qies.accounting.flops import CONVENTION, forward_flops_per_token, muon_flops, training_flops_per_token
+from qies.accounting.cache import cache_bytes
+from qies.accounting.flops import (
+    CONVENTION,
+    decode_flops,
+    forward_flops_per_token,
+    muon_flops,
+    prefill_flops,
+    training_flops_per_token,
+)
 from qies.accounting.memory import obstacle, training_memory
-from qies.accounting.parameters import count_parameters, layers
+from qies.accounting.parameters import count_parameters, longest_context
 from qies.errors import UserError
-from qies.mixers import mixer
-from qies.mixers.common import HALF
 from qies.presets import Hyperparameters, hyperparameters, parse_size
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv:2203.15556
 USABLE = 0.9  # usable fraction of a GPU's memory; the rest is for the allocator, NCCL and CUDA
 GIGABYTE = 1e9
+CONTEXTS = (1024, 4096, 16_384, 32_768, 131_072)  # at which inference is planned
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,12 @@ def plan_model(
     (presets.settings, with the command line's `overrides`) describe.
 
     Memory: `memory.training_memory`. Days: the model's FLOPs, divided among the GPUs, and the optimizer's, which
-    every GPU repeats in full (each orthogonalises all matrices), at the stated utilisation. Decoding keeps the
-    mixers' states of constant size (fp32) and, for attention layers, keys and values per token (2 bytes each). Raises
-    UserError when the windows are longer than the learned positions, or the tokens fewer than one step takes.
+    every GPU repeats in full (each orthogonalises all matrices), at the stated utilisation. Inference: see
+    `inference_cost`. Raises UserError when the windows are longer than the learned positions, or the tokens fewer than
+    one step takes.
     """
     cluster = cluster or Cluster()
-    if values["block"] == "gpt2" and seq_len > values["max_position_embeddings"]:
+    if seq_len > longest_context(values):
         raise UserError(
             f"--seq-len {seq_len} is beyond the {values['max_position_embeddings']} learned positions of arm {arm}; "
             f"add max_position_embeddings={seq_len}."
@@ -111,7 +118,7 @@ def plan_model(
         "optimizer_flops_per_step": optimizer,
         "days": work / (cluster.gpu_flops * cluster.utilisation) / 86400,
         "command": command(arm, size, tokens, seq_len, batch, rule, cluster, checkpointing, overrides),
-        "decode": _decode(values),
+        "inference": [inference_cost(values, n) for n in CONTEXTS if n < longest_context(values)],
     }
 
 
@@ -159,12 +166,14 @@ def command(
     return f'torchrun {where} --nproc-per-node={per_node} -m qies {shlex.join(run)} --data "$DATA"'
 
 
-def _decode(values: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of one sequence: the states of constant size, and what each token adds."""
-    kinds = layers(values).items()
+def inference_cost(values: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """What one sequence costs: FLOPs of a prefill of `context` tokens and of decoding one more, by module; and the
+    bytes of the cache in between, in half precision (`cache_bytes`)."""
     return {
-        "state_bytes": sum(times * mixer(kind).state_bytes(values) for kind, times in kinds),
-        "kv_bytes_per_token": sum(times * HALF * mixer(kind).cached(values) for kind, times in kinds),
+        "context": context,
+        "prefill_flops": prefill_flops(values, context),
+        "decode_flops": decode_flops(values, context),
+        "cache_bytes": cache_bytes(values, context),
     }
 
 
@@ -200,6 +209,22 @@ def plan_text(plan: Mapping[str, Any]) -> Table:
     table.add_row("optimizer FLOPs per step, on every GPU", f"{plan['optimizer_flops_per_step']:.3e}")
     speed = f"{cluster['gpus']} x {cluster['gpu_flops']:.3g} FLOP/s x {cluster['utilisation']:g}"
     table.add_row("days", f"{plan['days']:,.3g} at {speed}")
-    table.add_row("decode: states", f"{plan['decode']['state_bytes'] / 2**10:,.1f} KiB")
-    table.add_row("decode: keys and values", f"{plan['decode']['kv_bytes_per_token']:,} B per token")
+    return table
+
+
+def inference_text(plan: Mapping[str, Any]) -> Table:
+    """FLOPs by module of a prefill and of decoding one token, and the cache, at each context."""
+    table = Table(title="Inference, one sequence: FLOPs by module; KiB of cache in half precision")
+    table.add_column("context", no_wrap=True)
+    costs = plan["inference"]
+    for cost in costs:
+        table.add_column(f"{cost['context']:,}", justify="right", no_wrap=True)
+    for name in ("prefill", "decode"):
+        flops = [cost[f"{name}_flops"] for cost in costs]
+        for module in dict.fromkeys(module for each in flops for module in each):
+            table.add_row(f"{name}: {module}", *(f"{each[module]:.3g}" for each in flops))
+        table.add_row(f"{name}: total", *(f"{sum(each.values()):.3g}" for each in flops), end_section=True)
+    for part in ("states", "convolution", "keys_values"):
+        table.add_row(f"cache: {part}", *(f"{cost['cache_bytes'][part] / 2**10:,.1f}" for cost in costs))
+    table.add_row("cache: total", *(f"{sum(cost['cache_bytes'].values()) / 2**10:,.1f}" for cost in costs))
     return table

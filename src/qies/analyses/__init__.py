@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 # The modules of this package that are analyses, in the order of the page. A new one is a file and a name here.
-BUILTIN = ("loss", "comparison", "fits", "induction", "training", "speed", "entanglement", "samples")
+BUILTIN = ("loss", "comparison", "fits", "induction", "training", "speed", "efficiency", "entanglement", "samples")
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich import box
-from rich.table import Table
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from qies import presets
+from qies.accounting.flops import training_flops_per_token
+from qies.accounting.parameters import longest_context
 from qies.bench.timing import Comparison, compare
 from qies.errors import UserError
 from qies.model.configuration import QiesConfig
@@ -24,16 +24,17 @@ from qies.train.optim import Optimizers
 
 OP_SHAPES = ((8, 512, 4, 64, 64), (8, 2048, 4, 64, 64), (1, 16384, 4, 64, 64))
 TRAIN_CASES = (("400k", 512), ("6m", 512), ("400k", 2048))
+TRAIN_ARMS = ("qies", "no_phase", "transformer", "gpt2")
 
 
-def run(what: str, cases: Sequence[str], rounds: int) -> list[Comparison]:
+def run(what: str, cases: Sequence[str], rounds: int, clock: str = "wall") -> list[Comparison]:
     """The bench `op` or `train` on cases written BxTxHxKxV or SIZE:T. Raises UserError for one that is not."""
     if what == "op":
         shapes = [tuple(int(n) if n.isdigit() else 0 for n in case.split("x")) for case in cases]
         for case, shape in zip(cases, shapes, strict=True):
             if len(shape) != 5 or min(shape) < 1 or shape[3] % 2 or shape[3] != shape[4]:
                 raise UserError(f"Case '{case}' is not BxTxHxKxV with K = V even, such as 8x512x4x64x64.")
-        return bench_op(shapes or OP_SHAPES, rounds=rounds)
+        return bench_op(shapes or OP_SHAPES, rounds=rounds, clock=clock)
     pairs = []
     for case in cases:
         size, _, length = case.partition(":")
@@ -41,7 +42,7 @@ def run(what: str, cases: Sequence[str], rounds: int) -> list[Comparison]:
         if not length.isdigit() or int(length) < 1:
             raise UserError(f"Case '{case}' is not SIZE:T, such as 400k:512.")
         pairs.append((size, int(length)))
-    return bench_train(pairs or TRAIN_CASES, rounds=rounds)
+    return bench_train(pairs or TRAIN_CASES, rounds=rounds, clock=clock)
 
 
 def autocast():
@@ -49,11 +50,13 @@ def autocast():
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
-def bench_op(shapes: Sequence[tuple[int, ...]] = OP_SHAPES, *, rounds: int = 5) -> list[Comparison]:
+def bench_op(
+    shapes: Sequence[tuple[int, ...]] = OP_SHAPES, *, rounds: int = 5, clock: str = "wall"
+) -> list[Comparison]:
     """Forward and backward of `entangle` (selective phase) against: itself without phase, transformers' chunked gated
     delta rule, and causal SDPA. shapes: (B, T, H, K, V) with K = V."""
     keep_memory()
-    return [compare(str(shape), op_baselines(*shape), rounds=rounds) for shape in shapes]
+    return [compare(str(shape), op_baselines(*shape), rounds=rounds, clock=clock) for shape in shapes]
 
 
 def op_baselines(B: int, T: int, H: int, K: int, V: int) -> dict[str, Callable[[], Any]]:
@@ -93,23 +96,36 @@ def op_baselines(B: int, T: int, H: int, K: int, V: int) -> dict[str, Callable[[
 
 
 def bench_train(
-    cases: Sequence[tuple[str, int]] = TRAIN_CASES, *, rounds: int = 5, vocab_size: int = 4096, tokens: int = 4096
+    cases: Sequence[tuple[str, int]] = TRAIN_CASES,
+    *,
+    rounds: int = 5,
+    vocab_size: int = 4096,
+    tokens: int = 4096,
+    clock: str = "wall",
 ) -> list[Comparison]:
     """Whole training steps (forward, backward, clipping, optimizer) of `tokens` tokens at (size, sequence length).
 
-    Our arms use their own optimizers; the models of transformers plain fused AdamW, which is the cheaper step.
+    Our arms, those that take so long a sequence, use their own optimizers; the models of transformers plain fused
+    AdamW, which is the cheaper step.
     """
     keep_memory()
     out = []
     for size, seq_len in cases:
         ids = torch.randint(0, vocab_size, (max(1, tokens // seq_len), seq_len + 1))
-        baselines = {f"{arm} arm": own_step(arm, size, ids, vocab_size) for arm in ("qies", "transformer", "gpt2")}
-        if seq_len > 1024:
-            del baselines["gpt2 arm"]  # beyond its learned positions
+        settings = {arm: presets.settings(arm, size, vocab_size) for arm in TRAIN_ARMS}
+        settings = {arm: values for arm, values in settings.items() if seq_len <= longest_context(values)}
+        baselines = {f"{arm} arm": own_step(arm, size, ids, vocab_size) for arm in settings}
         baselines |= {
             name: foreign_step(model, ids) for name, model in foreign_models(size, vocab_size, seq_len).items()
         }
-        out.append(compare(f"{size}, T={seq_len}, {ids[:, 1:].numel()} tokens", baselines, rounds=rounds))
+        step = ids[:, 1:].numel()
+        facts = {"size": size, "batch": len(ids), "context": seq_len, "tokens": step, "dtype": "bfloat16 autocast"}
+        costs = {
+            f"{arm} arm": {"flops": step * training_flops_per_token(values, seq_len)}
+            for arm, values in settings.items()
+        }
+        case = f"{size}, T={seq_len}, {step} tokens"
+        out.append(compare(case, baselines, rounds=rounds, facts=facts, costs=costs, clock=clock))
     return out
 
 
@@ -170,20 +186,3 @@ def foreign_step(model: torch.nn.Module, ids: Tensor) -> Callable[[], None]:
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def comparison_table(title: str, comparisons: Sequence[Comparison]) -> Table:
-    """Medians in milliseconds, and times relative to the subject."""
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.add_column("case")
-    table.add_column("baseline")
-    for column in ("ms", "times the subject", "range"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for c in comparisons:
-        for i, name in enumerate(c.seconds):
-            low, high = c.spread[name]
-            table.add_row(
-                c.case if i == 0 else "", name, f"{1e3 * c.seconds[name]:.1f}", f"{c.ratio[name]:.2f}",
-                f"{low:.2f}-{high:.2f}" if i else "",
-            )  # fmt: skip
-    return table

@@ -23,7 +23,8 @@ def plan(
     activation_checkpointing: bool = False,
     json: bool = False,
 ) -> None:
-    """Estimate the cost of a model: parameters, FLOPs, memory per GPU and days, with the torchrun command.
+    """Estimate the cost of a model: parameters, FLOPs, memory per GPU and days, with the torchrun command; and what
+    prefill and decoding cost at contexts of 1k to 128k tokens.
 
     For example:
 
@@ -50,7 +51,7 @@ def plan(
     from rich.console import Console
 
     from qies import config, presets
-    from qies.accounting.plan import Cluster, plan_model, plan_text
+    from qies.accounting.plan import Cluster, inference_text, plan_model, plan_text
 
     budget = None if tokens is None else presets.parse_count(tokens, "--tokens")
     require_at_least(1, tokens=budget, vocab_size=vocab_size, seq_len=seq_len, micro_batch=micro_batch)
@@ -62,6 +63,7 @@ def plan(
 
     def text() -> None:
         Console().print(plan_text(result))
+        Console().print(inference_text(result))
         print(result["command"])
 
     show(json, result, text)

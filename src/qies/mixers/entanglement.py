@@ -132,6 +132,11 @@ def chunk_flops(values: Values, chunk: int) -> float:
     return total
 
 
+def step_flops(values: Values, context: int) -> float:
+    """One token by the recurrence, whatever the context: k S, q S and k^T D, 2 r K V each."""
+    return float(sum(3 * 2 * 2 * g.channels * g.read_width for g in head_groups(values)))
+
+
 def activation_bytes(values: Values) -> float:
     """What the groups of heads share, and each group's op."""
     d, groups = values["hidden_size"], head_groups(values)
@@ -211,6 +216,7 @@ ENTANGLEMENT = MixerSpec(
     module="qies.model.entanglement:Entanglement",
     weights=weights,
     flops=flops,
+    step_flops=step_flops,
     group="entanglement",
     fields={
         "mode": "real",

@@ -72,14 +72,16 @@ class MixerSpec:
     causal_mask, blocks) returns the mixed [B,T,D] and attention weights or None.
 
     weights: every parameter by its name in the module. A module with other parameters is refused when it is built.
-    flops: forward FLOPs per token at a sequence length, beyond the 2 per parameter that are counted for the weights;
-    matrix products only, as for every mixer.
+    flops: forward FLOPs per token of a sequence of T tokens, their mean, beyond the 2 per parameter that are counted
+    for the weights; matrix products only, as for every mixer. step_flops: the same for one token that follows T cached
+    ones; None: what one more token adds to the sequence, (T+1) flops(T+1) - T flops(T).
     group: the name of the mixer's parameters and FLOPs in counts; "" for `name`.
     fields: the configuration fields that it owns, with their defaults. check: what is wrong with their values, in one
     sentence, or None.
 
     states: the shapes, without the batch, of what a sequence carries from token to token, in float32. conv_inputs:
-    numbers that a short convolution carries in addition. cached: numbers kept of every token, in half precision.
+    numbers that a short convolution carries in addition, and cached: numbers kept of every token, both in the dtype of
+    the activations.
     cache: "package.module:Class" of the layer of `QiesCache`, called with `number_of_states`. entangled: each state is
     a batch of bipartite states [H,2m,V], rows Re | Im, whose spectra and entropies are measured.
     layer_type: the transformers name of its kind: "full_attention" for a mixer that attends, and so takes `angles`,
@@ -93,6 +95,7 @@ class MixerSpec:
     module: str
     weights: Callable[[Values], Mapping[str, Weight]]
     flops: Callable[[Values, int], float] = _no_flops
+    step_flops: Callable[[Values, int], float] | None = None
     group: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Values], str | None] = _no_problem
@@ -136,9 +139,12 @@ class MixerSpec:
         """Whether the mixer carries state from token to token, which an attention mask does not control."""
         return bool(self.states(values) or self.conv_inputs(values))
 
-    def state_bytes(self, values: Values) -> int:
-        """Bytes of one sequence that do not grow with it, in float32."""
-        return 4 * (sum(math.prod(shape) for shape in self.states(values)) + self.conv_inputs(values))
+    def decode_flops(self, values: Values, context: int) -> float:
+        """FLOPs of one token after `context` cached ones, beyond 2 per parameter."""
+        if self.step_flops is not None:
+            return self.step_flops(values, context)
+        longer = (context + 1) * self.flops(values, context + 1)
+        return longer - context * self.flops(values, context) if context else longer
 
     def kept_bytes(self, values: Values) -> float:
         """`activation_bytes`. Raises NotCounted where they are not known."""

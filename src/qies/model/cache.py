@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from qies.mixers import mixer, resolve
+from qies.ops.autograd import transformed
 
 
 class StateLayer(LinearAttentionLayer):
@@ -30,16 +31,58 @@ class StateLayer(LinearAttentionLayer):
             raise ValueError("A recurrent state cannot be rolled back, so this cache cannot be cropped.")
 
 
+class Appended:
+    """Keys or values [B,H,T,K] in a buffer with room for an eighth more: a further token copies itself alone, where
+    `torch.cat` copies all that came before."""
+
+    def __init__(self) -> None:
+        self.buffer = self.last = torch.empty(0)
+
+    def append(self, held: Tensor, new: Tensor) -> Tensor:
+        """`held` [B,H,S,K], or an empty tensor, with `new` [B,H,T,K] after it, as a view of the buffer.
+
+        `held` keeps its numbers: a tensor other than the last that was returned here (cropped, reordered, put back) is
+        copied first.
+        """
+        before = held.shape[-2] if held.numel() else 0
+        after = before + new.shape[-2]
+        stale = held is not self.last or after > self.buffer.shape[-2]
+        if stale or (self.buffer.is_inference() and not torch.is_inference_mode_enabled()):
+            self.buffer = new.new_empty(*new.shape[:-2], after + after // 8 + 1, new.shape[-1])
+            if before:
+                self.buffer[..., :before, :] = held
+        self.buffer[..., before:after, :] = new
+        self.last = self.buffer[..., :after, :]
+        return self.last
+
+
 class AttentionStateLayer(LinearAttentionAndFullAttentionLayer):
     """The cache of an attention layer: keys, values, and the last inputs of its short convolution if it has one."""
+
+    keys: Any
+    values: Any
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.appended = Appended(), Appended()
 
     @property
     def is_croppable(self) -> bool:
         return not any(self.is_conv_states_initialized.values())
 
-    def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         self.has_previous_state[0] = True  # set here, since the layer may have no convolution
-        return super().update(*args, **kwargs)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():  # nothing is written in place
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self.appended
+        self.keys, self.values = keys.append(self.keys, key_states), values.append(self.values, value_states)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        super().reset()
+        self.appended = Appended(), Appended()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     second derivative outside torch.func.
     """
     if x.device.type == "cpu" and x.numel() > 0 and not transformed():
-        return _RmsNorm.apply(x, eps)
+        return _RmsNorm.apply(x, eps) if torch.is_grad_enabled() else _with_rate(x, eps)[0]
     return _definition(x, eps)
 
 
@@ -30,14 +30,20 @@ def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _with_rate(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normalised x, and what it was multiplied by, `[..., 1]`."""
+    wide = _widen(x)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass, without a temporary of the size of x
+    rate = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * rate).to(x.dtype), rate
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        wide = _widen(x)
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass, without a temporary of the size of x
-        rate = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, rate = _with_rate(x, eps)
         ctx.save_for_backward(x, rate)
-        return (wide * rate).to(x.dtype)
+        return out
 
     @staticmethod
     @first_order

@@ -49,7 +49,8 @@ def entangle(
         mode: "real" or "complex".
         backend: "naive" (the recurrence); "chunk" (parallel inside chunks, any device and dtype); "fused" (the same as
             one kernel for the CPU, in float32); "fla" (CUDA kernels of flash-linear-attention, in half precision);
-            "step" (T = 1 only); "auto" (for T = 1 "step"; else "fla" or "fused" where they can; else "chunk").
+            "step" (T = 1 only); "auto" (for T = 1 "step", on the CPU without a gradient as one kernel; else "fla" or
+            "fused" where they can; else "chunk").
         texts: `[B, T]`, a number for each token, equal within a text and different in neighbouring ones: rows of packed
             texts. Each starts from `state`, and the state returned is the last one's. None: a row is one text.
 
@@ -78,6 +79,10 @@ def evolve(x: Inputs, mode: str = "real", backend: str = "auto", texts: Tensor |
     if backend == "auto" and isinstance(x.q.shape[1], torch.SymInt) and torch.compiler.is_exporting():
         return of_any_length(*x, mode)  # a loop over chunks would fix their number
     if backend == "auto" and x.q.shape[1] == 1:
+        if _fits_kernel(x) and not (torch.is_grad_enabled() and any(y.requires_grad for y in x.given)):
+            from qies.ops.entangle.cpu.step import entangle_step_fused
+
+            return entangle_step_fused(x, mode)
         backend = "step"
     elif backend == "auto":
         backend = "fla" if obstacle(x) is None else "fused" if _fits_kernel(x) else "chunk"
