@@ -102,9 +102,11 @@ TABLE = {
     'qies generate runs/gated --prompt "The people of the United States"': How(more="--max-new-tokens 4"),
     "qies plan --arm qies --size 400k --json": How(),
     "qies bench decode --clock cpu --out results/reference/bench/decode.json": How(BENCH, "--rounds 1 --cases 100k:8"),
-    "qies bench prefill --clock cpu --out results/reference/bench/prefill.json": How(BENCH, "--rounds 1 --cases 100k:8"),
-    "qies bench train --clock cpu --rounds 3 --out results/reference/bench/train.json": How(
-        BENCH | {"--rounds 3": "--rounds 1"}, "--cases 100k:8", slow=True
+    "qies bench prefill --clock cpu --cases 400k:2048 400k:16384 --out results/reference/bench/prefill.json": How(
+        BENCH | {"400k:2048 400k:16384": "100k:8"}, "--rounds 1"
+    ),
+    "qies bench train --clock cpu --rounds 3 --cases 400k:512 400k:2048 --out results/reference/bench/train.json": How(
+        BENCH | {"400k:512 400k:2048": "100k:8", "--rounds 3": "--rounds 1"}, slow=True
     ),
     "qies bench decode --cases 40k:32768 48k:32768 60k:32768 --out results/quick/bench/decode.json": How(
         {"results/quick/bench/": "", "40k:32768 48k:32768 60k:32768": "100k:8"}, "--rounds 1"
