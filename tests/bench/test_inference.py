@@ -78,7 +78,7 @@ def test_cases_name_size_batch_and_context():
         (["--cases", "400k"], "'400k' is not SIZE:T or SIZE:BxT"),
         (["--cases", "400k:0"], "is not SIZE:T"),
         (["--cases", "400k:0x8"], "is not SIZE:T"),
-        (["--cases", "5:8"], "Unknown value '5' for size"),
+        (["--cases", "5:8"], "Unknown size '5'"),
         (["--cases", "400k:8", "--arms", "qise"], "Did you mean 'qies'"),
         (["--cases", "400k:8", "--arms", "qies", "qies"], "--arms names 'qies' twice"),
         (["--cases", "400k:8", "--arms"], "--arms"),
