@@ -1,4 +1,4 @@
-"""Bytes that decoding keeps of one sequence, from the model's settings alone. Imports no torch."""
+"""Bytes of the cache in decoding, from the settings of the model. Imports no torch."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def evolve_and_damp(state, first, inputs, unit, s):
     for c in range(s.m):
         alpha = exp(read(inputs.log_alpha, unit * s.decays + (c if s.decays > 1 else 0)))
         re, im = first + c * s.V, first + (s.m + c) * s.V
-        if s.phases:
+        if s.has_phase:
             turn = np.float64(read(inputs.theta, unit * s.m + c)) * (0.5 / np.pi)
             cos, sin = cos_sin(turn - np.floor(turn))
             cos, sin = cos * alpha, sin * alpha
