@@ -54,7 +54,8 @@ def test_counts_by_group_are_those_of_the_built_model(arm, overrides, size):
     "overrides",
     [
         {"gate": "channel"}, {"gate": "none"}, {"decay": "channel"}, {"conv_size": 0}, {"attention_conv_size": 0},
-        {"attention_conv": "input"}, {"register_mode": "real"}, {"register_mode": "unitary"},
+        {"attention_conv": "input"}, {"register_mode": "real"},
+        {"unitary_heads": 3, "decay": "channel"},
         {"phase": "selective", "phase_fraction": 0.5}, {"tie_word_embeddings": True},
         {"mode": "complex", "eigenvalues": "disc"},
         {"mode": "complex"}, {"phase": "selective", "phase_rank": 3}, {"num_hidden_layers": 6},
@@ -74,7 +75,7 @@ def test_counts_follow_every_override(overrides):
 THE_ARMS_OWN = {
     "layer_types", "position", "rope_theta", "rope_fraction", "nope_interval", "intermediate_size",
     "mode", "phase", "phase_rank", "phase_max", "phase_slope", "phase_fraction", "eigenvalues", "decay",
-    "register_heads", "register_channels", "register_mode",
+    "register_heads", "register_channels", "register_mode", "unitary_heads",
 }  # fmt: skip
 
 
@@ -87,13 +88,15 @@ def test_arms_differ_in_the_mixer_and_positions_alone(size):
     assert shared[0]["conv_size"] == shared[0]["attention_conv_size"] == 4 and shared[0]["attention_conv"] == "keys"
 
 
-def test_real_registers_hold_as_many_numbers_as_their_complex_twins():
-    complex_, real = (head_groups(presets.settings(a, "400k", VOCAB)) for a in ("qies", "real_registers"))
-    assert complex_[0] == real[0]
+def test_twins_hold_as_many_numbers():
+    arms = ("qies", "real_registers", "unitary")
+    complex_, real, unitary = (head_groups(presets.settings(arm, "400k", VOCAB)) for arm in arms)
+    assert complex_[0] == real[0] == unitary[0]
+    assert (unitary[1].mode, unitary[1].eigenvalues) == ("complex", "circle")
     assert (complex_[1].mode, complex_[1].eigenvalues) == ("complex", "disc")
     assert (real[1].mode, real[1].eigenvalues) == ("real", "unit")
     for name in ("heads", "channels", "values", "state_shape", "spans"):
-        assert getattr(complex_[1], name) == getattr(real[1], name)
+        assert getattr(complex_[1], name) == getattr(real[1], name) == getattr(unitary[1], name)
 
 
 def test_the_fields_open_to_overrides_are_those_of_the_configuration():

@@ -54,6 +54,7 @@ ARMS: dict[str, Arm] = {
     "transformer": Arm((ATTENTION.name,), settings={"rope_theta": 1e8}),
     "qies": _hybrid(),
     "real_registers": _hybrid(register_mode="real"),
+    "unitary": _hybrid(register_heads=0, unitary_heads=4),
     "no_phase": _hybrid(register_heads=0),
     "fixed_phase": _hybrid(register_heads=0, phase="fixed"),
     "selective_phase": _hybrid(register_heads=0, phase="selective"),

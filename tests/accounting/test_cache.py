@@ -27,7 +27,7 @@ def tensors(cache):
     ("arm", "overrides"),
     [*((arm, {}) for arm in presets.ARMS), ("qies", {"register_heads": 3, "conv_size": 2}),
      ("qies", {"register_heads": 2, "register_channels": 8}), ("qies", {"register_heads": 3, "register_mode": "real"}),
-     ("qies", {"register_mode": "unitary"}),
+     ("qies", {"unitary_heads": 2}),
      ("transformer", {"attention_conv": "input"}), ("complex", {"decay": "channel"})],
 )  # fmt: skip
 def test_a_cache_is_as_large_as_predicted(arm, overrides, dtype):

@@ -31,7 +31,7 @@ from qies.train.optim import Optimizers
 ARMS = [
     *((arm, {}) for arm in presets.ARMS),
     ("qies", {"register_heads": 3}),
-    ("qies", {"register_mode": "unitary"}),
+    ("qies", {"unitary_heads": 2}),
     ("transformer", {"gate": "channel"}),
 ]
 aten = torch.ops.aten

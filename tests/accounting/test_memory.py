@@ -142,7 +142,7 @@ CHANNELS = {"decay": "channel"}
     ("arm", "override"),
     [
         *(("qies", o) for o in ({"gate": "none"}, {"gate": "channel"}, {"conv_size": 0}, {"position": "rope"})),
-        *(("qies", o) for o in (REGISTERS, CHANNELS, REGISTERS | CHANNELS, {"register_mode": "unitary"})),
+        *(("qies", o) for o in (REGISTERS, CHANNELS, REGISTERS | CHANNELS, {"unitary_heads": 2})),
         ("complex", CHANNELS), ("complex", {"phase": "none"}), ("no_phase", CHANNELS),
     ],
 )  # fmt: skip

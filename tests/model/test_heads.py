@@ -9,6 +9,7 @@ from tiny_models import ARMS, VARIANTS, build, stirred
 from transformers import AutoModelForCausalLM
 
 from qies import presets
+from qies.accounting.plan import plan_model
 from qies.entanglement import capture, entropies
 from qies.errors import UserError
 from qies.model import QiesCache, QiesConfig, QiesForCausalLM
@@ -16,7 +17,7 @@ from qies.model import entanglement as mixer_module
 from qies.ops.entangle import Inputs, evolve
 from qies.ops.entangle.naive import entangle_naive
 
-WITH_REGISTERS = ["registers", "complex_registers"]
+WITH_REGISTERS = ["registers", "complex_heads"]
 
 # Initial weights of models without register heads and without a convolution in attention layers: names, shapes and
 # values, by `fingerprint`, since every weight is drawn from its own stream.
@@ -88,9 +89,9 @@ def test_a_layer_is_the_sum_of_its_heads():
 @pytest.mark.parametrize("length", [1, 37, 700])
 def test_a_unitary_register_holds_the_product_of_its_gates(length):
     """Gates I - (1 - lambda) k k^H, multiplied as dense complex matrices; each token reads its own product."""
-    mixer = stirred("unitary_registers", conv_size=0).model.layers[0].mixer
+    mixer = stirred("unitary", conv_size=0).model.layers[0].mixer
     x = torch.randn(2, length, 32)
-    given = mixer.inputs(x)[1]
+    given = mixer.inputs(x)[-1]
     o, state = evolve(given, "complex")
     k, q = (torch.complex(*F.normalize(y.double(), dim=-1).chunk(2, -1)) for y in (given.k, given.q))
     eigenvalue = 1 - torch.view_as_complex(given.beta.double())
@@ -106,19 +107,20 @@ def test_a_unitary_register_holds_the_product_of_its_gates(length):
 
 
 def test_a_unitary_register_starts_without_gates_and_has_neither_values_nor_decays():
-    model = build("unitary_registers", conv_size=0)
+    model = build("unitary", conv_size=0)
     mixer = model.model.layers[0].mixer
-    memory, register = mixer.groups
-    assert mixer.v_proj.weight.shape[0] == memory.value_width and mixer.decay_size == memory.decays
-    assert mixer.o_proj.weight.shape[1] == memory.read_width + 4 * 2 * 4
-    given = mixer.inputs(torch.zeros(1, 3, 32))[1]
+    *others, register = mixer.groups
+    assert mixer.v_proj.weight.shape[0] == sum(group.value_width for group in others)
+    assert mixer.decay_size == sum(group.decays for group in others)
+    assert mixer.o_proj.weight.shape[1] == sum(group.read_width for group in others) + 4 * 2 * 4
+    given = mixer.inputs(torch.zeros(1, 3, 32))[-1]
     assert not given.v.any() and not given.log_alpha.any() and not given.beta.any()  # lambda = 1
     assert torch.equal(given.state[0, 0], torch.cat([torch.eye(4), torch.zeros(4, 4)]))
     assert register.state_shape == (4, 8, 4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*ARMS, "complex_registers"])
+@pytest.mark.parametrize("name", [*ARMS, "complex_heads"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_reaches_the_op(name, dtype, monkeypatch):
     """One call for each kind of head in a layer; beta, decay, phase and state in fp32 whatever the weights' dtype."""
@@ -140,11 +142,18 @@ def test_what_reaches_the_op(name, dtype, monkeypatch):
     groups = [(2, 8, 16, *(("complex", 4) if name == "complex" else ("complex" if complex_mode else "real", 3)))]
     groups += {
         "qies": [(4, 4, 4, "complex", 4)],
+        "unitary": [(4, 4, 4, "complex", 4)],
         "real_registers": [(4, 4, 4, "real", 3)],
         "registers": [(3, 2, 2, "complex", 4)],
-        "complex_registers": [(1, 5, 5, "complex", 4)],
+        "complex_heads": [(1, 5, 5, "complex", 4), (1, 5, 5, "complex", 4)],
     }.get(name, [])
-    calls = [(*g, filled, torch.float32) for filled in (False, True) for _ in range(layers) for g in groups]
+    unitary = [
+        (name, i) in (("unitary", 1), ("complex_heads", 2)) for i in range(len(groups))
+    ]  # they start at the identity
+    calls = [
+        (*g, filled or own, torch.float32)
+        for filled in (False, True) for _ in range(layers) for g, own in zip(groups, unitary, strict=True)
+    ]  # fmt: skip
     assert seen == calls
 
 
@@ -169,6 +178,31 @@ def test_every_state_follows_its_row(name):
     after = ids[:, :1]
     logits = model(after, past_key_values=cache).logits
     assert torch.allclose(logits, model(after, past_key_values=fresh).logits, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"register_heads": 0},
+        {"register_heads": 3},
+        {"register_heads": 3, "register_mode": "real"},
+        {"register_heads": 2, "register_channels": 8, "attention_conv": "keys"},
+    ],
+)
+def test_the_cache_holds_what_the_plan_says(overrides):
+    values = presets.settings("qies", "50k", 97, **overrides)
+    model = QiesForCausalLM(QiesConfig(**values)).eval()
+    plan, sizes = plan_model(values, "qies", "50k", None, 64)["decode"], []
+    planned, a_token = plan["state_bytes"], plan["kv_bytes_per_token"]
+    cache = QiesCache(model.config)
+    for length in (5, 1, 40):
+        model(torch.randint(0, 97, (1, length)), past_key_values=cache)
+        sizes.append(cache.state_bytes() - cache.get_seq_length() * 2 * a_token)  # the plan is of bf16
+    assert sizes == [planned] * 3
+    registers, m = values["register_heads"], values["register_channels"]
+    bare = plan_model(presets.settings("no_phase", "50k", 97), "no_phase", "50k", None, 64)["decode"]["state_bytes"]
+    assert planned - bare == 3 * (registers + values["unitary_heads"]) * 2 * m * m * 4
 
 
 def test_captured_states_come_group_by_group():
@@ -199,7 +233,7 @@ def test_registers_start_with_the_longest_memory_and_come_back_from_a_file(name,
     for layer in model.model.layers:
         if hasattr(layer.mixer, "decay_bias"):
             spans = 1 / F.softplus(layer.mixer.decay_bias.detach())
-            registers = model.config.register_heads * (5 if name == "complex_registers" else 1)
+            registers = model.config.register_heads * (5 if name == "complex_heads" else 1)
             assert spans.min() == pytest.approx(16, rel=1e-3)
             assert torch.allclose(spans[-registers:], torch.tensor(4096.0), rtol=1e-3)
     model = stirred(name)
@@ -235,7 +269,7 @@ def test_wrong_types_and_names_are_refused():
 @pytest.mark.parametrize("size", ["50k", "400k", "25m", "1b"])
 def test_the_mlp_makes_room_for_registers(size):
     """Eight registers of four: N stays, and what they hold comes out of the MLP."""
-    bare, values = (presets.settings("qies", size, 4096, register_heads=n) for n in (0, 8))
+    bare, values = (presets.settings("qies", size, 4096, register_heads=n, unitary_heads=0) for n in (0, 8))
     counts, before = presets.count_parameters(values), presets.count_parameters(bare)
     assert values["intermediate_size"] <= bare["intermediate_size"]
     assert counts["entanglement"] - before["entanglement"] > 3 * 8 * 32 * values["hidden_size"]

@@ -33,11 +33,11 @@ VARIANTS = ARMS | {
         "nope_interval": 2,
     },
     "recurrent": {"layer_types": ENTANGLED, "gate": "none"},
-    "complex_registers": {
+    "complex_heads": {
         "layer_types": ENTANGLED, "conv_size": 0, "mode": "complex", "decay": "channel", "gate": "channel",
         "phase": "selective", "phase_fraction": 0.5, "register_heads": 1, "register_channels": 5,
+        "unitary_heads": 1,
     },
-    "unitary_registers": {"register_mode": "unitary"},
     "tied": {"tie_word_embeddings": True, "logit_softcap": 0.0},
 }  # fmt: skip
 

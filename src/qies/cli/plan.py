@@ -34,7 +34,7 @@ def plan(
 
     Args:
         overrides: Fields of the model's configuration, as KEY=VALUE.
-        arm: transformer, qies, real_registers, no_phase, fixed_phase, selective_phase, gpt2 or complex.
+        arm: transformer, qies, real_registers, unitary, no_phase, fixed_phase, selective_phase, gpt2 or complex.
         size: Non-embedding parameters, from 20k to 20b.
         tokens: Training tokens, such as 2000000 or 2m; by default 20 per parameter.
         vocab_size: Vocabulary size.

@@ -44,7 +44,7 @@ def train(
         overrides: Dotted keys of the run's configuration.
         out: The run's folder (required).
         config: A YAML file of a run; the other options override its values.
-        arm: transformer, qies, real_registers, no_phase, fixed_phase, selective_phase, gpt2 or complex.
+        arm: transformer, qies, real_registers, unitary, no_phase, fixed_phase, selective_phase, gpt2 or complex.
         size: Non-embedding parameters, such as 100k.
         data: "builtin", a file, folder or glob, hub:OWNER/NAME, or a folder that `qies data build` wrote.
         tokens: Training tokens, such as 1000000 or 1m.

@@ -66,26 +66,29 @@ class HeadGroup:
         return self.heads, 2 * self.channels, self.values
 
 
-REGISTERS = {"unitary": ("complex", "circle"), "complex": ("complex", "disc"), "real": ("real", "unit")}
+REGISTERS = {"complex": ("complex", "disc"), "real": ("real", "unit")}
 
 
 def head_groups(values: Values) -> tuple[HeadGroup, ...]:
-    """The groups of heads of an entanglement layer: memory heads, then register heads where there are any.
+    """The groups of heads of an entanglement layer: memory heads, then register heads and unitary heads if any.
 
-    The state of a register of m levels is m by m. With register_mode "unitary" it starts at the identity and each token
-    multiplies it by a gate I - beta k k^H of U(m), the eigenvalue 1 - beta on the unit circle, so that Psi_t is the
-    product of the gates of all tokens. "complex": eigenvalues in the disc, and damped and written like a memory, with
-    the longest span. "real", the twin of both: the same number of heads and of state numbers, real values, eigenvalues
-    in [0, 1].
+    The states of register heads and unitary heads are m by m. A register is damped and written like a memory, with the
+    longest span: register_mode "complex" has eigenvalues in the disc, "real" real values and eigenvalues in [0, 1]. A
+    unitary head starts at the identity, and each token multiplies it by a gate I - beta k k^H of U(m), the eigenvalue
+    1 - beta on the unit circle: Psi_t is the product of the gates of all tokens.
     """
 
     def group(heads: int, m: int, v: int, mode: str, eigenvalues: str, spans: tuple[int, int]) -> HeadGroup:
         decays = 0 if eigenvalues == "circle" else heads * (m if values["decay"] == "channel" else 1)
         return HeadGroup(heads, m, v, mode, eigenvalues, decays, heads * round(values["phase_fraction"] * m), spans)
 
-    k, m, registers = values["head_dim"], values["register_channels"], values["register_heads"]
-    memory = group(values["num_attention_heads"], k // 2, k, values["mode"], values["eigenvalues"], (16, 4096))
-    return (memory, group(registers, m, m, *REGISTERS[values["register_mode"]], (4096, 4096))) if registers else (memory,)
+    k, m, longest = values["head_dim"], values["register_channels"], (4096, 4096)
+    groups = (
+        group(values["num_attention_heads"], k // 2, k, values["mode"], values["eigenvalues"], (16, 4096)),
+        group(values["register_heads"], m, m, *REGISTERS[values["register_mode"]], longest),
+        group(values["unitary_heads"], m, m, "complex", "circle", longest),
+    )
+    return tuple(each for each in groups if each.heads)
 
 
 def weights(values: Values) -> dict[str, Weight]:
@@ -204,8 +207,9 @@ def check(values: Values) -> str | None:
     disc = values["eigenvalues"] == "disc" and values["mode"] != "complex"
     return first_problem(
         unknown_choice(values, CHOICES),
+        below(values, dict.fromkeys(("conv_size", "register_heads", "unitary_heads"), 0)),
         # one channel commutes with itself: no register
-        below(values, {"conv_size": 0, "phase_rank": 1, "register_heads": 0, "register_channels": 2}),
+        below(values, {"phase_rank": 1, "register_channels": 2}),
         outside(values, fractions=["phase_fraction"], positive=["phase_max", "phase_slope"]),
         'model.eigenvalues="disc" needs model.mode="complex".' if disc else None,
     )
@@ -229,6 +233,7 @@ ENTANGLEMENT = MixerSpec(
         "register_heads": 4,
         "register_channels": 4,
         "register_mode": "complex",
+        "unitary_heads": 0,
         "decay": "head",
         "conv_size": 4,
     },

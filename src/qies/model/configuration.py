@@ -39,9 +39,9 @@ class QiesConfig(PreTrainedConfig):
         head's complex channels that rotates;
         eigenvalues: where lambda = 1 - beta lives: "unit" [0,1], "signed" [-1,1], "disc" (complex mode only);
         register_heads: small heads for state tracking beside the others, 0 for none; their states are m by m with
-        m = register_channels (at least 2); register_mode: "unitary", the product of one gate of U(m) a token;
-        "complex", damped and written, with eigenvalues in the disc; or "real" with eigenvalues in [0, 1] and as many
-        numbers in the state;
+        m = register_channels (at least 2); register_mode: "complex" with eigenvalues in the disc, or "real" with
+        eigenvalues in [0, 1] and as many numbers in the state; unitary_heads: heads of the same shape that hold the
+        product of one gate of U(m) a token, 0 for none;
         decay: one alpha a "head" or a complex "channel"; conv_size: taps of the short convolution, 0 for none.
     All layers:
         gate: sigmoid output gate per "head", per "channel" or "none"; logit_softcap (0: none), also called
@@ -80,6 +80,7 @@ class QiesConfig(PreTrainedConfig):
     register_heads: int = 4
     register_channels: int = 4
     register_mode: str = "complex"
+    unitary_heads: int = 0
     decay: str = "head"
     conv_size: int = 4
     gate: str = "head"

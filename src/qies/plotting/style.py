@@ -14,6 +14,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 KNOWN = (
     "transformer", "qies", "no_phase", "fixed_phase", "complex", "gpt2", "real_registers", "selective_phase",
+    "unitary",
 )  # fmt: skip
 
 
