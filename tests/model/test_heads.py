@@ -180,31 +180,6 @@ def test_every_state_follows_its_row(name):
     assert torch.allclose(logits, model(after, past_key_values=fresh).logits, atol=1e-5)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {"register_heads": 0},
-        {"register_heads": 3},
-        {"register_heads": 3, "register_mode": "real"},
-        {"register_heads": 2, "register_channels": 8, "attention_conv": "keys"},
-    ],
-)
-def test_the_cache_holds_what_the_plan_says(overrides):
-    values = presets.settings("qies", "50k", 97, **overrides)
-    model = QiesForCausalLM(QiesConfig(**values)).eval()
-    plan, sizes = plan_model(values, "qies", "50k", None, 64)["decode"], []
-    planned, a_token = plan["state_bytes"], plan["kv_bytes_per_token"]
-    cache = QiesCache(model.config)
-    for length in (5, 1, 40):
-        model(torch.randint(0, 97, (1, length)), past_key_values=cache)
-        sizes.append(cache.state_bytes() - cache.get_seq_length() * 2 * a_token)  # the plan is of bf16
-    assert sizes == [planned] * 3
-    registers, m = values["register_heads"], values["register_channels"]
-    bare = plan_model(presets.settings("no_phase", "50k", 97), "no_phase", "50k", None, 64)["decode"]["state_bytes"]
-    assert planned - bare == 3 * (registers + values["unitary_heads"]) * 2 * m * m * 4
-
-
 def test_captured_states_come_group_by_group():
     model, ids = stirred("registers"), torch.randint(0, 97, (4, 12))
     states = capture(model, ids, (5, 12))
