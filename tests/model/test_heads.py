@@ -9,7 +9,6 @@ from tiny_models import ARMS, VARIANTS, build, stirred
 from transformers import AutoModelForCausalLM
 
 from qies import presets
-from qies.accounting.plan import plan_model
 from qies.entanglement import capture, entropies
 from qies.errors import UserError
 from qies.model import QiesCache, QiesConfig, QiesForCausalLM
