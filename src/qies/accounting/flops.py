@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qies.accounting.objective import objective_flops
 from qies.accounting.parameters import block_weights, hidden_matrices, layers
 from qies.mixers import mixer
 
@@ -37,8 +38,12 @@ def forward_flops_per_token(values: Mapping[str, Any], seq_len: int) -> dict[str
 
 
 def training_flops_per_token(values: Mapping[str, Any], seq_len: int) -> float:
-    """Forward and backward FLOPs per token, by `CONVENTION`."""
-    return 3.0 * sum(forward_flops_per_token(values, seq_len).values())
+    """Forward and backward FLOPs per token, by `CONVENTION`, and those of the objective's terms where there are any."""
+    total = 3.0 * sum(forward_flops_per_token(values, seq_len).values())
+    if chosen := values.get("objective"):
+        short = sum(forward_flops_per_token(values, 2 * chosen["long_context_window"]).values())
+        total += objective_flops(values, seq_len, short)
+    return total
 
 
 def muon_flops(values: Mapping[str, Any], iterations: int = 5) -> float:
