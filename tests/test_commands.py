@@ -103,8 +103,8 @@ TABLE = {
         TRAIN.replace, f"{TINY} {TEXTS} objective.far_future_gap=2 objective.far_future_window=8"
     ),
     'qies generate runs/first --prompt "The people of the United States" --max-new-tokens 32': How({" 32": " 2"}),
-    'qies generate runs/first --prompt "And it came to pass" "The king" --decoding sample --top-p 0.9 --seed 3 --stop "." '
-    "--json": How(more="--max-new-tokens 2"),
+    'qies generate runs/first --prompt "And it came to pass" "The king" --decoding sample --top-p 0.9 --seed 3 '
+    '--stop "." --json': How(more="--max-new-tokens 2"),
     "qies bench decodings --cases 100k:64 --rounds 3": How(
         {"100k:64": "50k:4", "--rounds 3": "--rounds 1"}, "--new-tokens 3"
     ),

@@ -24,7 +24,7 @@ def test_every_decoding_of_an_arm_is_timed():
 def test_acceptance_is_that_of_the_drafts_a_model_has(arm, drafts):
     torch.manual_seed(0)
     model = QiesForCausalLM(QiesConfig(**presets.settings(arm, "50k", 97))).eval()
-    found = bench_decodings(model, "case", torch.ones(1, 4, dtype=torch.long), new_tokens=6, rounds=1)
+    found = bench_decodings(model, "case", torch.arange(4)[None], new_tokens=6, rounds=1)
     assert set(found["acceptance"]) == drafts
     assert all(0 < a["drafted"] >= a["accepted"] for a in found["acceptance"].values())
     assert ("entangled" in found["ratio"]) == (arm == "qies")

@@ -300,6 +300,12 @@ def test_bad_settings_are_refused(bad, words):
         Decoding(**bad)
 
 
+@pytest.mark.parametrize(("kind", "how"), [("transformer", "entangled"), ("gpt2", "speculative")])
+def test_a_decoding_without_its_layers_is_refused_before_any_text(kind, how, tokenizer):
+    with pytest.raises(UserError, match="no (entanglement layer|layers that)"):
+        decoding.continue_prompts(stirred(kind), tokenizer, ["a"], Decoding(how))
+
+
 def test_top_p_keeps_the_most_likely_tokens(model, tokenizer):
     nearly = Decoding("sample", max_new_tokens=8, top_p=1e-6, temperature=1.0)
     [made] = decoding.continue_prompts(model, tokenizer, ["the king"], nearly)
@@ -348,12 +354,15 @@ def test_save_then_ask(saved, tmp_path, capsys):
     [([], "needs --prompt or --prompt-file"), (["--prompt-file", "absent"], "cannot be read"),
      (["--prompt", "a", "--load-state", "absent"], "No state at absent"),
      (["--prompt", "a", "b", "--save-state", "x"], "2 are given"), (["--prompt", "a", "--top-p", "0"], "top_p is 0.0"),
-     (["--prompt", "a", "--decoding", "entangled", "--load-state", "x"], "omit --load-state"),
+     (["--prompt", "a", "--decoding", "entangled", "--load-state", "STATE"], "start it without a state"),
      (["--prompt-file", "LATIN"], "is not UTF-8"), (["--prompt", "a", "--save-state", "no/x"], "does not exist")],
 )  # fmt: skip
 def test_bad_input_is_one_line(argv, words, saved, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "LATIN").write_bytes(b"caf\xe9")
+    if "STATE" in argv:
+        assert call(saved, "--prompt", "a", "--save-state", "STATE") == 0
+        capsys.readouterr()
     assert call(saved, *argv) == 2
     captured = capsys.readouterr()
     assert words in captured.err and captured.err.count("\n") == 1 and captured.out == ""

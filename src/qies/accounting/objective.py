@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of the objective's auxiliary terms, from the settings alone. Imports no torch.
+"""Parameters and FLOPs of the objective's auxiliary terms, computed from the settings. Imports no torch.
 
 The heads are used in training only. They form the group `objective` of their own: part of `total`, as they are trained
 and stored, but not of `non_embedding`, the N of every comparison, as the model that is evaluated does not use them.

@@ -46,7 +46,8 @@ def bench_decodings(model: QiesForCausalLM, case: str, prompt: Tensor, new_token
 
     def run(how: dict[str, Any]) -> Callable[[], Tensor]:
         settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **how}
-        return lambda: model.generate(prompt, max_new_tokens=new_tokens, **settings)
+        mask = torch.ones_like(prompt)  # a prompt begins with the end-of-text token, which is also the pad
+        return lambda: model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, **settings)
 
     found = compare(case, {name: run(how) for name, how in ways.items()}, rounds=rounds)
     rates = {kind: {"drafted": c.drafted, "accepted": c.accepted, "rate": c.rate} for kind, c in counts.items()}

@@ -75,8 +75,6 @@ def generate(
     how = decodings.Decoding(
         decoding, max_new_tokens, temperature, top_k, top_p, seed, stop, strength, plausibility, draft, ahead
     )
-    if load_state is not None and decoding == "entangled" and strength:
-        raise UserError("--decoding entangled reads the prompt with and without the states; omit --load-state.")
     check_outputs(**{"save-state": save_state})
     model, tokenizer = decodings.load_model(checkpoint)
     state = None if load_state is None else decodings.load_state(load_state, model, tokenizer)

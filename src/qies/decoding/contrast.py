@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from qies.errors import UserError
+from qies.mixers import mixers
 from qies.model import QiesCache, QiesForCausalLM
 from qies.ops.measures import entropy_ceiling, renyi2_entropy
 
@@ -39,6 +40,15 @@ def gate(full: Tensor, states: Sequence[Tensor]) -> Tensor:
     log_p = full.float().log_softmax(-1)
     unsure = -(log_p.exp() * log_p).sum(-1) / math.log(full.shape[-1])
     return torch.cat(held, 1).mean(1).clamp(0, 1) * unsure.clamp(0, 1)
+
+
+def require_states(model: QiesForCausalLM, cached: int = 0) -> None:
+    """Raise UserError for a model without entanglement layers, and where `cached` tokens were read before: they would
+    have to be read without the states too."""
+    if not any(spec.entangled for spec in mixers(model.config.layer_types or [])):
+        raise UserError("The model has no entanglement layer, so there is no state to contrast; use another decoding.")
+    if cached:
+        raise UserError("Entangled decoding reads the prompt with and without the states; start it without a state.")
 
 
 @torch.no_grad()
@@ -67,10 +77,8 @@ def entangled(
         raise UserError(f"plausibility is {plausibility}; it must lie in (0, 1].")
     cache = model_kwargs.get("past_key_values")
     cache = QiesCache(model.config) if cache is None else cache
-    if strength and not any(cache.entangled):
-        raise UserError("The model has no entanglement layer, so there is no state to contrast; use another decoding.")
-    if strength and cache.get_seq_length():
-        raise UserError("Entangled decoding reads the prompt with and without the states; start it without a state.")
+    if strength:
+        require_states(model, cache.get_seq_length())
     mask, rows = model_kwargs.get("attention_mask"), len(input_ids)
     reads = torch.tensor([True, False], device=input_ids.device).repeat(rows)
     finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)

@@ -32,6 +32,12 @@ class Acceptance:
         return self.accepted / self.drafted if self.drafted else None
 
 
+def require_layers(model: QiesForCausalLM, draft: str) -> None:
+    """Raise UserError for a model without the layers that a draft of this kind skips."""
+    if model.config.block == "gpt2" or DRAFTS[draft] not in (model.config.layer_types or []):
+        raise UserError(f"The model has no layers that a draft without '{draft}' can skip; use another decoding.")
+
+
 @torch.no_grad()
 def speculative(
     model: QiesForCausalLM,
@@ -56,8 +62,7 @@ def speculative(
         raise UserError(f"ahead is {ahead}; it must be at least 1.")
     if len(input_ids) != 1 or generation_config.do_sample:
         raise UserError("Speculative decoding takes one prompt at a time and does not sample.")
-    if model.config.block == "gpt2" or DRAFTS[draft] not in (model.config.layer_types or []):
-        raise UserError(f"The model has no layers that a draft without '{draft}' can skip; use another decoding.")
+    require_layers(model, draft)
     mask = model_kwargs.get("attention_mask")
     if mask is not None and not mask.all():
         raise UserError("Speculative decoding takes a prompt without pads.")

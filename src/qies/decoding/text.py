@@ -16,9 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from qies import plugins, records
 from qies.data.tokenizer import encode_texts
-from qies.decoding.contrast import entangled
+from qies.decoding.contrast import entangled, require_states
 from qies.decoding.snapshots import Snapshot
-from qies.decoding.speculative import DRAFTS, Acceptance, speculative
+from qies.decoding.speculative import DRAFTS, Acceptance, require_layers, speculative
 from qies.errors import UserError, unknown
 from qies.model import QiesForCausalLM
 
@@ -130,10 +130,15 @@ def continue_prompts(
     of the prompt and each piece of text as it becomes certain; the pieces add up to `Continuation.text`.
 
     Raises UserError, before any text is made, for a prompt that is not valid Unicode, or more tokens than the model has
-    learned positions for (see `room`), and for an empty prompt after a state.
+    learned positions for (see `room`), for an empty prompt after a state, and for a decoding that the model lacks the
+    layers for.
     """
     how = decoding or Decoding()
     before = 0 if state is None else state.ids.shape[1]
+    if how.name == "entangled" and how.strength:
+        require_states(model, before)
+    elif how.name == "speculative":
+        require_layers(model, how.draft)
     given = [encode(tokenizer, prompt, state) for prompt in prompts]
     for own in given:
         left = _room(model, before + own.shape[1])
