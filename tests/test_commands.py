@@ -111,6 +111,21 @@ TABLE = {
     "qies bench decode --cases 40k:32768 48k:32768 60k:32768 --out results/quick/bench/decode.json": How(
         {"results/quick/bench/": "", "40k:32768 48k:32768 60k:32768": "100k:8"}, "--rounds 1"
     ),
+    "qies train --size 100k --tokens 1000000 --out runs/far objective.far_future=0.1 objective.entropy_floor=0.1": How(
+        TRAIN.replace, f"{TINY} {TEXTS} objective.far_future_gap=2 objective.far_future_window=8"
+    ),
+    'qies generate runs/first --prompt "The people of the United States" --max-new-tokens 32': How({" 32": " 2"}),
+    'qies generate runs/first --prompt "And it came to pass" "The king" --decoding sample --top-p 0.9 --seed 3 '
+    '--stop "." --json': How(more="--max-new-tokens 2"),
+    "qies bench decodings --cases 100k:64 --rounds 3": How(
+        {"100k:64": "50k:4", "--rounds 3": "--rounds 1"}, "--new-tokens 3"
+    ),
+    "qies generate runs/first --prompt-file article.txt --save-state article.state": How(),
+    'qies generate runs/first --load-state article.state --prompt " In short," " The author" --json': How(
+        more="--max-new-tokens 2"
+    ),
+    "qies generate runs/first --decoding entangled --prompt-file examples/prompts/summarize.txt "
+    "examples/prompts/summarize_long_range.txt": How(more="--max-new-tokens 2"),
     "make study": How(),
     "make test": How(),
 }
@@ -191,6 +206,8 @@ def workspace(text_folder, tmp_path, monkeypatch, forget_plugins):
     shutil.copytree(text_folder, "my_texts")
     for name in ("gated_recurrence", "published_mixers"):
         shutil.copy(ROOT / "examples" / f"{name}.py", ".")
+    shutil.copytree(ROOT / "examples" / "prompts", "examples/prompts")
+    Path("article.txt").write_text("The king sent a letter to the queen.\n")
     Path("results").mkdir()
     Path("results/reference").symlink_to(ROOT / "results" / "reference")
     rng = np.random.default_rng(0)
@@ -217,7 +234,7 @@ def yaml_blocks(document: Path) -> list[dict]:
 def test_the_study_files_of_the_documents_are_valid(monkeypatch, forget_plugins):
     monkeypatch.syspath_prepend(ROOT / "examples")
     blocks = [block for document in DOCUMENTS for block in yaml_blocks(document)]
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         assert from_dict(StudyConfig, block).runs()
 

@@ -28,9 +28,23 @@ C = TypeVar("C")
 
 INDUCTION_ONSET = 0.5  # nats per token gained on a repeated random segment: in-context copying has set in from here on
 
+TERMS = ("far_future", "entropy_floor", "long_context", "multi_token")  # of the objective, beside the cross-entropy
+
+BRANCHES_ANNEAL = "left out where there are branches: its weights fall with the fraction of a budget"
+
 COUNT = {"count": True}  # tokens: 1m is 1_000_000 there
 LATER = {"later": True}  # a field that earlier configurations lack: at its default it leaves `content_hash` as it was
 WHERE = {"where": True}  # where code is found, which `content_hash` does not cover, as it does not cover this package's
+
+
+def _require(ok: bool, name: str, value: Any, wanted: str) -> None:
+    if not ok:
+        raise UserError(f"{name} is {value!r}; it must be {wanted}.")
+
+
+def _choice(name: str, value: str, options: Collection[str]) -> None:
+    if value not in options:
+        raise unknown("value", value, options, where=f"for {name}")
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,59 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig:
+    """The weights of the terms beside the cross-entropy, 0 for none, and their settings (docs/objective.md)."""
+
+    far_future: float = 0.0  # the bag of distant tokens, from the state's read-outs alone
+    far_future_gap: int = 8  # tokens left out
+    far_future_window: int = 64  # tokens of the bag, after the gap
+    far_future_rank: int = 32  # of the head
+    far_future_stride: int = 8  # tokens from one predicted bag to the next
+    entropy_floor: float = 0.0  # relu(S_min - S2)^2 of the states at the ends of chunks
+    entropy_floor_level: float = 0.5  # S_min, as a fraction of log min(m, V)
+    entropy_floor_chunk: int = 128  # tokens
+    long_context: float = 0.0  # LongCE: at 1 each token weighs exp(what distant content gains), clipped
+    long_context_window: int = 64  # tokens; a short context has up to twice as many
+    long_context_clip: float = 5.0  # the largest weight
+    multi_token: float = 0.0  # cross-entropy of the tokens after the next
+    multi_token_ahead: int = 1  # how many of them
+    until: float = 2 / 3  # fraction of training at which the weights, falling linearly, reach zero
+
+    def __post_init__(self) -> None:
+        for name in TERMS:
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"objective.{name}", value, "0 (off) or a positive number")
+        for name in ("window", "rank", "stride"):
+            key, value = f"objective.far_future_{name}", getattr(self, f"far_future_{name}")
+            _require(value >= 1, key, value, "an integer of at least 1")
+        for name in ("entropy_floor_chunk", "long_context_window", "multi_token_ahead"):
+            _require(getattr(self, name) >= 1, f"objective.{name}", getattr(self, name), "an integer of at least 1")
+        _require(self.far_future_gap >= 0, "objective.far_future_gap", self.far_future_gap, "0 or a positive integer")
+        _require(1 <= self.long_context_clip < math.inf, "objective.long_context_clip", self.long_context_clip,
+                 "a number of at least 1")  # fmt: skip
+        for name in ("entropy_floor_level", "until"):
+            _require(0 < getattr(self, name) <= 1, f"objective.{name}", getattr(self, name), "a fraction in (0, 1]")
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of the terms with a weight."""
+        return tuple(name for name in TERMS if getattr(self, name))
+
+    def factor(self, progress: float) -> float:
+        """What all weights are multiplied by after the fraction `progress` of training."""
+        return max(0.0, 1 - progress / self.until)
+
+    def context(self) -> dict[str, int]:
+        """The fewest tokens of a sequence in which each term has something to compute, by the setting to lower."""
+        least = {
+            "far_future": ("far_future_window", self.far_future_gap + self.far_future_window),
+            "long_context": ("long_context_window", 2 * self.long_context_window + 1),
+            "multi_token": ("multi_token_ahead", self.multi_token_ahead + 1),
+        }
+        return {f"objective.{least[t][0]}": least[t][1] for t in self.terms if t in least}
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run: everything that decides its result. `model` overrides fields of the arm's `QiesConfig`.
 
@@ -111,6 +178,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     model: dict[str, Any] = field(default_factory=dict)
     plugins: tuple[str, ...] = field(default=(), metadata=WHERE)  # modules that register the arm and its mixers
+    objective: ObjectiveConfig = field(default=ObjectiveConfig(), metadata=LATER)
 
     def __post_init__(self) -> None:
         from qies import presets
@@ -125,7 +193,13 @@ class RunConfig:
             self.warmup_steps <= self.decay_start, "train.warmup_tokens", self.train.warmup_tokens,
             f"at most the {self.decay_start * least:,} tokens before the decay",
         )  # fmt: skip
+        for key, tokens in self.objective.context().items():
+            if tokens > self.train.seq_len:
+                raise UserError(
+                    f"train.seq_len is {self.train.seq_len}, but the objective needs {tokens} tokens; lower {key}."
+                )
         if self.train.branches:
+            _require(not self.objective.terms, "objective", "set", BRANCHES_ANNEAL)
             _require(self.train.warmup_tokens > 0, "train.warmup_tokens", 0, "set where there are branches")
             for tokens in self.train.branches:
                 branch = dataclasses.replace(self, tokens=tokens, train=dataclasses.replace(self.train, branches=()))
@@ -133,6 +207,13 @@ class RunConfig:
                     branch.decay_start <= self.decay_start, "train.branches", list(self.train.branches),
                     f"budgets of which the decay starts before that of this run (step {self.decay_start})",
                 )  # fmt: skip
+
+    def settings(self, vocab_size: int) -> dict[str, Any]:
+        """The fields of the model's `QiesConfig`; `objective` is one of them where it has terms."""
+        from qies import presets
+
+        values = presets.settings(self.arm, self.size, vocab_size, **self.model)
+        return values | {"objective": dataclasses.asdict(self.objective)} if self.objective.terms else values
 
     def __reduce__(self) -> tuple[Any, ...]:
         return from_dict, (RunConfig, to_dict(self))  # so that a process that unpickles it imports its plugins
@@ -181,6 +262,7 @@ class StudyConfig:
     model: dict[str, Any] = field(default_factory=dict)
     variants: tuple[dict[str, Any], ...] = field(default=(), metadata=LATER)  # each: keys of a run and their values
     plugins: tuple[str, ...] = field(default=(), metadata=WHERE)  # as of every run
+    objective: ObjectiveConfig = field(default=ObjectiveConfig(), metadata=LATER)
     workers: int = 0  # runs side by side; 0: one a core, each with one thread
     prompts: tuple[str, ...] = (
         "The people of the United States",
@@ -218,7 +300,7 @@ class StudyConfig:
             for key in variant:
                 if key in ("arm", "size", "seed", "tokens"):
                     raise UserError(f"A variant cannot set '{key}': it is an axis of the grid; list its values there.")
-                if key in ("train", "model"):
+                if key in ("train", "model", "objective"):
                     raise UserError(f"A variant sets '{key}' as a whole; name single keys, such as '{key}.KEY'.")
                 if key.partition(".")[0] == "data":
                     raise UserError(
@@ -226,8 +308,9 @@ class StudyConfig:
                         "and give qies ladder sweep the folder that holds them."
                     )
             plain = RunConfig(
-                tokens=2**62, data=self.data, train=self.train, model=dict(self.model), plugins=self.plugins
-            )
+                tokens=2**62, data=self.data, train=self.train, model=dict(self.model), plugins=self.plugins,
+                objective=self.objective,
+            )  # fmt: skip
             run = override(plain, variant)
             for other, same in seen:
                 if same == run:
@@ -250,7 +333,9 @@ class StudyConfig:
             budgets = [max(1, round(presets.parse_size(size) * b / step)) * step for b in self.budgets]
             _require(len(set(budgets)) == len(budgets), f"tokens of size {size}", budgets, "different for each budget")
             for tokens, seed, arm in itertools.product(budgets, self.seeds, self.arms):
-                run = RunConfig(arm, size, tokens, seed, self.data, self.train, dict(self.model), self.plugins)
+                run = RunConfig(
+                    arm, size, tokens, seed, self.data, self.train, dict(self.model), self.plugins, self.objective
+                )
                 out += [override(run, variant) for variant in self.variants or ({},)]
         return out
 
@@ -477,13 +562,3 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is float and not math.isfinite(value):
         raise UserError(f"{where} must be a finite number, not {value}.")
     return value
-
-
-def _require(ok: bool, name: str, value: Any, wanted: str) -> None:
-    if not ok:
-        raise UserError(f"{name} is {value!r}; it must be {wanted}.")
-
-
-def _choice(name: str, value: str, options: Collection[str]) -> None:
-    if value not in options:
-        raise unknown("value", value, options, where=f"for {name}")

@@ -116,7 +116,7 @@ def plan(config: RunConfig, vocab_size: int) -> RunRecord:
     from qies import presets
     from qies.accounting.flops import CONVENTION, training_flops_per_token
 
-    values = presets.settings(config.arm, config.size, vocab_size, **config.model)
+    values = config.settings(vocab_size)
     if values["position"] == "learned" and config.train.seq_len > values["max_position_embeddings"]:
         raise UserError(
             f"train.seq_len is {config.train.seq_len}, beyond the {values['max_position_embeddings']} positions that "
@@ -163,7 +163,7 @@ def require_same_definitions(config: RunConfig, record: RunRecord, folder: Path)
     then = record.model
     if not isinstance(then.get("vocab_size"), int):
         raise UserError(f"{folder / 'run.json'} describes no model; delete that run's folder and run it again.")
-    now = {"model": presets.settings(config.arm, config.size, then["vocab_size"], **config.model)}
+    now = {"model": config.settings(then["vocab_size"])}
     counted = presets.count_parameters(now["model"])  # a plugin can change a mixer's weights without changing a field
     now["params"] = {total: counted[total] for total in TOTALS}
     then = presets.MODEL_FIELDS | presets.BEFORE | then

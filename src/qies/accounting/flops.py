@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qies.accounting.objective import objective_flops
 from qies.accounting.parameters import block_weights, hidden_matrices, layers
 from qies.mixers import MixerSpec, mixer
 from qies.mixers.entanglement import CHUNK
@@ -44,8 +45,12 @@ def decode_flops(values: Values, context: int) -> dict[str, float]:
 
 
 def training_flops_per_token(values: Values, seq_len: int) -> float:
-    """Forward and backward FLOPs per token, by `CONVENTION`."""
-    return 3.0 * sum(forward_flops_per_token(values, seq_len).values())
+    """Forward and backward FLOPs per token, by `CONVENTION`, and those of the objective's terms where there are any."""
+    total = 3.0 * sum(forward_flops_per_token(values, seq_len).values())
+    if chosen := values.get("objective"):
+        short = sum(forward_flops_per_token(values, 2 * chosen["long_context_window"]).values())
+        total += objective_flops(values, seq_len, short)
+    return total
 
 
 def decode_flops_per_token(values: Values, context: int) -> float:

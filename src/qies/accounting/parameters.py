@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qies.accounting.objective import GROUP as OBJECTIVE
+from qies.accounting.objective import objective_weights
 from qies.mixers import Weight, mixer
 
 GROUPS = ("embedding", "head", "attention", "entanglement", "convolution", "mlp", "norm")  # present in every count
@@ -22,7 +24,7 @@ def outer_weights(values: Mapping[str, Any]) -> dict[str, Weight]:
         out |= _layer_norm("model.norm", d)
     if not tied:
         out["lm_head.weight"] = Weight((vocab, d), "head", "head")
-    return out
+    return out | objective_weights(values)
 
 
 def block_weights(values: Mapping[str, Any], kind: str) -> dict[str, Weight]:
@@ -72,13 +74,15 @@ def count_parameters(values: Mapping[str, Any]) -> dict[str, int]:
     """Parameters by group of the model that `values` describe, in closed form.
 
     Groups: embedding (with learned positions), head, attention, entanglement, convolution, mlp, norm, and those of
-    mixers from outside the package; with the sums non_embedding (all but embedding and head) and total.
+    mixers from outside the package; `objective` where the objective has heads, which are used in training only; with
+    the sums non_embedding (all but embedding, head and objective) and total.
     """
     groups = dict.fromkeys(GROUPS, 0)
     for weight, times in _with_multiplicity(values):
         groups[weight.group] = groups.get(weight.group, 0) + times * weight.size
     total = sum(groups.values())
-    return groups | {"non_embedding": total - groups["embedding"] - groups["head"], "total": total}
+    apart = sum(groups.get(name, 0) for name in ("embedding", "head", OBJECTIVE))
+    return groups | {"non_embedding": total - apart, "total": total}
 
 
 def control_parameters(values: Mapping[str, Any]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from qies.cli.decodings import decodings
 from qies.cli.options import check_outputs, require_at_least
 from qies.storage import write_json
 from qies.terminal import Group, show
@@ -186,5 +187,12 @@ def _measured(what: str) -> dict[str, Any]:
 
 bench = Group(
     "Benchmark speed against reference implementations.",
-    {"op": op, "train": train, "prefill": prefill, "decode": decode, "threads": threads},
+    {
+        "op": op,
+        "train": train,
+        "prefill": prefill,
+        "decode": decode,
+        "decodings": decodings,
+        "threads": threads,
+    },
 )

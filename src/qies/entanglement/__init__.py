@@ -1,6 +1,7 @@
 """The entangled states of a model, and their spectra and entropies across the cut key | value."""
 
-from qies.entanglement.measures import (
+from qies.entanglement.states import capture, entropies
+from qies.ops.measures import (
     entropy_ceiling,
     page_entropy,
     participation_ratio,
@@ -8,7 +9,6 @@ from qies.entanglement.measures import (
     schmidt_spectrum,
     von_neumann_entropy,
 )
-from qies.entanglement.states import capture, entropies
 
 __all__ = [
     "capture",

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qies.entanglement.measures import (
+from qies.errors import UserError
+from qies.mixers import mixer
+from qies.model import QiesCache, QiesForCausalLM
+from qies.ops.measures import (
     entropy_ceiling,
     page_entropy,
     renyi2_entropy,
     schmidt_spectrum,
     von_neumann_entropy,
 )
-from qies.errors import UserError
-from qies.mixers import mixer
-from qies.model import QiesCache, QiesForCausalLM
 
 
 @torch.no_grad()

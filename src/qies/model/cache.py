@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -122,6 +123,24 @@ class QiesCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.seen_tokens = 0
+
+    def snapshot(self) -> QiesCache:
+        """A copy that does not change when this cache reads more tokens; also the way to roll back, by `restore`.
+
+        States and convolution inputs are copied; keys and values are shared, as each update makes new ones.
+        """
+        out = copy.copy(self)
+        out.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in out.layers:
+            for name, value in vars(layer).items():
+                if isinstance(value, dict):
+                    setattr(layer, name, dict(value))
+            _each_state(layer, torch.Tensor.clone)
+        return out
+
+    def restore(self, snapshot: QiesCache) -> None:
+        """Go back to what a `snapshot` of this cache holds; it can be restored any number of times."""
+        self.layers, self.seen_tokens = snapshot.snapshot().layers, snapshot.seen_tokens
 
     def detach_(self) -> QiesCache:
         """Detach all tensors in place, so that gradients do not flow to earlier tokens."""

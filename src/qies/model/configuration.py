@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from qies.config import ObjectiveConfig, from_dict
 from qies.errors import UserError
 from qies.mixers import mixer
 from qies.mixers.entanglement import HeadGroup, head_groups
@@ -46,6 +48,8 @@ class QiesConfig(PreTrainedConfig):
     All layers:
         gate: sigmoid output gate per "head", per "channel" or "none"; logit_softcap (0: none), also called
         final_logit_softcapping (None: none); tie_word_embeddings (False).
+    Training:
+        objective: settings of `qies.config.ObjectiveConfig`, such as {"far_future": 0.1}; None for cross-entropy alone.
 
     A mixer from outside the package has fields of its own (`MixerSpec.fields`), which are keywords here too.
 
@@ -91,6 +95,7 @@ class QiesConfig(PreTrainedConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
     pad_token_id: int | None = 0
+    objective: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         if self.layer_types is None:
@@ -102,6 +107,12 @@ class QiesConfig(PreTrainedConfig):
         kwargs = {name: default for name, default in fields.items() if name not in MODEL_FIELDS} | kwargs
         if problem := inconsistent(vars(self) | kwargs):
             raise ValueError(problem)
+        if self.objective is not None:
+            try:
+                chosen = from_dict(ObjectiveConfig, self.objective, "objective")
+            except UserError as wrong:
+                raise ValueError(str(wrong)) from None
+            self.objective = asdict(chosen) if chosen.terms else None
         super().__post_init__(**kwargs)
 
     def validate(self) -> None:
@@ -109,6 +120,10 @@ class QiesConfig(PreTrainedConfig):
         known = copy.copy(self)
         known.layer_types = [mixer(name).layer_type for name in self.layer_types or []]
         super(QiesConfig, known).validate()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data; `objective` only where it has terms."""
+        return {name: value for name, value in super().to_dict().items() if name != "objective" or value}
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -6,7 +6,7 @@ Legend: B batch, T position, D model width, H heads, m complex key channels, K =
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +26,16 @@ class Entanglement(nn.Module):
 
     Heads of several shapes share the projections, whose outputs are ordered by group (`config.head_groups`).
     States, beta, decay and phase are fp32 whatever the dtype of the weights. `model.read_state(False)` clears `reads`:
-    the states still evolve but the layer adds nothing. `heads` holds the hook points of each group
-    (`qies.model.hooks`), and `hook_out` [B,T,D] is what the layer adds to the residual stream.
+    the states still evolve but the layer adds nothing; a tensor [B] says so for each row. `heads` holds the hook points
+    of each group (`qies.model.hooks`), and `hook_out` [B,T,D] is what the layer adds to the residual stream.
     """
 
     controls = frozenset({"beta_bias", "decay_bias", "decay_rate", "phase_bias"})  # fp32 in every model's weights
 
     def __init__(self, config: QiesConfig, layer_idx: int) -> None:
         super().__init__()
-        self.config, self.layer_idx, self.reads = config, layer_idx, True
+        self.config, self.layer_idx = config, layer_idx
+        self.reads: bool | Tensor = True
         self.groups, width = config.head_groups, config.hidden_size
         keys, values, read = (sum(getattr(g, f"{n}_width") for g in self.groups) for n in ("key", "value", "read"))
         self.beta_size, self.decay_size = sum(g.betas for g in self.groups), sum(g.decays for g in self.groups)
@@ -59,23 +60,32 @@ class Entanglement(nn.Module):
         self.heads = nn.ModuleList(HeadHooks() for _ in self.groups)
         self.hook_out = HookPoint()
 
-    def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, texts=None, **kwargs):
+    def forward(self, x: Tensor, *, angles, causal_mask, mask, past_key_values, texts=None, observe=0, **kwargs):
         """x [B,T,D] -> [B,T,D] and None; mask [B,T] bool, False at pads, which leave the states untouched; texts [B,T],
-        the number of each token's text in a packed row: each starts from an empty state."""
+        the number of each token's text in a packed row: each starts from an empty state.
+
+        With `observe` > 0 also, for each group of heads, the read-outs before norm and gate [B,T,H,V], and then the
+        states after every `observe` tokens and at the end [B,C,H,2m,V]; at the end alone in packed rows."""
         memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         if self.conv is not None:
             x = self.conv(x, mask, memory, texts)
-        outputs, states = [], []
+        outputs, states, ends = [], [], []
         given = self.inputs(x, mask, read_states(memory, len(self.groups)))
         for group, hooks, inputs in zip(self.groups, self.heads, given, strict=True):
             run = hooks.evolve if hooks.attached else evolve
-            o, state = run(inputs, group.mode, texts=texts)  # type: ignore[operator]
+            size = observe if observe and texts is None and not hooks.attached else inputs.q.shape[1]
+            o, at_ends = _in_chunks(run, inputs, group.mode, texts, size)  # type: ignore[arg-type]
             outputs.append(o)
-            states.append(state)
+            states.append(at_ends[-1])
+            ends.append(at_ends)
         if memory is not None:
             write_states(memory, states)
-        y = self.o_proj(self.gate(x, *outputs)) if self.reads else torch.zeros_like(x)
-        return self.hook_out(y) if self.hook_out.attached else y, None
+        if isinstance(self.reads, Tensor):
+            y = self.o_proj(self.gate(x, *outputs)) * self.reads.to(x)[:, None, None]
+        else:
+            y = self.o_proj(self.gate(x, *outputs)) if self.reads else torch.zeros_like(x)
+        y = self.hook_out(y) if self.hook_out.attached else y
+        return (y, None, *outputs, *(torch.stack(s, 1) for s in ends)) if observe else (y, None)
 
     def inputs(
         self, x: Tensor, mask: Tensor | None = None, states: Sequence[Tensor | None] | None = None
@@ -153,6 +163,22 @@ class Entanglement(nn.Module):
         init.copy_(self.decay_bias, (1 / spans).expm1().log().to(self.decay_bias))  # softplus(bias) = 1 / span
         if self.config.phase != "none":
             init.zeros_(self.phase_bias)
+
+
+def _in_chunks(
+    run: Callable[..., tuple[Tensor, Tensor]], x: Inputs, mode: str, texts: Tensor | None, size: int
+) -> tuple[Tensor, list[Tensor]]:
+    """`run` over chunks of `size` tokens, one after the other: the outputs of all, and the state after each chunk."""
+    if size >= x.q.shape[1]:
+        o, state = run(x, mode, texts=texts)
+        return o, [state]
+    outputs, states = [], [x.state]
+    for start in range(0, x.q.shape[1], size):
+        part = (None if y is None else y[:, start : start + size] for y in x[:6])
+        o, state = run(Inputs(*part, states[-1]), mode, texts=None)  # type: ignore[arg-type,call-arg]
+        outputs.append(o)
+        states.append(state)
+    return torch.cat(outputs, 1), states[1:]  # type: ignore[return-value]
 
 
 def _spread(first: float, last: float, heads: int) -> Tensor:

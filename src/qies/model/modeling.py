@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,10 @@ from qies.model.gpt2 import GPT2_STD, Gpt2Attention, Gpt2Block
 from qies.model.initialization import draw_seed, init_module, seeded
 from qies.model.layers import MLP, embedding, is_matrix, linear
 from qies.model.packing import Rows, ends_of, positions_of, read_rows
-from qies.objective import language_modelling, language_modelling_of_logits
+from qies.model.terms import Objective, Seen
+from qies.objective import IGNORED, language_modelling, language_modelling_of_logits, second_halves, segments
 from qies.ops.entangle.layout import first_tokens, readable
+from qies.ops.loss import linear_cross_entropy
 from qies.ops.norm import rms_norm
 
 # Saved with the weights: for an unknown model type transformers suggests an upgrade, which does not help.
@@ -95,17 +98,30 @@ class QiesBlock(GradientCheckpointingLayer):
         self.eps = config.rms_norm_eps
         self.mixer = build_mixer(config, layer_idx)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.mixes = True
 
-    def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        mixed, weights = self.mixer(self._norm(x), **kwargs)
-        x = x + mixed
-        return x + self.mlp(self._norm(x)), weights
+    def forward(self, x: Tensor, **kwargs) -> tuple[Tensor | None, ...]:
+        """x [B,T,D] -> [B,T,D], attention weights or None, and whatever else the mixer returns."""
+        others: list[Tensor | None] = [None]
+        if self.mixes:
+            mixed, *others = self.mixer(self._norm(x), **kwargs)
+            x = x + mixed
+        return x + self.mlp(self._norm(x)), *others
 
     def _norm(self, x: Tensor) -> Tensor:
         """RMSNorm. Under autocast the result has its dtype, so that x is cast once and not in every projection."""
         device = x.device.type
         y = rms_norm(x, self.eps)
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+
+
+@dataclass
+class QiesModelOutput(BaseModelOutputWithPast):
+    """With `observe` also the read-outs [B,T,H,V] and the states at ends of chunks [B,C,H,2m,V] of each group of heads
+    of each entanglement layer."""
+
+    readouts: tuple[Tensor, ...] | None = None
+    states: tuple[Tensor, ...] | None = None
 
 
 class QiesPreTrainedModel(PreTrainedModel):
@@ -202,6 +218,7 @@ class QiesModel(QiesPreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        observe: int = 0,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         _refuse_unknown(kwargs)
@@ -258,8 +275,11 @@ class QiesModel(QiesPreTrainedModel):
                 )
 
         x = self._embed(embeds, position_ids)
+        readouts: list[Tensor] = []
+        states: list[Tensor] = []
         for layer in self.layers:
-            x, _ = layer(
+            watched = {"observe": observe} if observe and isinstance(layer.mixer, Entanglement) else {}
+            x, _, *seen = layer(
                 x,
                 angles=angles,
                 causal_mask=causal_mask,
@@ -268,10 +288,16 @@ class QiesModel(QiesPreTrainedModel):
                 texts=rows.texts,
                 past_key_values=past_key_values,
                 **varlen,
+                **watched,
             )
+            readouts += seen[: len(seen) // 2]
+            states += seen[len(seen) // 2 :]
         if past_key_values is not None:
             past_key_values.seen_tokens += length
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        out = {"last_hidden_state": self.norm(x), "past_key_values": past_key_values}
+        if observe:
+            return QiesModelOutput(**out, readouts=tuple(readouts), states=tuple(states))
+        return BaseModelOutputWithPast(**out)
 
     def _packed_mask(self, embeds: Tensor, blocks: Tensor, rows: Rows) -> tuple[Tensor | None, dict[str, Tensor | int]]:
         """The mask of packed rows and further arguments of the attention implementation. Tokens attend within equal
@@ -321,6 +347,7 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         self.model = QiesModel(config)
         std = GPT2_STD if config.block == "gpt2" else 0.1 * config.hidden_size**-0.5
         self.lm_head = linear(config.hidden_size, config.vocab_size, std)
+        self.objective = Objective(config) if config.objective else None
         self.post_init()
 
     @can_return_tuple
@@ -349,10 +376,15 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         token count relies on that. The loss is the mean over the remaining labels, or their sum divided by
         `num_items_in_batch` (gradient accumulation). In training with labels `logits` is None, since the loss is
         computed from the hidden states.
+
+        In training the loss is the whole objective: the terms of `config.objective` are added, with the weights that
+        `set_progress` leaves them; `objective.values` holds each by itself. In eval mode it is the cross-entropy alone.
         """
         shift_labels = kwargs.pop(
             "shift_labels", None
         )  # not in the signature, or Trainer would expect it in every batch
+        terms = self.objective if self.training and (labels is not None or shift_labels is not None) else None
+        terms = terms if terms is not None and terms.factor > 0 else None
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -364,21 +396,23 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             cu_seq_lens_k=cu_seq_lens_k,
             return_dict=True,
+            **({"observe": terms.observe} if terms is not None else {}),
             **kwargs,
         )
         hidden = out.last_hidden_state
-        loss = logits = None
-        if labels is not None and shift_labels is None:
-            rows = read_rows(labels.shape, attention_mask, position_ids, seq_idx, _ends(cu_seq_lens_q, cu_seq_lens_k))
+        loss = logits = rows = None
+        if (labels is not None and shift_labels is None) or terms is not None:
+            shape, ends = hidden.shape[:2], _ends(cu_seq_lens_q, cu_seq_lens_k)
+            rows = read_rows(shape, attention_mask, position_ids, seq_idx, ends, cached=past_key_values is not None)
+        if rows is not None and labels is not None and shift_labels is None:
             if rows.texts is not None:
                 labels = labels.masked_fill(first_tokens(rows.texts), -100)
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        if shift_labels is not None and is_matrix(self.lm_head):
-            loss = language_modelling(
-                hidden, self.lm_head.weight, shift_labels, self.config.logit_softcap, num_items_in_batch
-            )
-        elif shift_labels is not None:
-            loss = language_modelling_of_logits(self._logits(hidden), shift_labels, num_items_in_batch)
+        if shift_labels is not None:
+            loss = self._cross_entropy(hidden, shift_labels, num_items_in_batch)
+        if terms is not None and loss is not None and rows is not None and shift_labels is not None:
+            source = (input_ids, None) if input_ids is not None else (None, inputs_embeds)
+            loss = self._with_terms(terms, loss, out, shift_labels, rows, source, num_items_in_batch)
         if loss is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self._logits(hidden[:, keep])
@@ -390,6 +424,90 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
             attentions=out.attentions,
         )
 
+    def set_progress(self, fraction: float) -> None:
+        """Say what fraction of training is done, from 0 to 1: the weights of the objective's terms fall with it.
+
+        Without terms it does nothing. `qies.train.callback.ObjectiveCallback` calls it from a Hugging Face trainer.
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"The fraction of training is {fraction}; it must lie in [0, 1].")
+        if self.objective is not None:
+            self.objective.progress = float(fraction)
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, count: Tensor | int | None = None) -> Tensor:
+        """Mean cross-entropy in nats of targets [B,T] (-100: ignored), or their sum divided by `count`."""
+        if is_matrix(self.lm_head):
+            return language_modelling(hidden, self.lm_head.weight, targets, self.config.logit_softcap, count)
+        return language_modelling_of_logits(self._logits(hidden), targets, count)
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats of each target, [B,T] fp32, 0 where it is -100."""
+        flat, goal = hidden.flatten(0, -2), targets.flatten()
+        if is_matrix(self.lm_head):
+            cap = self.config.logit_softcap or None
+            losses = linear_cross_entropy(flat, self.lm_head.weight, goal, softcap=cap, reduction="none")
+        else:
+            losses = torch.nn.functional.cross_entropy(self._logits(flat), goal, ignore_index=IGNORED, reduction="none")
+        return losses.view(targets.shape)
+
+    @torch.no_grad()
+    def short_context_losses(
+        self,
+        targets: Tensor,
+        window: int,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        rows: Rows | None = None,
+    ) -> Tensor:
+        """Losses in nats of targets [B,T] from position 2 * window on, each after `window` to 2 * window - 1 tokens of
+        context instead of the whole, [B,T-2*window]: T must exceed 2 * window. Two forward passes' work."""
+        size, length = targets.shape
+        real, texts = (rows.real, rows.texts) if rows is not None else (None, None)
+        hidden = self.model(
+            input_ids=None if input_ids is None else segments(input_ids, window),
+            inputs_embeds=None if inputs_embeds is None else segments(inputs_embeds, window),
+            attention_mask=None if real is None else segments(real.long(), window),
+            seq_idx=None if texts is None else segments(texts, window),
+            use_cache=False,
+            return_dict=True,
+        ).last_hidden_state
+        return self.token_losses(second_halves(hidden, size, length), targets[:, 2 * window :])
+
+    def _with_terms(
+        self,
+        terms: Objective,
+        loss: Tensor,
+        out: BaseModelOutputWithPast,
+        targets: Tensor,
+        rows: Rows,
+        source: tuple[Tensor | None, Tensor | None],
+        count: Tensor | int | None,
+    ) -> Tensor:
+        """The loss with the objective's terms added."""
+        ends = self.config.eos_token_id
+        breaks = targets == IGNORED
+        if ends is not None:
+            breaks |= torch.isin(targets, torch.tensor(ends, device=targets.device))
+        if rows.texts is not None:
+            breaks[:, :-1] |= first_tokens(rows.texts)[:, 1:]
+        own = (targets != IGNORED).sum()
+
+        def short(window: int) -> Tensor:
+            return self.short_context_losses(targets, window, *source, rows)
+
+        seen = Seen(
+            hidden=out.last_hidden_state,
+            targets=targets,
+            breaks=breaks,
+            count=own.clamp(min=1) if count is None else count,
+            readouts=getattr(out, "readouts", None) or (),
+            states=getattr(out, "states", None) or (),
+            logits=self._logits,
+            cross_entropy=self._cross_entropy,
+            short=short,
+        )
+        return terms(loss, seen, 1.0 if count is None else own / count)
+
     def _logits(self, hidden: Tensor) -> Tensor:
         """hidden [B,T,D] -> soft-capped logits [B,T,V] in fp32."""
         logits = self.lm_head(hidden).float()
@@ -397,8 +515,9 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     @contextmanager
-    def read_state(self, on: bool = True) -> Iterator[None]:
-        """Context manager that switches the read-outs of all entanglement layers on or off; states are updated."""
+    def read_state(self, on: bool | Tensor = True) -> Iterator[None]:
+        """Context manager that switches the read-outs of all entanglement layers on or off, for each row where `on` is
+        [B] bool; states are updated."""
         layers = [m for m in self.modules() if isinstance(m, Entanglement)]
         before = [layer.reads for layer in layers]
         for layer in layers:
@@ -408,6 +527,22 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         finally:
             for layer, was in zip(layers, before, strict=True):
                 layer.reads = was
+
+    @contextmanager
+    def skip_mixers(self, kind: str) -> Iterator[None]:
+        """Context manager in which the layers of a mixer (a name in `layer_types`) are their MLP alone: they add
+        nothing from other positions, and their part of a cache stays as it is. Not for the block `gpt2`."""
+        kinds = self.config.layer_types or []
+        layers: list[Any] = [b for b, name in zip(self.model.layers, kinds, strict=True) if name == kind]
+        if self.config.block == "gpt2" or not layers:
+            raise ValueError(f"The model has no layer with the mixer '{kind}' that can be skipped.")
+        for layer in layers:
+            layer.mixes = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.mixes = True
 
     def init_continuous_batching(self, *args, **kwargs) -> NoReturn:
         """Raise ValueError: continuous batching (`generate_batch`) pages keys and values only."""

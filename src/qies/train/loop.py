@@ -36,7 +36,7 @@ from qies.train.loss_spikes import Spikes
 from qies.train.optim import Optimizers
 from qies.train.run_directory import CHECKPOINTS, FIXED, open_run
 from qies.train.schedule import warmup_stable_decay
-from qies.train.validation import held_out_loss
+from qies.train.validation import held_out_loss, long_short_difference
 
 transformers_logging.disable_progress_bar()  # of saving a model; the run has a progress bar
 
@@ -78,7 +78,7 @@ def check_data(shards: Shards, settings: TrainConfig) -> None:
 
 def build_model(config: RunConfig, vocab_size: int) -> QiesForCausalLM:
     """Build the run's model. The initial weights depend only on the configuration and its seed."""
-    values = presets.settings(config.arm, config.size, vocab_size, **config.model)
+    values = config.settings(vocab_size)
     torch.manual_seed(config.seed)
     return QiesForCausalLM(QiesConfig(**values))
 
@@ -147,6 +147,8 @@ class _Run:
         self.progress, self.stop, self.train, self.parent = progress, stop, config.train, parent
         self.checkpoints = folder / CHECKPOINTS
         self.model = group.shard(lambda: build_model(config, shards.manifest.vocab_size))
+        if self.model.objective is not None:  # which says where documents end
+            self.model.config.eos_token_id = shards.tokenizer().eos_token_id
         if self.train.recompute:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         rates = presets.hyperparameters(presets.parse_size(config.size), config.tokens)
@@ -210,13 +212,19 @@ class _Run:
         mean over all processes and the norm is that of the whole gradient, so all processes decide alike.
         """
         ids = torch.from_numpy(self.batches.batch(self.step)[self.slice]).to(self.group.device)
+        self.model.set_progress(self.step / self.config.steps)
+        terms = self.model.objective
+        terms = terms if terms is not None and terms.factor > 0 else None
         parts, own = ids.chunk(self.train.accumulate), 0.0
+        apart: dict[str, float] = {}
         for part in parts:  # of equal size, so the mean of their means is that of the batch
             self.group.reduce_gradients(self.model, part is parts[-1])
             with self.precision():
                 loss = self.model(part[:, :-1], shift_labels=part[:, 1:]).loss / len(parts)
             loss.backward()
             own += loss.item()
+            for name, term in terms.values.items() if terms is not None else ():
+                apart[name] = apart.get(name, 0.0) + term.item() / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip_norm, foreach=True)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         factor = warmup_stable_decay(self.step, self.config.steps, self.config.warmup_steps, self.config.decay_steps)
@@ -228,6 +236,10 @@ class _Run:
             self.skipped += 1
             which = "loss" if not math.isfinite(value) else "gradient"
             return row | {"loss": None, "grad_norm": None, "skipped": f"non-finite {which}"}
+        if terms is not None:  # `loss` is the cross-entropy, as in a run without terms
+            means = self.group.gather(list(apart.values())).reshape(self.group.size, -1).mean(0).tolist()
+            value, *others = means
+            row |= {"terms": dict(zip(list(apart)[1:], others, strict=True)), "term_factor": terms.factor}
         row |= {"loss": value, "grad_norm": size, **self.spikes.see(value)}
         if "spike" in row:
             self.optimizers.clear()
@@ -314,6 +326,15 @@ class _Run:
         if not math.isfinite(metrics["val_loss"]):
             return self._write("diverged", error="the held-out loss is not finite")
         metrics["train_loss"] = train_loss
+        if self.group.size == 1:  # sharded weights are whole only inside of the model's own forward
+            metrics["long_short_difference"] = long_short_difference(
+                self.model,
+                self.shards,
+                seq_len=self.train.seq_len,
+                batch_size=self.train.batch_size,
+                max_tokens=self.train.eval_tokens,
+                precision=self.precision,
+            )
         final, tokens = self._induction(), self.step * self.train.seq_len * self.train.batch_size
         ends = {"tokens": tokens, "induction": final}  # a run that resumed after its last step has no such row
         first = self.group.on_first(lambda: onset([*records.steps(self.folder), ends]))

@@ -18,7 +18,7 @@ from qies.train.distributed import RANKS
 
 CHECKPOINTS = "checkpoints"
 # Keys that determine the shape of the model, the text or its order; a resumed run cannot change them.
-FIXED = ("arm", "size", "seed", "model.", "data.", "train.seq_len", "train.batch_size")
+FIXED = ("arm", "size", "seed", "model.", "objective.", "data.", "train.seq_len", "train.batch_size")
 CHANGEABLE = (
     "config",
     "config_hash",
@@ -116,6 +116,11 @@ def branch(config: RunConfig, trunk: Path, folder: Path) -> None:
     )
     if other := [c for c in changes(to_dict(whole), to_dict(config)) if not c.startswith(free)]:
         raise UserError(f"a branch of {trunk} can have another budget only, not {'; '.join(other)}.")
+    if whole.objective.terms:
+        raise UserError(
+            f"{trunk} has an objective whose weights fall with the fraction of its budget, so nothing can branch from "
+            "it; train the shorter run by itself."
+        )
     # A run takes only its learning rates from the rule for a size and budget.
     if whole.warmup_steps != config.warmup_steps or records.learning_rates(whole) != records.learning_rates(config):
         raise UserError(
@@ -157,7 +162,7 @@ def _changes(config: RunConfig, folder: Path, record: RunRecord) -> list[str]:
 
 def _require_room(config: RunConfig, shards: Shards, folder: Path) -> None:
     """Raise UserError unless the disk has space for the checkpoints and the model: weights and two moments in fp32."""
-    values = presets.settings(config.arm, config.size, shards.manifest.vocab_size, **config.model)
+    values = config.settings(shards.manifest.vocab_size)
     weights = 4 * presets.count_parameters(values)["total"]
     needed = weights + 3 * weights * (config.train.keep + 1 + len(config.milestones))
     free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free

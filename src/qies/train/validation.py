@@ -17,6 +17,9 @@ from qies.objective import bits_per_byte
 from qies.ops.loss import linear_cross_entropy
 from qies.train.distributed import Group
 
+SHORT_CONTEXT = 64  # tokens
+COMPARED = 16_384  # tokens of held-out text that are read with short contexts too
+
 
 @torch.no_grad()
 def held_out_loss(
@@ -83,6 +86,44 @@ def held_out_loss(
         each = zip(names, sums.sum(2).T, strict=True)
         result["val_by_source"] = {name: _measures(*of_source) for name, of_source in each if of_source[2] > 0}
     return result
+
+
+@torch.no_grad()
+def long_short_difference(
+    model: QiesForCausalLM,
+    shards: Shards,
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_tokens: int = 0,
+    precision: Callable[[], AbstractContextManager],
+) -> float | None:
+    """What the model gains from distant content: its mean loss after short contexts minus that after the whole window,
+    in nats per token of held-out text. None where no window is long enough.
+
+    A short context holds n to 2n - 1 tokens, n = min(64, seq_len / 4); compared are the tokens of each window from the
+    2n-th on, of the first 16,384 (or `max_tokens`, if fewer; 0 is no limit). The mean of the differences by which
+    LongPPL chooses its tokens (Fang et al., arXiv:2410.23771).
+    """
+    window = min(SHORT_CONTEXT, seq_len // 4)
+    if window < 1:
+        return None
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in val_batches(shards, seq_len, batch_size, max_tokens=min(max_tokens or COMPARED, COMPARED)):
+        ids = torch.from_numpy(batch).to(model.device)
+        inputs, goals = ids[:, :-1], ids[:, 1:]
+        if inputs.shape[1] <= 2 * window:
+            continue
+        with precision():
+            hidden = model.model(inputs, use_cache=False).last_hidden_state
+            long = model.token_losses(hidden[:, 2 * window :], goals[:, 2 * window :])
+            short = model.short_context_losses(goals, window, inputs)
+        total += (short.double() - long.double()).sum().item()
+        count += long.numel()
+    model.train(training)
+    return total / count if count else None
 
 
 def _measures(nats: float, tokens: float, size: float) -> dict[str, float]:

@@ -26,7 +26,7 @@ NUMBERS = (
 TEXTS = ("arm", "status", "name", "run", "flops_convention", "context", "corpus")
 COLUMNS = NUMBERS + TEXTS
 # Where a run record keeps what was set; of other tables every column that we do not read may be a setting.
-SETTINGS = ("config.train.", "config.model.")
+SETTINGS = ("config.train.", "config.model.", "config.objective.")
 
 
 def column_names(words: tuple[str, ...]) -> dict[str, str]:
