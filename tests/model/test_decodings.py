@@ -302,7 +302,7 @@ def test_bad_settings_are_refused(bad, words):
 
 @pytest.mark.parametrize(("kind", "how"), [("transformer", "entangled"), ("gpt2", "speculative")])
 def test_a_decoding_without_its_layers_is_refused_before_any_text(kind, how, tokenizer):
-    with pytest.raises(UserError, match="no (entanglement layer|layers that)"):
+    with pytest.raises(UserError, match=r"no (entanglement layer|layers that)"):
         decoding.continue_prompts(stirred(kind), tokenizer, ["a"], Decoding(how))
 
 

@@ -97,14 +97,10 @@ def weights(values: Values) -> dict[str, Weight]:
         sum(getattr(group, name) for group in groups)
         for name in ("heads", "key_width", "value_width", "read_width", "betas", "decays", "phases")
     )
-    unitary = sum(group.key_width for group in groups if group.unitary)
     out = {
         **conv_weights(d, values["conv_size"]),
-        "q_proj.weight": Weight((keys - unitary, d)),
-        "k_proj.weight": Weight((keys - unitary, d)),
-        # a matrix of its own: Muon equalises the directions of a matrix, and gradients through products that nothing
-        # damps would take those of the memory heads
-        **({"unitary_proj.weight": Weight((2 * unitary, d))} if unitary else {}),
+        "q_proj.weight": Weight((keys, d)),
+        "k_proj.weight": Weight((keys, d)),
         "v_proj.weight": Weight((wide, d)),
         "control_proj.weight": Weight((betas + decays, d), "vector"),
         # bfloat16 would round the span of a memory by two percent

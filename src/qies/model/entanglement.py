@@ -41,10 +41,8 @@ class Entanglement(nn.Module):
         self.beta_size, self.decay_size = sum(g.betas for g in self.groups), sum(g.decays for g in self.groups)
         phases = sum(g.phases for g in self.groups)
         self.conv = ShortConv(width, config.conv_size) if config.conv_size else None
-        unitary = sum(g.key_width for g in self.groups if g.unitary)  # the last group
-        self.q_proj = linear(width, keys - unitary)
-        self.k_proj = linear(width, keys - unitary)
-        self.unitary_proj = linear(width, 2 * unitary) if unitary else None  # their queries and keys
+        self.q_proj = linear(width, keys)
+        self.k_proj = linear(width, keys)
         self.v_proj = linear(width, values)
         self.control_proj = linear(width, self.beta_size + self.decay_size)
         self.beta_bias = nn.Parameter(torch.zeros(self.beta_size))
@@ -95,8 +93,6 @@ class Entanglement(nn.Module):
         A unitary group gets v = 0, log_alpha = 0, and the identity for a state that is None.
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.unitary_proj is not None:
-            q, k = (torch.cat(pair, -1) for pair in zip((q, k), self.unitary_proj(x).chunk(2, -1), strict=True))
         beta, log_alpha = self.control_proj(x).float().split([self.beta_size, self.decay_size], -1)
         rate = -self.decay_rate.float().exp() * F.softplus(log_alpha + self.decay_bias.float())
         keep = None if mask is None else mask[..., None].float()
