@@ -373,14 +373,14 @@ def test_the_optimizers_take_momentum_and_betas_from_the_rule():
 
 
 def test_processes_of_a_probe_load_what_their_parent_has_loaded(workplace, forget_plugins, monkeypatch):
-    from qies.probes.sweep import _one_thread
+    from qies.probes.sweep import _start
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     plugins.load(["gated_recurrence"])
     inherited = plugins.loaded()
     forget_plugins()
     assert inherited == ("gated_recurrence",) and "gated" not in presets.ARMS
-    _one_thread(inherited)
+    _start(inherited)
     assert "gated" in presets.ARMS
 
 

@@ -23,7 +23,7 @@ from qies.terminal import run
 
 TEXT = "the king sent a letter to the queen and the queen read it\n"
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-STATES = ["qies", "complex", "registers", "unitary_registers", "recurrent", "no_conv"]
+STATES = ["qies", "complex", "registers", "unitary", "recurrent", "no_conv"]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_contrast_refuses_a_model_without_states():
 
 
 @pytest.mark.parametrize("draft", ["state", "attention"])
-@pytest.mark.parametrize("kind", ["qies", "complex", "unitary_registers"])
+@pytest.mark.parametrize("kind", ["qies", "complex", "unitary"])
 def test_speculation_is_greedy_decoding(kind, draft):
     model, x, counts = stirred(kind), ids(), Acceptance()
     greedy = model.generate(x, max_new_tokens=20, **GREEDY)

@@ -21,7 +21,7 @@ SHORT = {
     "far_future_gap": 2, "far_future_window": 5, "far_future_rank": 4, "far_future_stride": 1,
     "entropy_floor_chunk": 8, "long_context_window": 4, "multi_token_ahead": 2,
 }  # fmt: skip
-KINDS = ["qies", "transformer", "gpt2", "complex", "unitary_registers"]
+KINDS = ["qies", "transformer", "gpt2", "complex", "unitary"]
 
 
 def ids(batch=2, length=24, seed=0):
@@ -109,7 +109,7 @@ def seen_bags(model, x, labels=None, **more):
     return counts[0]
 
 
-@pytest.mark.parametrize("kind", ["qies", "complex", "unitary_registers"])
+@pytest.mark.parametrize("kind", ["qies", "complex", "unitary"])
 def test_far_future_sees_the_read_outs_and_no_local_path(kind, monkeypatch):
     """With the read-outs zeroed nothing below them gets a gradient; without, projections and embedding do."""
     model, x = with_terms(kind, far_future=1.0), ids()
@@ -160,7 +160,7 @@ def test_the_floor_raises_the_entropy_of_a_state():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["qies", "complex", "unitary_registers", "channel"])
+@pytest.mark.parametrize("kind", ["qies", "complex", "unitary", "channel"])
 def test_states_at_the_ends_of_chunks_are_those_of_prefixes(kind):
     model, x = stirred(kind), ids(length=21)
     out = model.model(x, observe=8)

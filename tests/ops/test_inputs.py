@@ -61,7 +61,7 @@ def test_strange_memory_layouts():
     "change,message",
     [
         ({"mode": "imaginary"}, "mode 'imaginary'"),
-        ({"backend": "flash"}, "backend 'flash' is not available"),
+        ({"backend": "flash"}, "Unknown backend 'flash'. Did you mean 'fla'"),
         ({"backend": "step"}, "T = 8"),
         ({"theta": torch.zeros(1, 8, 1, 6)}, "theta is"),
         ({"state": torch.zeros(1, 1, 3, 4)}, "state is"),

@@ -55,7 +55,7 @@ def point(result, arm, size):
 def test_points_hold_the_records_means_and_the_accountings_costs(arm, finished, result):
     own = point(result, arm, "100k")
     runs = [r for r in finished.done if (r.arm, r.size) == (arm, "100k")]
-    values = runs[0].model
+    values = efficiency.settings(runs[0])
     assert own["seeds"] == len(runs) == 3
     assert own["loss"] == pytest.approx(fmean(r.val_loss for r in runs)) and own["flops"] == runs[0].flops
     assert own["decode_flops"] == sum(decode_flops(values, 32_768).values())
@@ -67,7 +67,7 @@ def test_points_hold_the_records_means_and_the_accountings_costs(arm, finished, 
 
 
 def test_the_contexts_are_those_of_the_accounting(finished, result):
-    models = {(r.arm, r.size): r.model for r in finished.done}
+    models = {(r.arm, r.size): efficiency.settings(r) for r in finished.done}
     assert len(result["cheaper"]) == 6
     for row in result["cheaper"]:
         own, rival = models[row["arm"], row["size"]], models["transformer", row["size"]]

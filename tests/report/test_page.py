@@ -42,8 +42,8 @@ def test_page_holds_every_part(whole):
         "Frontier: least loss at each compute", "Runs needed to detect the observed gain",
     ):  # fmt: skip
         assert words in page.text, words
-    # loss, gains, residuals, induction, training, speed, entanglement
-    assert len(page.charts) == page.elements.count("svg") == 2 + 4 + 1 + 4 + 4 + 2 + 5
+    # loss, gains, residuals, induction, training, speed, entanglement, efficiency
+    assert len(page.charts) == page.elements.count("svg") == 2 + 4 + 1 + 4 + 4 + 2 + 5 + 3
     assert page.elements.count("table") >= len(page.charts)
     assert "left out" not in page.text
 
@@ -60,7 +60,7 @@ def test_page_is_one_file_that_asks_the_network_for_nothing(whole):
         and not re.search(r"url\((?!#)", ours)
     )
     assert "default-src 'none'" in ours
-    assert len(ours) < 500_000
+    assert len(ours) < 550_000
 
 
 def test_table_shows_the_differences_of_the_records(whole):
@@ -286,7 +286,7 @@ def test_only_planned_runs_make_a_page(study):
     assert page.charts == []
 
 
-PARTS = ("fits.json", "comparison.json", "entanglement.json", "samples.json", "data/manifest.json", "study.yaml")
+PARTS = ("fits.json", "comparison.json", "entanglement.json", "efficiency.json", "samples.json", "data/manifest.json", "study.yaml")
 MALFORMED = (
     '{"pairs": 3, "not_compared": [1]}',
     '{"pairs": [1, {"candidate": "a", "baseline": "b", "verdict": "a wins", "reason": "r", "summary": "s"}]}',

@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from qies.errors import UserError, unknown
+from qies.mixers.attention import ATTENTION
+from qies.mixers.entanglement import ENTANGLEMENT
 from qies.model import QiesCache, QiesForCausalLM
 
-DRAFTS = {"state": "linear_attention", "attention": "full_attention"}
+DRAFTS = {"state": ENTANGLEMENT.name, "attention": ATTENTION.name}
 """What a draft leaves out, and the mixer that this is."""
 
 

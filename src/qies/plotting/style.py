@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C98500", "#3D97D3", "#8A6BD1", "#A65628")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C98500", "#3D97D3", "#8A6BD1", "#A65628", "#7A8B00")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 KNOWN = (
@@ -32,7 +32,7 @@ FIRST = Style(PALETTE[0], SYMBOLS[0], DASHES[0])
 
 
 def style(i: int) -> Style:
-    """The i-th style; colours repeat after eight, markers after seven, dashes after six."""
+    """The i-th style; colours repeat after nine, markers after seven, dashes after six."""
     return Style(PALETTE[i % len(PALETTE)], SYMBOLS[i % len(SYMBOLS)], DASHES[i % len(DASHES)])
 
 
