@@ -133,12 +133,13 @@ def _model_tables(result: dict) -> list[Table | str]:
 
 def _table(rows: list[dict]) -> Table:
     lengths = sorted({int(n) for row in rows for n in row["accuracy"]})
-    table = Table(title="accuracy over all scored positions, mean over seeds, by number of tokens")
+    title = "accuracy over all scored positions, mean over seeds, by number of tokens"
+    table = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("task", "arm", "solved", "lr", "chance", *(f"{n:,}" for n in lengths), "N"):
-        table.add_column(name, justify="left" if name in ("task", "arm") else "right")
+        table.add_column(name, justify="left" if name in ("task", "arm") else "right", overflow="fold")
     for row in rows:
         scores = [f"{row['accuracy'][str(n)]:.3f}" if str(n) in row["accuracy"] else "" for n in lengths]
-        solved = f"{row['solved']} of {row['seeds']}"
+        solved = f"{row['solved']}/{row['seeds']}"
         table.add_row(
             row["task"], row["arm"], solved, f"{row['lr']:g}", f"{row['chance']:.3f}", *scores, f"{row['parameters']:,}"
         )
