@@ -16,7 +16,9 @@ from qies import cli, decoding
 from qies.data.builder.tokenizer import save_tokenizer, train_tokenizer
 from qies.data.tokenizer import load_tokenizer
 from qies.decoding import Acceptance, Decoding, entangled, speculative
+from qies.decoding import contrast as contrast_module
 from qies.decoding.contrast import contrast, gate
+from qies.decoding.snapshots import load_state, read_prompt, save_state
 from qies.errors import UserError
 from qies.model import QiesCache
 from qies.terminal import run
@@ -136,6 +138,50 @@ def test_speculation_is_greedy_decoding(kind, draft):
     assert torch.equal(out, greedy)
     assert 0 <= counts.accepted <= counts.drafted and counts.drafted >= 3
     assert model.model.layers[0].mixes and model.model.layers[3].mixes
+
+
+@pytest.mark.parametrize("length", range(3, 10))
+def test_after_speculation_a_given_cache_holds_the_text_but_its_last_token(length):
+    model, x = stirred("qies"), ids()
+    cache = QiesCache(model.config)
+    how = {"custom_generate": speculative, "ahead": 3, **GREEDY}
+    out = model.generate(x, max_new_tokens=length, past_key_values=cache, **how)
+    assert cache.get_seq_length() == out.shape[1] - 1
+    longer = torch.cat([out, ids()[:, :5]], 1)
+    with torch.no_grad():
+        onwards = model(longer[:, cache.get_seq_length() :], past_key_values=cache).logits[:, -1]
+        assert torch.allclose(onwards, model(longer).logits[:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("decoding", [speculative, entangled])
+def test_beams_are_refused(decoding):
+    with pytest.raises(UserError, match="beams"):
+        stirred("qies").generate(ids(), max_new_tokens=3, num_beams=3, custom_generate=decoding, **GREEDY)
+
+
+def test_the_gate_of_the_contrast_leaves_out_unitary_heads():
+    """Their states are at the ceiling of the entropy whatever the text."""
+    model = stirred("unitary")
+    cache = QiesCache(model.config)
+    with torch.no_grad():
+        model(ids().repeat(4, 1), past_key_values=cache)
+    held = contrast_module._written(cache, model)
+    assert [s.shape[1:] for s in held] == [(2, 16, 16)] * 3 and all(len(s) == 2 for s in held)
+
+
+def test_a_prompt_beyond_the_learned_positions_is_refused_before_it_is_read():
+    model = stirred("gpt2")
+    with pytest.raises(UserError, match="64 positions, and the text takes 65"):
+        read_prompt(model, torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_a_state_of_other_settings_is_refused(tokenizer, tmp_path):
+    model = stirred("qies", vocab_size=len(tokenizer))
+    save_state(tmp_path / "state", read_prompt(model, ids()), model, tokenizer)
+    other = stirred("qies", vocab_size=len(tokenizer), rope_theta=1e4)
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(UserError, match="of another configuration"):
+        load_state(tmp_path / "state", other, tokenizer)
 
 
 def test_a_draft_that_is_right_is_accepted():

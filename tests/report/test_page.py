@@ -286,7 +286,15 @@ def test_only_planned_runs_make_a_page(study):
     assert page.charts == []
 
 
-PARTS = ("fits.json", "comparison.json", "entanglement.json", "efficiency.json", "samples.json", "data/manifest.json", "study.yaml")
+PARTS = (
+    "fits.json",
+    "comparison.json",
+    "entanglement.json",
+    "efficiency.json",
+    "samples.json",
+    "data/manifest.json",
+    "study.yaml",
+)
 MALFORMED = (
     '{"pairs": 3, "not_compared": [1]}',
     '{"pairs": [1, {"candidate": "a", "baseline": "b", "verdict": "a wins", "reason": "r", "summary": "s"}]}',

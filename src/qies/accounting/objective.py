@@ -45,7 +45,8 @@ def objective_flops(values: Mapping[str, Any], seq_len: int, short_forward: floa
 
     `short_forward`: the forward FLOPs per token in segments of two short contexts, in which LongCE reads every token
     twice, without a backward pass. A term's own products count three times, as the model's do; so do the logits that
-    LongCE computes again for each token. Renyi-2 entropies: four real Gram products of each state.
+    LongCE computes again for each token. Renyi-2 entropies: four real Gram products of each state. Upper bounds: at the
+    ends of a row fewer bags and segments exist, and of a segment only the second half is scored.
     """
     chosen = values.get("objective") or {}
     d, vocab = values["hidden_size"], values["vocab_size"]

@@ -51,6 +51,17 @@ def require_states(model: QiesForCausalLM, cached: int = 0) -> None:
         raise UserError("Entangled decoding reads the prompt with and without the states; start it without a state.")
 
 
+def _written(cache: QiesCache, model: QiesForCausalLM) -> list[Tensor]:
+    """The states of every second row, without those of unitary heads, which are at their ceiling whatever the text."""
+    return [
+        state[0::2]
+        for layer, entangled in zip(cache.layers, cache.entangled, strict=True)
+        if entangled
+        for state, group in zip(layer.recurrent_states.values(), model.config.head_groups, strict=True)
+        if not group.unitary
+    ]
+
+
 @torch.no_grad()
 def entangled(
     model: QiesForCausalLM,
@@ -75,6 +86,8 @@ def entangled(
         raise UserError(f"strength is {strength}; it must be 0 or a positive number.")
     if not 0 < plausibility <= 1:
         raise UserError(f"plausibility is {plausibility}; it must lie in (0, 1].")
+    if (generation_config.num_beams or 1) > 1:
+        raise UserError("Entangled decoding has no beams; leave num_beams out.")
     cache = model_kwargs.get("past_key_values")
     cache = QiesCache(model.config) if cache is None else cache
     if strength:
@@ -93,9 +106,7 @@ def entangled(
         scores = out.logits[:, -1].float()
         if strength:
             full, local = scores[0::2], scores[1::2]
-            states = [s[0::2] for layer, e in zip(cache.layers, cache.entangled, strict=True) if e
-                      for s in layer.recurrent_states.values()]  # fmt: skip
-            scores = contrast(full, local, strength * gate(full, states), plausibility)
+            scores = contrast(full, local, strength * gate(full, _written(cache, model)), plausibility)
         scores = logits_processor(input_ids, scores)
         if generation_config.do_sample:
             chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1)

@@ -1,12 +1,14 @@
 """A prompt's state on disk, so that many questions to one text cost one pass over it.
 
 A file is safetensors: `ids` [1,n], and of each layer i that has them `state.i.g` fp32 (of head group g), `conv.i`,
-`keys.i` and `values.i`. Its metadata identify the model's weights, the tokenizer, the dtype and the tensors themselves.
+`keys.i` and `values.i`. Its metadata identify the model's weights and settings, the tokenizer, the dtype and the
+tensors.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from qies import storage
+from qies import presets, storage
 from qies.errors import UserError
 from qies.mixers import mixer
 from qies.model import QiesCache, QiesForCausalLM
@@ -36,7 +38,13 @@ class Snapshot:
 
 @torch.no_grad()
 def read_prompt(model: QiesForCausalLM, ids: Tensor, after: Snapshot | None = None) -> Snapshot:
-    """The snapshot after the tokens ids [1,n], which follow those of `after` where it is given."""
+    """The snapshot after the tokens ids [1,n], which follow those of `after` where it is given.
+
+    Raises UserError for a text beyond the positions that a model has learned.
+    """
+    total, limit = ids.shape[1] + (0 if after is None else after.ids.shape[1]), model.config.max_position_embeddings
+    if model.config.position == "learned" and total > limit:
+        raise UserError(f"The model has learned {limit} positions, and the text takes {total}; shorten it.")
     cache = QiesCache(model.config) if after is None else after.cache.snapshot()
     model.model(ids, past_key_values=cache, use_cache=True)
     return Snapshot(ids if after is None else torch.cat([after.ids, ids], 1), cache)
@@ -91,13 +99,15 @@ def load_state(path: Path, model: QiesForCausalLM, tokenizer: PreTrainedTokenize
 
 
 def _identity(model: QiesForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """What a state belongs to: the weights, the tokenizer and the dtype."""
+    """What a state belongs to: the weights, the settings of the model, the tokenizer and the dtype."""
+    settings = {name: getattr(model.config, name) for name in presets.model_fields(model.config.layer_types or [])}
     words = tokenizer.backend_tokenizer.to_str().encode()
     return {
         "format": FORMAT,
         "dtype": str(model.dtype),
         "tokenizer": hashlib.sha256(words).hexdigest(),
         "model": _digest(model.state_dict()),
+        "configuration": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
     }
 
 

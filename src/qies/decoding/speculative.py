@@ -62,8 +62,8 @@ def speculative(
         raise unknown("draft", draft, DRAFTS)
     if ahead < 1:
         raise UserError(f"ahead is {ahead}; it must be at least 1.")
-    if len(input_ids) != 1 or generation_config.do_sample:
-        raise UserError("Speculative decoding takes one prompt at a time and does not sample.")
+    if len(input_ids) != 1 or generation_config.do_sample or (generation_config.num_beams or 1) > 1:
+        raise UserError("Speculative decoding takes one prompt at a time, and neither samples nor searches with beams.")
     require_layers(model, draft)
     mask = model_kwargs.get("attention_mask")
     if mask is not None and not mask.all():
@@ -103,7 +103,7 @@ def speculative(
             if stopping_criteria(input_ids, scores).all():
                 break
         counts.accepted += agreed
-        if agreed < ahead and not stopping_criteria(input_ids, scores).all():
+        if cache.get_seq_length() != input_ids.shape[1] - 1:  # it holds drafts that are not part of the text
             cache.restore(before)
-            read(drafted[:, : agreed + 1], 1)
+            read(input_ids[:, cache.get_seq_length() : -1], 1)
     return input_ids

@@ -493,6 +493,8 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         own = (targets != IGNORED).sum()
 
         def short(window: int) -> Tensor:
+            if rows.mask is not None:
+                raise ValueError("objective.long_context takes no attention_mask [B,1,T,T] but a block-causal one.")
             return self.short_context_losses(targets, window, *source, rows)
 
         seen = Seen(
