@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "src" / "qies"
 # A module may import from its own tier and from those before it. FLOPs are arithmetic on the
 # presets, and the objective is arithmetic on the ops that the model's loss needs.
 TIERS = [
-    {"errors", "strict_yaml", "storage", "_register", "terminal", "plugins"},
+    {"errors", "strict_yaml", "storage", "_register", "terminal", "plugins", "workers"},
     {"config", "presets", "accounting", "mixers"},
     {"ops"},
     {"objective"},

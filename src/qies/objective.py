@@ -60,12 +60,17 @@ def bags(targets: Tensor, breaks: Tensor, *, gap: int, window: int, stride: int 
     """
     length = targets.shape[1]
     at = torch.arange(0, max(0, length - gap - window + 1), stride, device=targets.device)
-    before = F.pad(breaks.long().cumsum(1), (1, 0))  # [B,T+1], breaks before each position
+    before = _breaks_before(breaks)
     rows, which = (before[:, at + gap + window] == before[:, at]).nonzero(as_tuple=True)
     positions = at[which]
     ahead = positions[:, None] + gap + torch.arange(window, device=targets.device)
     distinct = _previous(targets)[rows[:, None], ahead] < positions[:, None] + gap
     return Bags(rows, positions, targets[rows[:, None], ahead], distinct)
+
+
+def _breaks_before(breaks: Tensor) -> Tensor:
+    """The number of breaks before each position and before the end, [B,T] bool -> [B,T+1] int64."""
+    return F.pad(breaks.long().cumsum(1), (1, 0))
 
 
 def _previous(tokens: Tensor) -> Tensor:
@@ -143,8 +148,8 @@ def long_context(long: Tensor, short: Tensor, clip: float, count: Tensor | int) 
 
 def ahead(targets: Tensor, breaks: Tensor, steps: int) -> Tensor:
     """The targets `steps` positions further on, [B,T]; -100 beyond the row, and where a break lies on the way there."""
-    count = F.pad(breaks.long().cumsum(1), (1, 0))  # [B,T+1], breaks before each position
-    crossed = count[:, steps + 1 :] != count[:, : max(0, targets.shape[1] - steps)]
+    before = _breaks_before(breaks)
+    crossed = before[:, steps + 1 :] != before[:, : max(0, targets.shape[1] - steps)]
     return F.pad(targets[:, steps:].masked_fill(crossed, IGNORED), (0, min(steps, targets.shape[1])), value=IGNORED)
 
 

@@ -115,9 +115,10 @@ def plan(config: RunConfig, vocab_size: int) -> RunRecord:
     """The record of a run that has not started, from its configuration."""
     from qies import presets
     from qies.accounting.flops import CONVENTION, training_flops_per_token
+    from qies.accounting.parameters import longest_context
 
     values = config.settings(vocab_size)
-    if values["position"] == "learned" and config.train.seq_len > values["max_position_embeddings"]:
+    if config.train.seq_len > longest_context(values):
         raise UserError(
             f"train.seq_len is {config.train.seq_len}, beyond the {values['max_position_embeddings']} positions that "
             f"arm {config.arm} learns; shorten it or raise model.max_position_embeddings."

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qies import presets
-from qies.bench.decodings import bench_decodings, bench_sizes, parse_case
+from qies.bench.cases import size_and_length
+from qies.bench.decodings import bench_decodings, bench_sizes
 from qies.errors import UserError
 from qies.model import QiesConfig, QiesForCausalLM
 
@@ -33,4 +34,4 @@ def test_acceptance_is_that_of_the_drafts_a_model_has(arm, drafts):
 @pytest.mark.parametrize("case", ["400k", "400k:", "400k:x", "9:9", ":4", "400k:0"])
 def test_a_bad_case_is_named(case):
     with pytest.raises(UserError):
-        parse_case(case)
+        size_and_length(case)

@@ -146,9 +146,8 @@ def test_what_reaches_the_op(name, dtype, monkeypatch):
         "registers": [(3, 2, 2, "complex", 4)],
         "complex_heads": [(1, 5, 5, "complex", 4), (1, 5, 5, "complex", 4)],
     }.get(name, [])
-    unitary = [
-        (name, i) in (("unitary", 1), ("complex_heads", 2)) for i in range(len(groups))
-    ]  # they start at the identity
+    # unitary heads start at the identity
+    unitary = [(name, i) in (("unitary", 1), ("complex_heads", 2)) for i in range(len(groups))]
     calls = [
         (*g, filled or own, torch.float32)
         for filled in (False, True) for _ in range(layers) for g, own in zip(groups, unitary, strict=True)

@@ -14,6 +14,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 from qies import presets
 from qies.accounting.flops import training_flops_per_token
 from qies.accounting.parameters import longest_context
+from qies.bench.cases import size_and_length
 from qies.bench.timing import Comparison, compare
 from qies.errors import UserError
 from qies.model.configuration import QiesConfig
@@ -35,14 +36,7 @@ def run(what: str, cases: Sequence[str], rounds: int, clock: str = "wall") -> li
             if len(shape) != 5 or min(shape) < 1 or shape[3] % 2 or shape[3] != shape[4]:
                 raise UserError(f"Case '{case}' is not BxTxHxKxV with K = V even, such as 8x512x4x64x64.")
         return bench_op(shapes or OP_SHAPES, rounds=rounds, clock=clock)
-    pairs = []
-    for case in cases:
-        size, _, length = case.partition(":")
-        presets.parse_size(size)
-        if not length.isdigit() or int(length) < 1:
-            raise UserError(f"Case '{case}' is not SIZE:T, such as 400k:512.")
-        pairs.append((size, int(length)))
-    return bench_train(pairs or TRAIN_CASES, rounds=rounds, clock=clock)
+    return bench_train([size_and_length(case) for case in cases] or TRAIN_CASES, rounds=rounds, clock=clock)
 
 
 def autocast():

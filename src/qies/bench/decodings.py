@@ -9,22 +9,13 @@ import torch
 from torch import Tensor
 
 from qies import presets
+from qies.bench.cases import size_and_length
 from qies.bench.timing import compare
-from qies.decoding import DRAFTS, Acceptance, entangled, speculative
-from qies.errors import UserError
-from qies.mixers import mixers
+from qies.decoding import Acceptance, drafts, entangled, has_states, speculative
 from qies.model import QiesConfig, QiesForCausalLM
 
 CASES = ("100k:64", "400k:512")
 AHEAD = 4
-
-
-def parse_case(case: str) -> tuple[str, int]:
-    """SIZE:T -> a size and the tokens of a prompt. Raises UserError otherwise."""
-    size, colon, length = case.partition(":")
-    if not colon or not length.isdigit() or int(length) < 1:
-        raise UserError(f"Case '{case}' is not of the form SIZE:T, such as 400k:512.")
-    return presets.size_name(presets.parse_size(size)), int(length)
 
 
 def bench_decodings(model: QiesForCausalLM, case: str, prompt: Tensor, new_tokens: int, rounds: int) -> dict[str, Any]:
@@ -33,10 +24,9 @@ def bench_decodings(model: QiesForCausalLM, case: str, prompt: Tensor, new_token
     A `Comparison` as plain data, with the acceptance of each kind of draft. That depends on the weights: initial ones
     add nothing from other positions, so a draft is always right, which is the best case.
     """
-    kinds = model.config.layer_types or []
-    counts = {k: Acceptance() for k, name in DRAFTS.items() if name in kinds and model.config.block != "gpt2"}
+    counts = {kind: Acceptance() for kind in drafts(model)}
     ways: dict[str, dict[str, Any]] = {"greedy": {}, "sample": {"do_sample": True, "top_k": 50}}
-    if any(spec.entangled for spec in mixers(kinds)):
+    if has_states(model):
         ways["entangled"] = {"custom_generate": entangled}
         ways["entangled, strength 0"] = {"custom_generate": entangled, "strength": 0.0}
     for kind, count in counts.items():
@@ -56,12 +46,12 @@ def bench_decodings(model: QiesForCausalLM, case: str, prompt: Tensor, new_token
 
 def bench_sizes(cases: Sequence[str], new_tokens: int, rounds: int) -> list[dict[str, Any]]:
     """`bench_decodings` of the arm qies with its initial weights, as plain data."""
-    chosen = [parse_case(case) for case in cases or CASES]
+    chosen = [size_and_length(case) for case in cases or CASES]
     out = []
     for size, length in chosen:
         torch.manual_seed(0)
         model = QiesForCausalLM(QiesConfig(**presets.settings("qies", size, 4096))).eval()
         prompt = torch.randint(1, 4096, (1, length))
-        case = f"{size}, T={length}, {new_tokens} new tokens"
+        case = f"{presets.size_name(presets.parse_size(size))}, T={length}, {new_tokens} new tokens"
         out.append(bench_decodings(model, case, prompt, new_tokens, rounds))
     return out

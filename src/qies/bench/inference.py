@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from qies import presets
 from qies.accounting.cache import cache_bytes
 from qies.accounting.flops import decode_flops_per_token, prefill_flops
 from qies.accounting.parameters import longest_context
+from qies.bench.cases import Case
 from qies.bench.timing import Comparison, compare
 from qies.errors import UserError
 from qies.mixers.common import FULL
@@ -32,27 +32,6 @@ CASES = {
 PROMPT = 8  # tokens of the real prefill that a synthetic cache starts from
 WARMUP = 2  # rounds of decoding that do not count
 MEMORY = Path("/proc/meminfo")
-
-
-@dataclass(frozen=True)
-class Case:
-    """B sequences of T tokens: the prompt of a prefill, what the cache holds when decoding starts."""
-
-    size: str
-    batch: int
-    context: int
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        """From SIZE:T or SIZE:BxT. Raises UserError."""
-        found = re.fullmatch(r"([^:]+):(?:([1-9]\d*)x)?([1-9]\d*)", text)
-        if found is None:
-            raise UserError(f"Case '{text}' is not SIZE:T or SIZE:BxT, such as 400k:32768 or 400k:8x1024.")
-        presets.parse_size(found[1])
-        return cls(found[1], int(found[2] or 1), int(found[3]))
-
-    def __str__(self) -> str:
-        return f"{self.size}, batch {self.batch}, context {self.context}"
 
 
 def bench_inference(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from qies.cli.decodings import decodings
-from qies.cli.options import check_outputs, require_at_least
+from qies.cli.options import check_outputs, provenance, require_at_least
 from qies.storage import write_json
 from qies.terminal import Group, show
 
@@ -173,16 +173,10 @@ def _speed(
         results = bench_inference(what, cases, arms, rounds=rounds, clock=clock)
     else:
         results = baselines.run(what, cases, rounds, clock)
-    value = _measured(what) | {"threads": threads, "clock": clock, "cases": [r.to_dict() for r in results]}
+    value = provenance(what) | {"threads": threads, "clock": clock, "cases": [r.to_dict() for r in results]}
     if out is not None:
         write_json(out, value)
     show(json, value, lambda: Console().print(comparison_table(f"bench {what}", results)))
-
-
-def _measured(what: str) -> dict[str, Any]:
-    from qies.records import code_version, environment
-
-    return {"what": what, "environment": environment(), "code_version": code_version()}
 
 
 bench = Group(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qies.cli.options import check_outputs, require_at_least
+from qies.cli.options import check_outputs, provenance, require_at_least
 from qies.errors import UserError
 from qies.storage import write_json
 from qies.terminal import show
@@ -45,7 +45,6 @@ def decodings(
 
     from qies.bench.decodings import bench_decodings, bench_sizes
     from qies.decoding import encode, load_model
-    from qies.records import code_version, environment
 
     require_at_least(1, rounds=rounds, threads=threads, new_tokens=new_tokens)
     if model is not None and cases:
@@ -58,8 +57,7 @@ def decodings(
         trained, tokenizer = load_model(model)
         ids = encode(tokenizer, prompt)
         results = [bench_decodings(trained, f"T={ids.shape[1]}, {new_tokens} new tokens", ids, new_tokens, rounds)]
-    value = {"what": "decodings", "environment": environment(), "code_version": code_version(), "threads": threads}
-    value["cases"] = results
+    value = provenance("decodings") | {"threads": threads, "cases": results}
     if out is not None:
         write_json(out, value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
 StudyFile = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[STUDY.yaml] [KEY=VALUE ...]")]
+
+
+def provenance(what: str) -> dict[str, Any]:
+    """What a measurement is of, and where it was made."""
+    from qies.records import code_version, environment
+
+    return {"what": what, "environment": environment(), "code_version": code_version()}
 
 
 def require_at_least(least: int, **numbers: int | None) -> None:

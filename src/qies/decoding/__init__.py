@@ -1,8 +1,8 @@
 """Text from a trained model: decodings, saved states, streaming."""
 
-from qies.decoding.contrast import entangled
+from qies.decoding.contrast import entangled, has_states
 from qies.decoding.snapshots import Snapshot, load_state, read_prompt, save_state
-from qies.decoding.speculative import DRAFTS, Acceptance, speculative
+from qies.decoding.speculative import DRAFTS, Acceptance, drafts, speculative
 from qies.decoding.text import (
     DECODINGS,
     Continuation,
@@ -23,8 +23,10 @@ __all__ = [
     "Snapshot",
     "continue_prompts",
     "continue_text",
+    "drafts",
     "encode",
     "entangled",
+    "has_states",
     "load_model",
     "load_state",
     "read_prompt",

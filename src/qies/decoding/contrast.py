@@ -42,10 +42,23 @@ def gate(full: Tensor, states: Sequence[Tensor]) -> Tensor:
     return torch.cat(held, 1).mean(1).clamp(0, 1) * unsure.clamp(0, 1)
 
 
+def has_states(model: QiesForCausalLM) -> bool:
+    """Whether the model has entanglement layers."""
+    return any(spec.entangled for spec in mixers(model.config.layer_types or []))
+
+
+def require_range(strength: float, plausibility: float) -> None:
+    """Raise UserError for a strength or plausibility out of range."""
+    if not 0 <= strength < math.inf:
+        raise UserError(f"strength is {strength}; it must be 0 or a positive number.")
+    if not 0 < plausibility <= 1:
+        raise UserError(f"plausibility is {plausibility}; it must lie in (0, 1].")
+
+
 def require_states(model: QiesForCausalLM, cached: int = 0) -> None:
     """Raise UserError for a model without entanglement layers, and where `cached` tokens were read before: they would
     have to be read without the states too."""
-    if not any(spec.entangled for spec in mixers(model.config.layer_types or [])):
+    if not has_states(model):
         raise UserError("The model has no entanglement layer, so there is no state to contrast; use another decoding.")
     if cached:
         raise UserError("Entangled decoding reads the prompt with and without the states; start it without a state.")
@@ -82,10 +95,7 @@ def entangled(
     plausibility out of range, and a cache that has read tokens already: those of the model without its states are
     needed too.
     """
-    if not 0 <= strength < math.inf:
-        raise UserError(f"strength is {strength}; it must be 0 or a positive number.")
-    if not 0 < plausibility <= 1:
-        raise UserError(f"plausibility is {plausibility}; it must lie in (0, 1].")
+    require_range(strength, plausibility)
     if (generation_config.num_beams or 1) > 1:
         raise UserError("Entangled decoding has no beams; leave num_beams out.")
     cache = model_kwargs.get("past_key_values")

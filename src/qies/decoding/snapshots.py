@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from qies import presets, storage
+from qies.accounting.parameters import longest_context
 from qies.errors import UserError
 from qies.mixers import mixer
 from qies.model import QiesCache, QiesForCausalLM
@@ -42,8 +43,8 @@ def read_prompt(model: QiesForCausalLM, ids: Tensor, after: Snapshot | None = No
 
     Raises UserError for a text beyond the positions that a model has learned.
     """
-    total, limit = ids.shape[1] + (0 if after is None else after.ids.shape[1]), model.config.max_position_embeddings
-    if model.config.position == "learned" and total > limit:
+    total, limit = ids.shape[1] + (0 if after is None else after.ids.shape[1]), longest_context(vars(model.config))
+    if total > limit:
         raise UserError(f"The model has learned {limit} positions, and the text takes {total}; shorten it.")
     cache = QiesCache(model.config) if after is None else after.cache.snapshot()
     model.model(ids, past_key_values=cache, use_cache=True)

@@ -34,9 +34,15 @@ class Acceptance:
         return self.accepted / self.drafted if self.drafted else None
 
 
+def drafts(model: QiesForCausalLM) -> list[str]:
+    """The kinds of draft whose layers the model has."""
+    kinds = model.config.layer_types or []
+    return [draft for draft, mixer in DRAFTS.items() if mixer in kinds and model.config.block != "gpt2"]
+
+
 def require_layers(model: QiesForCausalLM, draft: str) -> None:
     """Raise UserError for a model without the layers that a draft of this kind skips."""
-    if model.config.block == "gpt2" or DRAFTS[draft] not in (model.config.layer_types or []):
+    if draft not in drafts(model):
         raise UserError(f"The model has no layers that a draft without '{draft}' can skip; use another decoding.")
 
 

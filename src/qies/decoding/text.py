@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, StoppingCriteri
 from transformers.utils import logging as transformers_logging
 
 from qies import plugins, records
+from qies.accounting.parameters import longest_context
 from qies.data.tokenizer import encode_texts
-from qies.decoding.contrast import entangled, require_states
+from qies.decoding.contrast import entangled, require_range, require_states
 from qies.decoding.snapshots import Snapshot
 from qies.decoding.speculative import DRAFTS, Acceptance, require_layers, speculative
 from qies.errors import UserError, unknown
@@ -80,11 +81,9 @@ class Decoding:
                 f"temperature is {self.temperature}; it must be finite and at least 1e-6 (greedy decoding is its limit "
                 "0)."
             )
-        for name in ("top_p", "plausibility"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must lie in (0, 1].")
-        if not 0 <= self.strength < math.inf:
-            raise UserError(f"strength is {self.strength}; it must be 0 or a positive number.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1].")
+        require_range(self.strength, self.plausibility)
         if "" in self.stop:
             raise UserError("stop holds an empty text, which every text contains; leave it out.")
 
@@ -141,12 +140,13 @@ def continue_prompts(
         require_layers(model, how.draft)
     given = [encode(tokenizer, prompt, state) for prompt in prompts]
     for own in given:
-        left = _room(model, before + own.shape[1])
-        if left is not None and how.max_new_tokens > left:
+        taken, limit = before + own.shape[1], longest_context(vars(model.config))
+        if taken + how.max_new_tokens > limit:
+            left = limit - taken
             what = f"lower max_new_tokens from {how.max_new_tokens} to {left} or less"
             raise UserError(
-                f"The model has learned {model.config.max_position_embeddings} positions, and the prompt takes "
-                f"{model.config.max_position_embeddings - left}; {what if left > 0 else 'shorten the prompt'}."
+                f"The model has learned {limit} positions, and the prompt takes {taken}; "
+                f"{what if left > 0 else 'shorten the prompt'}."
             )
     return _continued(model, tokenizer, prompts, given, how, state, emit)
 
@@ -244,11 +244,8 @@ class _Watch(StoppingCriteria):
 
 def room(model: QiesForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> int | None:
     """How many tokens can follow `prompt` with learned positions (0 or less: none); None without a limit."""
-    return _room(model, len(_encode(tokenizer, prompt)))
-
-
-def _room(model: QiesForCausalLM, tokens: int) -> int | None:
-    return model.config.max_position_embeddings - tokens if model.config.position == "learned" else None
+    limit = longest_context(vars(model.config))
+    return None if math.isinf(limit) else int(limit) - len(_encode(tokenizer, prompt))
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, state: Snapshot | None = None) -> Tensor:

@@ -40,6 +40,11 @@ class HeadGroup:
     spans: tuple[int, int]  # tokens that the first and the last head remember before training
 
     @property
+    def complex_eigenvalues(self) -> bool:
+        """Whether beta is a pair."""
+        return self.eigenvalues in ("disc", "circle")
+
+    @property
     def unitary(self) -> bool:
         """Whether tokens only apply unitary gates: the state starts at the identity, and nothing is added or damped."""
         return self.eigenvalues == "circle"
@@ -58,7 +63,7 @@ class HeadGroup:
 
     @property
     def betas(self) -> int:
-        return self.heads * (2 if self.eigenvalues in ("disc", "circle") else 1)
+        return self.heads * (2 if self.complex_eigenvalues else 1)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -143,7 +148,7 @@ def step_flops(values: Values, context: int) -> float:
 def activation_bytes(values: Values) -> float:
     """What the groups of heads share, and each group's op."""
     d, groups = values["hidden_size"], head_groups(values)
-    if any(g.mode == "complex" and g.eigenvalues not in ("disc", "circle") for g in groups):
+    if any(g.mode == "complex" and not g.complex_eigenvalues for g in groups):
         raise NotCounted(
             'activations of complex heads are counted for model.eigenvalues="disc"; others have no count yet'
         )

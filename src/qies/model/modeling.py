@@ -380,9 +380,8 @@ class QiesForCausalLM(QiesPreTrainedModel, GenerationMixin):
         In training the loss is the whole objective: the terms of `config.objective` are added, with the weights that
         `set_progress` leaves them; `objective.values` holds each by itself. In eval mode it is the cross-entropy alone.
         """
-        shift_labels = kwargs.pop(
-            "shift_labels", None
-        )  # not in the signature, or Trainer would expect it in every batch
+        # not in the signature, or Trainer would expect it in every batch
+        shift_labels = kwargs.pop("shift_labels", None)
         terms = self.objective if self.training and (labels is not None or shift_labels is not None) else None
         terms = terms if terms is not None and terms.factor > 0 else None
         out = self.model(

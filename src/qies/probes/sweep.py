@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,6 +19,7 @@ from qies.errors import UserError
 from qies.plugins import load, loaded
 from qies.probes.protocol import SUCCESS, ProbeConfig, train_probe
 from qies.storage import make_folder, write_json
+from qies.workers import end_with_parent
 
 SCHEMA = 1
 
@@ -66,12 +66,10 @@ def run_sweep(
     A record is one JSON file, written when its probe ends, so that a killed sweep loses only what was in training.
     """
     make_folder(out)
-    best: dict[tuple[str, str], dict[str, Any]] = {}
+    tries: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for record in train_missing(sweep.first(), out, workers, progress):
-        cell = record["config"]["task"], record["config"]["arm"]
-        rank = record["validation"], -record["config"]["lr"]
-        if cell not in best or rank > (best[cell]["validation"], -best[cell]["config"]["lr"]):
-            best[cell] = record
+        tries[record["config"]["task"], record["config"]["arm"]].append(record)
+    best = {cell: max(group, key=lambda r: (r["validation"], -r["config"]["lr"])) for cell, group in tries.items()}
     chosen = [replace(sweep.probe, task=t, arm=a, lr=first["config"]["lr"]) for (t, a), first in best.items()]
     others = [replace(probe, seed=seed) for probe in chosen for seed in sweep.seeds[1:]]
     trained = iter(train_missing(others, out, workers, progress))
@@ -149,15 +147,9 @@ def _path(out: Path, probe: ProbeConfig) -> Path:
 
 def _start(plugins: Sequence[str]) -> None:
     """Prepare a worker: one thread, the plugins, and an end with the sweep, without which nobody writes its records."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)
     load(plugins)
-
-
-def _end_with_parent() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)

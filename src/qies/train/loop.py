@@ -314,27 +314,18 @@ class _Run:
         train_loss = self.group.on_first(self._train_loss)
         if train_loss is None:
             return self._write("diverged", error="no step had a finite loss and gradient")
-        metrics: dict[str, Any] = held_out_loss(
-            self.model,
-            self.shards,
-            seq_len=self.train.seq_len,
-            batch_size=self.train.batch_size,
-            max_tokens=self.train.eval_tokens,
-            precision=self.precision,
-            group=self.group,
-        )
+        how: dict[str, Any] = {
+            "seq_len": self.train.seq_len,
+            "batch_size": self.train.batch_size,
+            "max_tokens": self.train.eval_tokens,
+            "precision": self.precision,
+        }
+        metrics: dict[str, Any] = held_out_loss(self.model, self.shards, **how, group=self.group)
         if not math.isfinite(metrics["val_loss"]):
             return self._write("diverged", error="the held-out loss is not finite")
         metrics["train_loss"] = train_loss
         if self.group.size == 1:  # sharded weights are whole only inside of the model's own forward
-            metrics["long_short_difference"] = long_short_difference(
-                self.model,
-                self.shards,
-                seq_len=self.train.seq_len,
-                batch_size=self.train.batch_size,
-                max_tokens=self.train.eval_tokens,
-                precision=self.precision,
-            )
+            metrics["long_short_difference"] = long_short_difference(self.model, self.shards, **how)
         final, tokens = self._induction(), self.step * self.train.seq_len * self.train.batch_size
         ends = {"tokens": tokens, "induction": final}  # a run that resumed after its last step has no such row
         first = self.group.on_first(lambda: onset([*records.steps(self.folder), ends]))

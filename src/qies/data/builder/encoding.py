@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +19,7 @@ from qies.data.builder.contamination import Pack
 from qies.data.builder.tokenizer import LosslessEncoder
 from qies.data.tokenizer import end_token, read_tokenizer
 from qies.errors import Stopped
+from qies.workers import end_with_parent
 
 B = TypeVar("B")
 
@@ -114,15 +114,7 @@ _worker: _Encoder | None = None
 def _start_worker(folder: Path, pack: Path | None) -> None:
     global _worker
     _worker = _Encoder(folder, Pack(pack) if pack else None)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Exit when the parent is killed, which cannot end its workers itself."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _work(batch: Texts) -> Encoded:
